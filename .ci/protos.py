@@ -1,0 +1,71 @@
+"""Generates jaxserve/v1 from proto/, or checks that what is committed is what would come out.
+
+`python .ci/protos.py` writes; `python .ci/protos.py --check` writes elsewhere and compares, so that
+it says the same with and without git. Directory, protobuf package and Python package share one
+path, so nothing that is generated has to be patched.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.resources
+import sys
+import tempfile
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTO = ROOT / "proto"
+GENERATED = ROOT / "jaxserve" / "v1"
+PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
+
+
+def generate(target: Path) -> None:
+    """Writes messages, stubs and their types under `target`."""
+    plugins = Path(sys.executable).parent
+    well_known = importlib.resources.files("grpc_tools") / "_proto"
+    sources = sorted(str(path) for path in (PROTO / "jaxserve").rglob("*.proto"))
+    arguments = [
+        "protoc",
+        f"-I{PROTO}",
+        f"-I{well_known}",
+        f"--plugin=protoc-gen-mypy={plugins / 'protoc-gen-mypy'}",
+        f"--plugin=protoc-gen-mypy_grpc={plugins / 'protoc-gen-mypy_grpc'}",
+        f"--python_out={target}",
+        f"--grpc_python_out={target}",
+        f"--mypy_out=quiet:{target}",
+        f"--mypy_grpc_out=quiet:{target}",
+        *sources,
+    ]
+    if protoc.main(arguments) != 0:
+        sys.exit(f"protoc failed on {len(sources)} files under {PROTO.name}/; see above")
+
+
+def generated_files(root: Path) -> set[str]:
+    """Returns the names of the generated files in `root`."""
+    return {path.name for pattern in PATTERNS for path in root.glob(pattern)}
+
+
+def differences(fresh: Path, committed: Path) -> list[str]:
+    """Returns the names of files that are stale, missing or left over in `committed`."""
+    names = generated_files(fresh) | generated_files(committed)
+    _, changed, absent = filecmp.cmpfiles(fresh, committed, names, shallow=False)
+    return sorted(changed + absent)
+
+
+def main() -> None:
+    """Generates, or with --check compares and exits 1 on a difference."""
+    if "--check" not in sys.argv[1:]:
+        generate(ROOT)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        generate(Path(scratch))
+        stale = differences(Path(scratch, "jaxserve", "v1"), GENERATED)
+    if stale:
+        sys.exit(f"not what proto/ generates: {', '.join(stale)}; run `make proto` and commit them")
+    print(f"jaxserve/v1 is what proto/ generates ({len(generated_files(GENERATED))} files)")
+
+
+if __name__ == "__main__":
+    main()

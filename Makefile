@@ -1,0 +1,131 @@
+# One verb for each thing that people and CI do here; `make help` lists them.
+# Whatever is needed is set up on the way: an environment in .venv/, weights in the asset cache.
+
+MODEL ?= smollm2
+HOST ?= 127.0.0.1
+PORT ?= 50051
+ARGS ?=
+BENCH ?= offline
+# A Python >= 3.12 to build .venv with; left empty, .ci/find-python looks for one.
+PYTHON ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+LOCK := .ci/requirements.lock
+PYTEST := $(BIN)/python -m pytest
+CODE := jaxserve pallas_kernels sharding tests bench .ci
+RELEASED := proto/released/v1.binpb
+# The models that are assets; any other MODEL is a path, a hub id or dummy:NAME.
+EMBEDDED := $(filter smollm2 gemma3,$(MODEL))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+##@ Use
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z][a-z-]*:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: serve
+serve: $(STAMP) ## Serve MODEL= on HOST= PORT=, with further flags in ARGS=
+	@$(if $(EMBEDDED),$(BIN)/python -m jaxserve.assets $(EMBEDDED))
+	@exec $(BIN)/jaxserve launch $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+.PHONY: demo
+demo: $(STAMP) ## Start a server, stream one chat answer, print its timing, stop
+	@$(if $(EMBEDDED),$(BIN)/python -m jaxserve.assets $(EMBEDDED))
+	@exec $(BIN)/jaxserve demo $(ARGS)
+
+.PHONY: env
+env: $(STAMP) ## Build .venv from the lock
+
+.PHONY: assets
+assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the tests read
+	@$(BIN)/python -m jaxserve.assets
+
+##@ Check
+
+.PHONY: test
+test: $(STAMP) assets lint types layers proto-check proto-lint ## Everything but the GPU tests
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+.PHONY: quick
+quick: $(STAMP) ## The unmarked tests
+	$(PYTEST) -m "not gpu and not slow" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(STAMP) ## The tests that need an accelerator
+	JAX_PLATFORMS=cuda,cpu $(PYTEST) -m gpu $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff check, and formatting
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+
+.PHONY: fmt
+fmt: $(STAMP) ## Format Python and proto files, and mend what ruff can
+	@$(BIN)/ruff check --fix-only $(CODE)
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/buf format --write proto
+
+.PHONY: types
+types: $(STAMP) ## pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+.PHONY: layers
+layers: $(STAMP) ## Who may import whom
+	@$(BIN)/lint-imports --no-cache
+
+.PHONY: bench
+bench: $(STAMP) ## Run bench/BENCH=offline, serving or kernels, with flags in ARGS=
+	$(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+##@ The contract
+
+.PHONY: proto
+proto: $(STAMP) ## Generate jaxserve/v1 from proto/
+	@$(BIN)/python .ci/protos.py
+
+.PHONY: proto-check
+proto-check: $(STAMP) ## Check that jaxserve/v1 is what proto/ generates
+	@$(BIN)/python .ci/protos.py --check
+
+.PHONY: proto-lint
+proto-lint: $(STAMP) ## buf lint, and no breaking change against the last release
+	@$(BIN)/buf lint proto
+	@$(BIN)/buf format --diff --exit-code proto
+	@$(BIN)/buf breaking proto --against $(RELEASED)
+
+.PHONY: proto-release
+proto-release: $(STAMP) ## Renew the image of the last release; needs a CHANGELOG entry
+	@$(BIN)/buf build proto --output $(RELEASED)
+
+##@ Longer proofs, run before a change is called done
+
+# Each prove-* target goes here: `prove-NAME: $(STAMP) ## what it proves`.
+
+##@ Upkeep
+
+.PHONY: lock
+lock: $(STAMP) ## Remake the lock from pyproject.toml, for every platform, naming no index
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
+	    --output-file $(LOCK) $(ARGS)
+
+.PHONY: wheel
+wheel: $(STAMP) ## Build dist/jaxserve-*.whl
+	@rm -rf build  # setuptools would pack files that were deleted since the last time
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+.PHONY: clean
+clean: ## Remove what was built, and .venv; the asset cache stays
+	rm -rf $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(STAMP): $(LOCK) pyproject.toml .ci/environment.py
+	@python="$(PYTHON)"; \
+	[ -n "$$python" ] || python=$$(sh .ci/find-python $(LOCK)) || exit 1; \
+	exec "$$python" .ci/environment.py $(VENV)

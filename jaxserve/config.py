@@ -1,0 +1,168 @@
+"""What the operator asked for (``ServeConfig``) and the sizes that follow from the machine.
+
+Two types, so that nothing is patched afterwards: a ``ServeConfig`` may say None ("choose for me"),
+a ``LaunchPlan`` (in ``launch.py``, where the model is known) may not. Flags, fields and JSON keys
+have the same names. Environment variables are read in ``cli/`` only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxserve.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+PAGE_TOKENS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that can be asked for at launch. Checked as a whole; all problems are listed."""
+
+    model: str = "smollm2"
+    """A path, a hub id (``owner/name``), an alias, or ``dummy:NAME`` with random weights."""
+    served_name: str | None = None
+    """The name that requests use; None is derived from ``model``."""
+    mesh: str = "1x1"
+    """DATAxTENSOR, or ``data=1,tensor=1``."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cpu:N`` (N simulated devices) or ``cuda``."""
+    dtype: str = "auto"
+    """Of weights, activations and cache. auto: bfloat16 where it is fast, else float32."""
+    load_format: str = "auto"
+    """``dummy`` takes the checkpoint's config with random weights."""
+    seed: int = 0
+    """Of random weights."""
+    context_tokens: int | None = None
+    """Prompt and answer together at most; None is the model's own window. Small saves table
+    space; large needs pages for at least one such sequence."""
+    max_rows: int = 64
+    """Sequences computed together. Small wastes bandwidth; large makes every step longer."""
+    step_tokens: int = 512
+    """Tokens of one step. Small: prompts take long. Large: running answers stutter meanwhile."""
+    page_tokens: int = 32
+    """Tokens in one page. Small wastes table space; large the tail of every sequence."""
+    kv_memory_fraction: float = 0.9
+    """Share of the memory free after weights and temporaries that becomes pages."""
+    kv_memory_bytes: int | None = None
+    """Bytes of pages per device; overrides the fraction. None on a CPU: the lesser of 2 GiB and a
+    quarter of free memory."""
+    prefix_cache: bool = True
+    """Share pages between requests that start alike."""
+    prompt_logprobs: bool = True
+    """Compile the programs that score prompts."""
+    unroll_layers: bool = False
+    """Compile every layer by itself instead of one loop body: about 12 ms a step faster on CPUs
+    (no slices of stacked weights are copied), and several times slower to compile."""
+    max_waiting_requests: int = 1024
+    """More are refused with RESOURCE_EXHAUSTED."""
+    max_waiting_tokens: int = 1_048_576
+    """Prompt tokens of all waiting requests; more are refused with RESOURCE_EXHAUSTED."""
+    watchdog_s: float = 60.0
+    """No finished step for so long while work waits: NOT_SERVING, then exit code 1."""
+    strict_compile: bool = False
+    """Raise when anything is compiled after ready (for tests)."""
+    chat_template: Path | None = None
+    """A Jinja file instead of the model's own template."""
+    offline: bool = False
+    """Never ask a model hub."""
+    assets_dir: Path
+    """Where ``make assets`` puts pinned weights."""
+    cache_dir: Path
+    """Compiled programs and page counts are remembered here."""
+
+    def __post_init__(self) -> None:
+        problems = [text for ok, text in self._checks() if not ok]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        return [
+            (bool(self.model), "model is empty; give a path, a hub id, an alias or dummy:NAME"),
+            (
+                self.dtype in DTYPES,
+                f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}",
+            ),
+            (
+                self.load_format in LOAD_FORMATS,
+                f"load_format is {self.load_format!r}; choose one of {', '.join(LOAD_FORMATS)}",
+            ),
+            (
+                self.context_tokens is None or self.context_tokens >= 2,
+                f"context_tokens is {self.context_tokens}; at least 2 are needed",
+            ),
+            (1 <= self.max_rows <= 4096, f"max_rows is {self.max_rows}; choose 1 to 4096"),
+            (
+                16 <= self.step_tokens <= 65_536,
+                f"step_tokens is {self.step_tokens}; choose 16 to 65536",
+            ),
+            (
+                self.step_tokens > self.max_rows,
+                f"step_tokens is {self.step_tokens} and max_rows {self.max_rows}; prompts need "
+                "room beside the decode rows: make step_tokens larger",
+            ),
+            (
+                self.page_tokens in PAGE_TOKENS,
+                f"page_tokens is {self.page_tokens}; choose one of "
+                f"{', '.join(map(str, PAGE_TOKENS))}",
+            ),
+            (
+                0 < self.kv_memory_fraction <= 1,
+                f"kv_memory_fraction is {self.kv_memory_fraction:g}; choose above 0, at most 1",
+            ),
+            (
+                self.kv_memory_bytes is None or self.kv_memory_bytes > 0,
+                f"kv_memory_bytes is {self.kv_memory_bytes}; give a number of bytes above 0",
+            ),
+            (
+                self.max_waiting_requests >= 1,
+                f"max_waiting_requests is {self.max_waiting_requests}; at least 1",
+            ),
+            (
+                self.max_waiting_tokens >= 1,
+                f"max_waiting_tokens is {self.max_waiting_tokens}; at least 1",
+            ),
+            (self.watchdog_s > 0, f"watchdog_s is {self.watchdog_s:g}; give seconds above 0"),
+        ]
+
+
+def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:
+    """Row counts that get a decode program: factors of 4 while small, then doublings.
+
+    >>> decode_buckets(64, 1)
+    (1, 4, 16, 32, 64)
+    >>> decode_buckets(10, 1)
+    (1, 4, 10)
+    """
+    buckets: list[int] = []
+    size = smallest
+    while size < max_rows:
+        buckets.append(size)
+        size *= 4 if size < 16 else 2
+    return (*buckets, max_rows)
+
+
+def prefill_buckets(step_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(rows, tokens) that get a prefill program: powers of two, and one for many short prompts.
+
+    >>> prefill_buckets(256)
+    ((1, 16), (1, 64), (1, 128), (1, 256), (8, 32))
+    """
+    single = [size for size in (16, 64, 128, 256, 512, 1024, 2048) if size < step_tokens]
+    buckets = [(1, size) for size in (*single, step_tokens)]
+    if step_tokens >= 8 * 32:
+        buckets.append((8, 32))
+    return tuple(sorted(buckets, key=lambda bucket: bucket[0] * bucket[1]))
+
+
+def score_buckets(prefill: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Prefill buckets that also get a scoring program: one small, one large.
+
+    >>> score_buckets(prefill_buckets(512))
+    ((1, 64), (1, 512))
+    """
+    single = [bucket for bucket in prefill if bucket[0] == 1]
+    small = next((bucket for bucket in single if bucket[1] >= 64), single[-1])
+    return tuple(sorted({small, single[-1]}))

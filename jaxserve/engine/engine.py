@@ -1,0 +1,504 @@
+"""The engine: one thread that drains the inbox, plans, dispatches and publishes.
+
+    submit ─inbox─> [ drain, plan, pack, dispatch(n), wait(n-1), publish(n-1) ] ──> streams
+
+One step is in flight: step n is dispatched before step n-1 is read, so the device works while
+Python thinks. ``run_once`` is one turn of that loop; the thread calls it for ever, the simulator
+calls it by hand. What other threads may touch is the inbox, the door (``admission.py``) and the
+streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from jaxserve.engine.admission import Admission, EngineLimits, describe
+from jaxserve.engine.publish import Publisher, StepHandle
+from jaxserve.engine.request import FinishReason, Request
+from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler, SchedulerConfig, StepPlan
+from jaxserve.engine.sequence import LiveRequest, LiveSequence
+from jaxserve.engine.stats import EngineStats, RateMeter
+from jaxserve.engine.step import MAX_END_TOKENS, RowTable, StepInputs, StepShape, pack_step
+from jaxserve.engine.stream import TokenStream, Waker
+from jaxserve.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    RequestCancelledError,
+    RequestFailedError,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_STEP_FAILURES = 3  # In a row; then the device is taken for lost and the engine ends.
+PHASES: tuple[str, ...] = ("plan", "pack", "dispatch", "wait", "publish")
+STUCK_POLL_S = 0.05
+"""How often to look again when requests are live and yet nothing can be done for them. No state
+is known in which that lasts; if there is one, it must neither spin nor sleep for ever."""
+
+
+class Runner(Protocol):
+    """The device side of a step."""
+
+    def dispatch(self, inputs: StepInputs) -> StepHandle:
+        """Starts a step without waiting for it."""
+        ...
+
+    def reset(self) -> None:
+        """Makes the pool and the per-row state anew after a step raised; contents are lost."""
+        ...
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Programs compiled since the runner said it was ready."""
+        ...
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the engine can answer, and why not."""
+
+    serving: bool
+    detail: str
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: StepPlan
+    inputs: StepInputs
+    handle: StepHandle
+
+
+class Engine:
+    """See the top of this file. ``submit``, ``abort``, ``stats``, ``health`` from any thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        scheduler: SchedulerConfig,
+        shape: StepShape,
+        limits: EngineLimits,
+        end_ids: Sequence[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Makes an engine that does not run yet.
+
+        Args:
+            runner: the device side.
+            scheduler: bounds of a step and of the pool.
+            shape: the compiled shapes; they have to take whatever the scheduler may plan.
+            limits: bounds of a request and of the queue.
+            end_ids: the model's end tokens; at most ``MAX_END_TOKENS``.
+            clock: seconds, monotonic; deadlines are on it.
+        """
+        _check_fit(scheduler, shape, limits, end_ids)
+        self.limits = limits
+        self.scheduler = Scheduler(scheduler)
+        self._runner = runner
+        self._table = RowTable(shape)
+        self._end_ids = frozenset(end_ids)
+        self._publisher = Publisher(self.scheduler)
+        self._clock = clock
+        self._admission = Admission(limits)
+        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._work = threading.Event()
+        self._numbers = itertools.count()
+        self._deadlines: list[tuple[float, int, LiveRequest]] = []
+        self._in_flight: _InFlight | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._failures = 0
+        self._progress_s = clock()
+        self._steps = self._places = self._tokens = 0
+        self._phase_seconds = {phase: 0.0 for phase in PHASES}
+        self._rate = RateMeter()
+        self._pages_seen = (self.scheduler.pool.free, 0)
+        """(free, cached) after the last turn: one tuple, so that a reader sees one instant."""
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def submit(self, request: Request, waker: Waker) -> TokenStream:
+        """Takes a request in, without waiting.
+
+        Raises:
+            InvalidRequestError: a value that no retry can make right (also PromptTooLongError and
+                DuplicateRequestError).
+            QueueFullError: a bound of the queue is reached; retry later.
+            DrainingError: the server is shutting down; retry elsewhere.
+            DeadlineExceededError: the deadline is already past.
+            EngineDeadError: the engine has ended.
+        """
+        limits = self.limits
+        request.validate(
+            vocab_size=limits.vocab_size,
+            context_tokens=limits.context_tokens,
+            prompt_logprobs=limits.prompt_logprobs,
+        )
+        now = self._clock()
+        if request.deadline_s is not None and request.deadline_s <= now:
+            raise DeadlineExceededError(request.request_id, 0)
+        live = self._make_live(request, waker, now)
+        if self._admission.admit(live):
+            self._progress_s = now  # The watchdog counts from the first work after idleness.
+        self._send(self._enqueue, live)
+        return live.stream
+
+    def abort(self, request_id: str) -> None:
+        """Ends a live request with CANCELLED.
+
+        Raises:
+            RequestNotFoundError: no live request has this id.
+        """
+        self._send(self._cancel, self._admission.find(request_id))
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; accepted ones go on."""
+        self._admission.drain()
+
+    @property
+    def draining(self) -> bool:
+        """True after ``drain`` or ``stop``."""
+        return self._admission.draining
+
+    @property
+    def idle(self) -> bool:
+        """True when no accepted request is left."""
+        return not self._admission.live
+
+    @property
+    def dead(self) -> BaseException | None:
+        """What ended the engine, if anything did."""
+        return self._admission.dead
+
+    def health(self) -> Health:
+        """Truthful health: a step finished recently, or there was nothing to do."""
+        if self.dead is not None:
+            return Health(False, f"the engine has ended: {describe(self.dead)}")
+        if self.draining:
+            return Health(False, "draining")
+        age = self._progress_age_s()
+        if age > self.limits.watchdog_s:
+            return Health(False, f"no step has finished for {age:.0f} s while work is waiting")
+        return Health(True, "serving")
+
+    def stats(self) -> EngineStats:
+        """Returns a snapshot. Pages add up; other numbers may be a step apart."""
+        now = self._clock()
+        scheduler, admission, publisher = self.scheduler, self._admission, self._publisher
+        total = scheduler.pool.total
+        free, cached = self._pages_seen
+        prefix = scheduler.prefix
+        return EngineStats(
+            rows_running=len(scheduler.running),
+            rows_max=scheduler.config.max_rows,
+            # The queue also holds choices of requests that have been scheduled: preempted ones,
+            # and those that share the first one's prompt.
+            requests_waiting=max(admission.waiting, scheduler.waiting),
+            tokens_waiting=admission.waiting_tokens,
+            pages_total=total,
+            pages_free=free,
+            pages_used=total - free - cached,
+            pages_cached=cached,
+            page_tokens=scheduler.config.page_tokens,
+            queue_age_seconds=admission.queue_age_s(now),
+            output_tokens_per_second=self._rate.rate(now),
+            prompt_tokens_total=publisher.prompt_tokens,
+            output_tokens_total=publisher.output_tokens,
+            requests_accepted_total=admission.accepted,
+            requests_finished_total=dict(publisher.finish_counts),
+            requests_rejected_total=admission.rejected,
+            preemptions_total=scheduler.preemptions,
+            steps_total=self._steps,
+            prefix_hit_rate=prefix.hit_tokens / max(1, prefix.lookup_tokens),
+            compiles_after_ready=self._runner.compiles_after_ready,
+            padding_waste=1.0 - self._tokens / self._places if self._places else 0.0,
+            phase_seconds_total=dict(self._phase_seconds),
+            last_step_age_seconds=self._progress_age_s(),
+            healthy=self.health().serving,
+            draining=self.draining,
+        )
+
+    def _progress_age_s(self) -> float:
+        return 0.0 if self.idle else max(0.0, self._clock() - self._progress_s)
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the loop thread."""
+        assert self._thread is None, "the engine runs already"
+        self._progress_s = self._clock()
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop; whatever still runs is cancelled. Safe to call again."""
+        self._admission.drain()
+        self._stopping = True
+        self._work.set()
+        if self._thread is None:
+            self._cancel_all()
+        else:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.run_once():
+                    self._work.wait(None if self.idle else STUCK_POLL_S)
+                    self._work.clear()
+            self._cancel_all()
+        except BaseException as error:
+            logger.exception("the engine thread has ended")
+            self._die(error)
+
+    def run_once(self) -> bool:
+        """Takes one turn of the loop; returns False when there was nothing to do."""
+        worked = self._drain_inbox()
+        if self.idle and self._in_flight is None:
+            return worked
+        now = self._clock()
+        self._expire(now)
+        plan = self._plan(now)
+        previous, self._in_flight = self._in_flight, None
+        failure = None if plan.empty else self._dispatch(plan)
+        if previous is not None:
+            self._publish(previous)
+        if failure is not None:
+            self._step_failed(plan, failure)
+        self._deliver()
+        return worked or previous is not None or not plan.empty
+
+    def _plan(self, now: float) -> StepPlan:
+        start = time.perf_counter()
+        plan = self.scheduler.plan(now)
+        if plan.admitted:
+            self._admission.scheduled(sequence.live for sequence in plan.admitted)
+        self._timed("plan", start)
+        return plan
+
+    def _dispatch(self, plan: StepPlan) -> Exception | None:
+        """Puts a step in flight, or returns what it raised."""
+        start = time.perf_counter()
+        try:
+            inputs = pack_step(plan, self._table)
+            packed = self._timed("pack", start)
+            handle = self._runner.dispatch(inputs)
+        except Exception as error:
+            return error
+        self._timed("dispatch", packed)
+        self._places += inputs.token_places
+        self._tokens += inputs.tokens
+        self._in_flight = _InFlight(plan, inputs, handle)
+        return None
+
+    def _publish(self, step: _InFlight) -> None:
+        start = time.perf_counter()
+        try:
+            result = step.handle.wait()
+        except Exception as error:
+            self._step_failed(step.plan, error)
+            return
+        waited = self._timed("wait", start)
+        now = self._clock()
+        before = self._publisher.output_tokens
+        self._publisher.publish(step.plan, step.inputs.calls, result, now)
+        self._rate.add(now, self._publisher.output_tokens - before)
+        self._steps += 1
+        self._failures = 0
+        self._progress_s = now
+        self._timed("publish", waited)
+
+    def _deliver(self) -> None:
+        finished = self._publisher.finished_requests
+        if finished:
+            self._admission.forget(finished)
+            finished.clear()
+        pool = self.scheduler.pool
+        self._pages_seen = (pool.free, pool.cached)
+        self._publisher.wake()
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+        """Fails the requests of a step that raised; the others are computed again."""
+        logger.error("a step failed; its requests are ended", exc_info=error)
+        self._failures += 1
+        if self._failures >= MAX_STEP_FAILURES:
+            raise error
+        now = self._clock()
+        for sequence in plan.sequences():
+            live = sequence.live
+            failure = RequestFailedError(live.request.request_id, "the step it was part of raised")
+            self._publisher.finish_request(live, FinishReason.ERROR, now, failure)
+        # The pool was donated to the step and may be gone: start from an empty one, and drop the
+        # step that was dispatched on top of it.
+        self._in_flight = None
+        self.scheduler.preempt_all()
+        self._runner.reset()
+
+    def _timed(self, phase: str, start: float) -> float:
+        now = time.perf_counter()
+        self._phase_seconds[phase] += now - start
+        return now
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _send(self, action: Callable[..., None], *arguments: Any) -> None:
+        self._inbox.append((action, arguments))
+        self._work.set()
+
+    def _drain_inbox(self) -> bool:
+        worked = bool(self._inbox)
+        while self._inbox:
+            action, arguments = self._inbox.popleft()
+            action(*arguments)
+        return worked
+
+    def _enqueue(self, live: LiveRequest) -> None:
+        if live.open_choices:
+            if live.request.deadline_s is not None:
+                self._watch_deadline(live, live.request.deadline_s)
+            self.scheduler.enqueue(live.sequences[0])
+
+    def _cancel(self, live: LiveRequest) -> None:
+        error = RequestCancelledError(live.request.request_id)
+        self._publisher.finish_request(live, FinishReason.CANCELLED, self._clock(), error)
+
+    def _stop_choice(self, live: LiveRequest, choice: int) -> None:
+        self._publisher.finish(live.sequences[choice], FinishReason.STOP, self._clock())
+
+    def _watch_deadline(self, live: LiveRequest, deadline_s: float) -> None:
+        # Entries of requests that ended in time are dropped when they outnumber the live ones.
+        if len(self._deadlines) > 64 and len(self._deadlines) > 2 * self._admission.live:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].open_choices]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline_s, live.number, live))
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            live = heapq.heappop(self._deadlines)[2]
+            if live.open_choices:
+                output = sum(sequence.output_tokens for sequence in live.sequences)
+                error = DeadlineExceededError(live.request.request_id, output)
+                self._publisher.finish_request(live, FinishReason.DEADLINE, now, error)
+
+    # -- beginnings and endings ----------------------------------------------------------------
+
+    def _make_live(self, request: Request, waker: Waker, now: float) -> LiveRequest:
+        sampling = request.sampling
+        number = next(self._numbers)
+        stream = TokenStream(
+            request.request_id,
+            sampling.n,
+            waker,
+            on_close=partial(self._close_stream, number),
+            on_stop=partial(self._stop_stream, number),
+        )
+        shared = self.scheduler.config.prefix_cache
+        ends = frozenset[int]() if sampling.ignore_eos else self._end_ids
+        live = LiveRequest(
+            number=number,
+            request=request,
+            stream=stream,
+            seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            accepted_s=now,
+            # With the cache off only the choices of one request share pages.
+            salt=f"shared/{request.cache_salt}" if shared else f"request/{number}",
+            stop_ids=ends.union(sampling.stop_token_ids),
+            open_choices=sampling.n,
+        )
+        prompt = len(request.prompt)
+        total = self.limits.context_tokens
+        if sampling.max_tokens is not None:
+            total = min(total, prompt + sampling.max_tokens)
+        order = now + request.priority * PRIORITY_SECONDS
+        live.sequences = [
+            LiveSequence(
+                live=live,
+                choice=choice,
+                rank=(order, number, choice),
+                tokens=[*request.prompt, *request.resume],
+                prompt_tokens=prompt,
+                max_total=total,
+            )
+            for choice in range(sampling.n)
+        ]
+        if sampling.prompt_logprobs is not None:
+            live.sequences[0].prompt_logprobs = [None]
+        return live
+
+    def _close_stream(self, number: int, request_id: str) -> None:
+        # The number tells this request from a later one with the same id.
+        live = self._admission.get(request_id)
+        if live is not None and live.number == number:
+            self._send(self._cancel, live)
+
+    def _stop_stream(self, number: int, request_id: str, choice: int) -> None:
+        live = self._admission.get(request_id)
+        if live is not None and live.number == number:
+            self._send(self._stop_choice, live, choice)
+
+    def _cancel_all(self) -> None:
+        self._drain_inbox()
+        for live in self._admission.live_requests():
+            self._cancel(live)
+        self._deliver()
+        if self._in_flight is not None:
+            # The runner is closed next, and the device must not be using it then.
+            with contextlib.suppress(Exception):
+                self._in_flight.handle.wait()
+            self._in_flight = None
+
+    def _die(self, cause: BaseException) -> None:
+        self._admission.die(cause)
+        error = EngineDeadError(describe(cause))
+        orphans = self._admission.live_requests()
+        for live in orphans:
+            self._publisher.abandon(live, self._clock(), error)
+        self._publisher.finished_requests.clear()
+        self._admission.forget(orphans)
+        self._publisher.wake()
+
+    def check_integrity(self) -> None:
+        """Verifies the ledger, and that an idle engine holds nothing; engine thread or stopped."""
+        self.scheduler.check_integrity()
+        self._admission.check_integrity()
+        if self.idle:
+            assert not self.scheduler.pool.used, f"{self.scheduler.pool.used} pages leaked"
+            assert not self.scheduler.waiting, (
+                f"{self.scheduler.waiting} places in the queue leaked"
+            )
+
+
+def _check_fit(
+    scheduler: SchedulerConfig, shape: StepShape, limits: EngineLimits, end_ids: Sequence[int]
+) -> None:
+    """Refuses parts that do not fit together, before the first request finds out."""
+    if len(end_ids) > MAX_END_TOKENS:
+        raise ValueError(f"end_ids has {len(end_ids)} entries and the limit is {MAX_END_TOKENS}")
+    if shape.max_rows != scheduler.max_rows:
+        raise ValueError(f"{scheduler.max_rows} rows are scheduled and {shape.max_rows} compiled")
+    longest = max((tokens for rows, tokens in shape.prefill_buckets if rows == 1), default=0)
+    if longest < scheduler.step_tokens:
+        raise ValueError(
+            f"a prompt chunk may have step_tokens = {scheduler.step_tokens} tokens and the longest "
+            f"prefill bucket of one row has {longest}; lower step_tokens or add a bucket"
+        )
+    if max(shape.decode_buckets, default=0) < shape.max_rows:
+        raise ValueError(f"no decode bucket has max_rows = {shape.max_rows} rows; add one")
+    room = min(shape.table_width, scheduler.num_pages - 1) * scheduler.page_tokens
+    if limits.context_tokens > room:
+        raise ValueError(
+            f"context_tokens is {limits.context_tokens}, and a page table of {shape.table_width} "
+            f"pages of {scheduler.page_tokens} tokens from a pool of {scheduler.num_pages - 1} "
+            f"holds {room}; lower context_tokens or raise num_pages and table_width"
+        )

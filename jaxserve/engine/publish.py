@@ -1,0 +1,277 @@
+"""Turns the result of a step into events: the host half of a token's life after the device.
+
+Decides when a choice ends (end token, stop token, length, a poisoned row), commits computed
+positions to the scheduler, and collects the streams that have to be woken. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jaxserve.engine.request import (
+    MAX_LOGPROBS,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    StartedEvent,
+    Timing,
+    TokenEvent,
+    TokenLogprobs,
+)
+from jaxserve.engine.scheduler import Chunk, Scheduler, StepPlan
+from jaxserve.engine.sequence import LiveRequest, LiveSequence
+from jaxserve.engine.step import NO_TOKEN_LEFT, ProgramCall
+from jaxserve.engine.stream import TokenStream, Waker
+from jaxserve.errors import RequestFailedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the device said about one step."""
+
+    rows: np.ndarray
+    """int32 [max_rows + 1, RESULT_COLUMNS]: the newest sample of every device row."""
+    scores: list[np.ndarray | None]
+    """Per program call: None, or int32 [T, RESULT_COLUMNS], the token after each place."""
+
+
+class StepHandle(Protocol):
+    """A dispatched step."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the step has run; raises what it raised."""
+        ...
+
+
+class Publisher:
+    """Delivers events and finishes choices."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        """Reports to ``scheduler`` what was computed and what has ended."""
+        self._scheduler = scheduler
+        self._touched: dict[int, tuple[Waker, list[TokenStream]]] = {}
+        self.finished_requests: list[LiveRequest] = []
+        """Requests whose last choice ended since the engine last took them out."""
+        self.finish_counts = {reason.value: 0 for reason in FinishReason}
+        self.output_tokens = 0
+        self.prompt_tokens = 0
+
+    def publish(
+        self, plan: StepPlan, calls: list[ProgramCall], result: StepResult, now: float
+    ) -> None:
+        """Publishes a step that has run; sequences that ended meanwhile are passed over."""
+        rows = result.rows
+        tokens: list[int] = rows[:, 0].tolist()
+        for call, scores in zip(calls, result.scores, strict=True):
+            if scores is not None:
+                self._collect_scores(call.chunks[0], scores)
+        for chunk in plan.chunks:
+            if not chunk.sequence.done:
+                self._publish_chunk(chunk, tokens[chunk.row], rows[chunk.row], now)
+        for sequence, row, position in zip(
+            plan.decode, plan.decode_rows, plan.decode_positions, strict=True
+        ):
+            if not sequence.done:
+                self._publish_token(sequence, row, position + 1, tokens[row], rows[row], now)
+
+    def _publish_chunk(self, chunk: Chunk, token: int, line: np.ndarray, now: float) -> None:
+        sequence = chunk.sequence
+        live = sequence.live
+        end = chunk.start + chunk.count
+        self.prompt_tokens += chunk.count
+        if not live.started and (sequence.prompt_logprobs is None or chunk.last):
+            self._start(sequence)
+        if not chunk.last:
+            if sequence.row == chunk.row:
+                self._scheduler.commit(sequence, end)
+            return
+        self._publish_token(sequence, chunk.row, end, token, line, now)
+
+    def _start(self, sequence: LiveSequence) -> None:
+        live = sequence.live
+        live.started = True
+        scores, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        event = StartedEvent(
+            live.request.request_id,
+            live.seed,
+            live.cached_tokens,
+            None if scores is None else tuple(scores),
+        )
+        self.put(live.stream, event)
+
+    def _publish_token(
+        self,
+        sequence: LiveSequence,
+        row: int,
+        committed: int,
+        token: int,
+        line: np.ndarray,
+        now: float,
+    ) -> None:
+        """Publishes the token that followed ``committed`` computed positions."""
+        live = sequence.live
+        if token < 0:
+            self._fail(sequence, token, now)
+            return
+        # Preempted since the step was planned: the token is good, the pages are gone. (It cannot
+        # have come back to the same row: admission waits for this publication.)
+        if sequence.row == row:
+            self._scheduler.commit(sequence, committed)
+        if not live.choices_queued:
+            self._queue_choices(live)
+        tokens = sequence.tokens
+        tokens.append(token)
+        self.output_tokens += 1
+        if live.first_token_s is None:
+            live.first_token_s = now
+        sampling = live.request.sampling
+        wanted = sampling.logprobs
+        output = len(tokens) - sequence.prompt_tokens
+        logprobs = None if wanted is None else read_logprobs(line, wanted)
+        event = TokenEvent(sequence.choice, output - 1, token, logprobs)
+        if live.stream.put(event, ends_choice=False):
+            self._touch(live.stream)
+        if token in live.stop_ids and output > sampling.min_tokens:
+            self.finish(sequence, FinishReason.STOP, now, stop_token_id=token)
+        elif len(tokens) >= sequence.max_total:
+            self.finish(sequence, FinishReason.LENGTH, now)
+
+    def _queue_choices(self, live: LiveRequest) -> None:
+        """Queues the other choices of a request, for which the first one's prompt is there now."""
+        live.choices_queued = True
+        for sequence in live.sequences[1:]:
+            if not sequence.done:
+                self._scheduler.enqueue(sequence)
+
+    def _fail(self, sequence: LiveSequence, token: int, now: float) -> None:
+        if token == NO_TOKEN_LEFT:
+            why = "min_tokens, allowed and banned tokens leave no token to choose"
+        else:
+            why = "the model's logits are not finite"
+            self._scheduler.distrust(sequence)
+        error = RequestFailedError(sequence.live.request.request_id, why)
+        self.finish(sequence, FinishReason.ERROR, now, error=error)
+
+    def _collect_scores(self, chunk: Chunk, scores: np.ndarray) -> None:
+        sequence = chunk.sequence
+        collected = sequence.prompt_logprobs
+        # Ended or preempted since then; after a preemption the collection starts from the front.
+        if collected is None or sequence.row != chunk.row:
+            return
+        wanted = sequence.live.request.sampling.prompt_logprobs or 0
+        end = min(chunk.start + chunk.count, sequence.prompt_tokens - 1)
+        collected.extend(read_logprobs(scores[place], wanted) for place in range(end - chunk.start))
+
+    # -- endings -------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        sequence: LiveSequence,
+        reason: FinishReason,
+        now: float,
+        *,
+        error: Exception | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """Ends one choice: its pages are free at once, its stream hears why."""
+        if not sequence.done:
+            self._scheduler.finish(sequence)
+            self._end(sequence, reason, now, error, stop_token_id)
+            live = sequence.live
+            if live.open_choices == 0:
+                self.finished_requests.append(live)
+            elif not live.choices_queued:
+                # Ended before its prompt was computed; the others do without.
+                self._queue_choices(live)
+
+    def finish_request(
+        self, live: LiveRequest, reason: FinishReason, now: float, error: Exception
+    ) -> None:
+        """Ends every open choice of a request."""
+        live.choices_queued = True
+        for sequence in live.sequences:
+            self.finish(sequence, reason, now, error=error)
+
+    def abandon(self, live: LiveRequest, now: float, error: Exception) -> None:
+        """Tells a stream that the engine is dead; touches nothing that may be broken."""
+        for sequence in live.sequences:
+            if not sequence.done:
+                sequence.done = True
+                self._end(sequence, FinishReason.ERROR, now, error, None)
+
+    def _end(
+        self,
+        sequence: LiveSequence,
+        reason: FinishReason,
+        now: float,
+        error: Exception | None,
+        stop_token_id: int | None,
+    ) -> None:
+        live = sequence.live
+        live.open_choices -= 1
+        self.finish_counts[reason.value] += 1
+        event = FinishedEvent(
+            choice=sequence.choice,
+            reason=reason,
+            prompt_tokens=sequence.prompt_tokens,
+            output_tokens=sequence.output_tokens,
+            cached_tokens=live.cached_tokens,
+            timing=timing(live, now),
+            error=error,
+            stop_token_id=stop_token_id,
+        )
+        self.put(live.stream, event, ends_choice=True)
+
+    # -- waking --------------------------------------------------------------------------------
+
+    def put(self, stream: TokenStream, event: Event, *, ends_choice: bool = False) -> None:
+        """Appends an event and remembers whom to wake."""
+        if stream.put(event, ends_choice=ends_choice):
+            self._touch(stream)
+
+    def _touch(self, stream: TokenStream) -> None:
+        waker = stream.waker
+        entry = self._touched.get(id(waker))
+        if entry is None:
+            self._touched[id(waker)] = (waker, [stream])
+        else:
+            entry[1].append(stream)
+
+    def wake(self) -> None:
+        """Wakes every reader whose stream was empty before."""
+        if self._touched:
+            touched, self._touched = self._touched, {}
+            for waker, streams in touched.values():
+                try:
+                    waker.wake(streams)
+                except Exception:
+                    # A front end that is going away must not take the engine with it.
+                    logger.exception("waking the readers of %d streams failed", len(streams))
+
+
+def timing(live: LiveRequest, now: float) -> Timing:
+    """Returns the queue, first-token and total time of a request so far."""
+    start = live.accepted_s
+    return Timing(
+        queue_s=(now if live.scheduled_s is None else live.scheduled_s) - start,
+        first_token_s=0.0 if live.first_token_s is None else live.first_token_s - start,
+        total_s=now - start,
+    )
+
+
+def read_logprobs(line: np.ndarray, alternatives: int) -> TokenLogprobs:
+    """Reads one result line (see ``step.RESULT_COLUMNS``)."""
+    ids = line[3 : 3 + alternatives]
+    values = line[3 + MAX_LOGPROBS : 3 + MAX_LOGPROBS + alternatives].view(np.float32)
+    return TokenLogprobs(
+        logprob=float(line[1:2].view(np.float32)[0]),
+        rank=int(line[2]),
+        top_ids=tuple(ids.tolist()),
+        top_logprobs=tuple(values.tolist()),
+    )

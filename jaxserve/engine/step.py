@@ -1,0 +1,308 @@
+"""StepPlan to StepInputs: packs the rows of a step into bucket-shaped int32 buffers.
+
+A step is one or more program calls, all of which the device runs in order: at most one decode
+call, then the prompt chunks grouped into prefill calls. Every call takes one packed buffer, one
+line per row of its bucket:
+
+    decode   [B, columns + W]            row data, then the page table
+    prefill  [R, columns + W + T + 1]    the same, then T tokens and the token after each
+
+The row data of running sequences lives in ``RowTable``, a persistent array with one line per
+device row, so packing is a gather and three column writes. Floats travel as their bit patterns.
+Lines that pad a bucket belong to the null row, have length 0 and point at the null page.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.engine.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxserve.engine.scheduler import Chunk, StepPlan
+from jaxserve.engine.sequence import LiveSequence
+
+MAX_END_TOKENS = 8
+MAX_SUPPRESSED = MAX_STOP_TOKEN_IDS + MAX_END_TOKENS
+RESULT_COLUMNS = 3 + 2 * MAX_LOGPROBS
+"""Of a result line: token, log-probability bits, rank, then ids and log-probability bits."""
+
+POISONED_TOKEN = -1
+"""Sampled when a row's logits hold a NaN or an infinity."""
+NO_TOKEN_LEFT = -2
+"""Sampled when the request's own rules leave no token."""
+
+
+class Column(enum.IntEnum):
+    """Columns of a packed line. ``*_BITS`` hold the bits of a float32."""
+
+    ROW = 0
+    START = 1
+    """Position of the line's first token."""
+    LENGTH = 2
+    """Tokens that are not padding; 0 for a padding line."""
+    SAMPLES = 3
+    """1 when the last token's logits choose a new token."""
+    SUPPRESS_STOP = 4
+    """1 while ``min_tokens`` is not reached."""
+    USES_COUNTS = 5
+    USES_BIAS = 6
+    SEED_LOW = 7
+    SEED_HIGH = 8
+    CHOICE = 9
+    TOP_K = 10
+    LOGPROBS = 11
+    """Alternatives to report; -1 for no log-probabilities at all."""
+    TEMPERATURE_BITS = 12
+    TOP_P_BITS = 13
+    MIN_P_BITS = 14
+    PRESENCE_BITS = 15
+    FREQUENCY_BITS = 16
+    REPETITION_BITS = 17
+    SUPPRESSED = 18
+    """First of ``MAX_SUPPRESSED`` columns: end and stop tokens, padded with -1."""
+
+
+COLUMNS = int(Column.SUPPRESSED) + MAX_SUPPRESSED
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The compiled shapes that steps are packed into."""
+
+    max_rows: int
+    table_width: int
+    """Pages per sequence at most."""
+    vocab_size: int
+    decode_buckets: tuple[int, ...]
+    """Rows, ascending; the largest is at least ``max_rows``."""
+    prefill_buckets: tuple[tuple[int, int], ...]
+    """(rows, tokens per row), ascending by their product."""
+    score_buckets: tuple[tuple[int, int], ...] = ()
+    """Those that also have a program that scores prompts; empty when prompts cannot be scored."""
+
+    @property
+    def null_row(self) -> int:
+        """The device row that padding lines use."""
+        return self.max_rows
+
+    @property
+    def line_columns(self) -> int:
+        """Columns of a line without its tokens: row data and page table."""
+        return COLUMNS + self.table_width
+
+
+@dataclass(slots=True)
+class ProgramCall:
+    """One call of one compiled program."""
+
+    kind: str
+    """``decode``, ``prefill`` or ``score`` (prefill that also scores every prompt position)."""
+    bucket: tuple[int, int]
+    """(rows, tokens per row)."""
+    buffer: np.ndarray
+    """int32, see the top of this file."""
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    """For prefill and score: the chunk of each line."""
+
+
+@dataclass(slots=True)
+class RowSetup:
+    """Dense per-row state of requests that use penalties, biases or token lists."""
+
+    row: int
+    counts: np.ndarray
+    """int32 [V]: output occurrences; bit 30 is set for tokens of the prompt."""
+    bias: np.ndarray
+    """float32 [V]: added to the logits; minus infinity bans."""
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """Everything that ``Runner.dispatch`` needs for one step."""
+
+    calls: list[ProgramCall]
+    setups: list[RowSetup]
+    token_places: int
+    """Token places that the programs compute, padding included."""
+    tokens: int
+    """Those that are real."""
+
+
+SEEN_IN_PROMPT = 1 << 30
+
+
+class RowTable:
+    """One packed line per device row, kept up to date as sequences come and grow."""
+
+    def __init__(self, shape: StepShape) -> None:
+        """Makes lines that belong to nobody, and the null row's, which never changes."""
+        self.shape = shape
+        self.lines = np.zeros((shape.max_rows + 1, shape.line_columns), np.int32)
+        self.lines[:, Column.ROW] = np.arange(shape.max_rows + 1)
+        self.lines[:, Column.SUPPRESSED : COLUMNS] = -1
+        self._min_output = np.zeros(shape.max_rows + 1, np.int64)
+
+    def admit(self, sequence: LiveSequence) -> RowSetup | None:
+        """Fills the line of a sequence's row; returns its dense state when it needs one."""
+        line = self.lines[sequence.row]
+        sampling = sequence.live.request.sampling
+        line[Column.START : COLUMNS] = 0
+        line[Column.SUPPRESSED : COLUMNS] = -1
+        seed = sequence.live.seed
+        line[Column.SEED_LOW] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
+        line[Column.SEED_HIGH] = np.uint32(seed >> 32).view(np.int32)
+        line[Column.CHOICE] = sequence.choice
+        line[Column.TOP_K] = min(sampling.top_k, self.shape.vocab_size)
+        line[Column.LOGPROBS] = -1 if sampling.logprobs is None else sampling.logprobs
+        line[Column.TEMPERATURE_BITS : Column.SUPPRESSED] = np.array(
+            [
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.presence_penalty,
+                sampling.frequency_penalty,
+                sampling.repetition_penalty,
+            ],
+            np.float32,
+        ).view(np.int32)
+        stops = sorted(sequence.live.stop_ids)
+        line[Column.SUPPRESSED : Column.SUPPRESSED + len(stops)] = stops
+        self._min_output[sequence.row] = sampling.min_tokens
+        uses_counts, uses_bias = _uses_counts(sampling), _uses_bias(sampling)
+        line[Column.USES_COUNTS] = uses_counts
+        line[Column.USES_BIAS] = uses_bias
+        table = line[COLUMNS:]
+        table[:] = 0
+        table[: len(sequence.pages)] = sequence.pages
+        if not (uses_counts or uses_bias):
+            return None
+        vocab = self.shape.vocab_size
+        return RowSetup(
+            sequence.row,
+            _counts(sequence, vocab) if uses_counts else np.zeros(vocab, np.int32),
+            _bias(sampling, vocab) if uses_bias else np.zeros(vocab, np.float32),
+        )
+
+    def grow(self, row: int, index: int, page: int) -> None:
+        """Appends a page to a row's table."""
+        self.lines[row, COLUMNS + index] = page
+
+    def min_output(self, rows: list[int]) -> np.ndarray:
+        """``min_tokens`` of each row, int64."""
+        return self._min_output[rows]
+
+
+def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
+    """Packs a plan into program calls, and brings the row table up to date with it."""
+    setups: list[RowSetup] = []
+    for sequence in plan.admitted:
+        setup = table.admit(sequence)
+        if setup is not None:
+            setups.append(setup)
+    for row, index, page in plan.grown:
+        table.grow(row, index, page)
+    calls = [_pack_decode(plan, table)] if plan.decode else []
+    calls += [_pack_prefill(group, bucket, table) for bucket, group in _group(plan, table.shape)]
+    places = sum(call.bucket[0] * call.bucket[1] for call in calls)
+    tokens = len(plan.decode) + sum(chunk.count for chunk in plan.chunks)
+    return StepInputs(calls, setups, places, tokens)
+
+
+def _pack_decode(plan: StepPlan, table: RowTable) -> ProgramCall:
+    rows = plan.decode_rows
+    count = len(rows)
+    bucket = next(size for size in table.shape.decode_buckets if size >= count)
+    buffer = _padding(bucket, table, 0)
+    buffer[:count] = table.lines[rows]
+    buffer[:count, Column.START] = plan.decode_positions
+    buffer[:count, Column.LENGTH] = 1
+    buffer[:count, Column.SAMPLES] = 1
+    # ``sampled`` was raised by planning: the new token is output number ``sampled - 1``.
+    outputs = np.fromiter((sequence.sampled for sequence in plan.decode), np.int64, count)
+    buffer[:count, Column.SUPPRESS_STOP] = outputs <= table.min_output(rows)
+    return ProgramCall("decode", (bucket, 1), buffer)
+
+
+def _pack_prefill(chunks: list[Chunk], bucket: tuple[int, int], table: RowTable) -> ProgramCall:
+    tokens_per_row = bucket[1]
+    buffer = _padding(bucket[0], table, tokens_per_row + 1)
+    first = table.shape.line_columns
+    for line, chunk in zip(buffer, chunks, strict=False):
+        sequence = chunk.sequence
+        line[:first] = table.lines[chunk.row]
+        line[Column.START] = chunk.start
+        line[Column.LENGTH] = chunk.count
+        line[Column.SAMPLES] = chunk.last
+        line[Column.SUPPRESS_STOP] = (
+            chunk.last and sequence.sampled <= sequence.live.request.sampling.min_tokens
+        )
+        tokens = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
+        line[first : first + len(tokens)] = tokens
+    kind = "score" if _wants_scores(chunks[0]) else "prefill"
+    return ProgramCall(kind, bucket, buffer, chunks)
+
+
+def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list[Chunk]]]:
+    """Puts chunks into prefill buckets: longest first, so that equals share a call."""
+    groups: list[tuple[tuple[int, int], list[Chunk]]] = []
+    for scores in (False, True):
+        left = sorted(
+            (chunk for chunk in plan.chunks if _wants_scores(chunk) == scores),
+            key=lambda chunk: -chunk.count,
+        )
+        while left:
+            bucket = _bucket_for(left, shape, scores=scores)
+            groups.append((bucket, left[: bucket[0]]))
+            left = left[bucket[0] :]
+    return groups
+
+
+def _bucket_for(chunks: list[Chunk], shape: StepShape, *, scores: bool) -> tuple[int, int]:
+    """The bucket that takes the longest chunk with the fewest places per chunk taken."""
+    buckets = shape.score_buckets if scores else shape.prefill_buckets
+    fitting = [bucket for bucket in buckets if bucket[1] >= chunks[0].count]
+    return min(fitting, key=lambda bucket: bucket[0] * bucket[1] / min(bucket[0], len(chunks)))
+
+
+def _wants_scores(chunk: Chunk) -> bool:
+    sequence = chunk.sequence
+    return sequence.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens - 1
+
+
+def _padding(rows: int, table: RowTable, extra: int) -> np.ndarray:
+    buffer = np.zeros((rows, table.shape.line_columns + extra), np.int32)
+    buffer[:, : table.shape.line_columns] = table.lines[table.shape.null_row]
+    return buffer
+
+
+def _uses_counts(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.repetition_penalty != 1.0
+    )
+
+
+def _uses_bias(sampling: SamplingParams) -> bool:
+    return bool(sampling.logit_bias or sampling.allowed_token_ids or sampling.banned_token_ids)
+
+
+def _counts(sequence: LiveSequence, vocab_size: int) -> np.ndarray:
+    tokens = np.asarray(sequence.tokens, np.int64)
+    prompt, output = tokens[: sequence.prompt_tokens], tokens[sequence.prompt_tokens :]
+    counts = np.bincount(output, minlength=vocab_size).astype(np.int32)
+    counts[prompt] |= SEEN_IN_PROMPT
+    return counts
+
+
+def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
+    bias = np.zeros(vocab_size, np.float32)
+    if sampling.allowed_token_ids:
+        bias[:] = -np.inf
+        bias[list(sampling.allowed_token_ids)] = 0.0
+    for token, value in sampling.logit_bias.items():
+        bias[token] += value
+    bias[list(sampling.banned_token_ids)] = -np.inf
+    return bias

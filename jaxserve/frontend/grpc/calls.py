@@ -1,0 +1,95 @@
+"""The RPCs that are being answered: who is open, who has stalled, and how to end them.
+
+An open call can be ended from outside (the reader stalled, the server stops) with the error that
+its client shall see. Stalls are found by one timer that looks at timestamps, because a timer per
+message would cost as much as sending it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxserve.errors import JaxserveError, SlowReaderError
+
+SWEEPS_PER_STALL = 8
+"""A stalled reader is noticed at most this part of the stall limit late."""
+
+
+class OpenCall:
+    """One RPC whose handler is running."""
+
+    __slots__ = ("_task", "counts", "error", "request_id", "write_started_s")
+
+    def __init__(self, request_id: str, task: asyncio.Task[object], *, counts: bool) -> None:
+        self.request_id = request_id
+        self.counts = counts
+        """Whether a drain waits for it."""
+        self.write_started_s: float | None = None
+        """When the message that the client has not accepted yet was given to gRPC."""
+        self.error: JaxserveError | None = None
+        """Why it was ended from outside, once it was."""
+        self._task = task
+
+    def end(self, error: JaxserveError) -> None:
+        """Makes the handler stop where it waits; it reports ``error``. Loop's thread only."""
+        if self.error is None:
+            self.error = error
+            self._task.cancel()
+
+
+class OpenCalls:
+    """Every open RPC of one server. Belongs to one event loop."""
+
+    def __init__(self, *, stall_timeout_s: float) -> None:
+        self._stall_timeout_s = stall_timeout_s
+        self._calls: set[OpenCall] = set()
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+
+    @contextmanager
+    def open(self, request_id: str, *, counts: bool = True) -> Iterator[OpenCall]:
+        """Registers the running handler for the time of the block."""
+        task = asyncio.current_task()
+        assert task is not None, "handlers run in tasks"
+        call = OpenCall(request_id, task, counts=counts)
+        self._calls.add(call)
+        if counts:
+            self._none_left.clear()
+        try:
+            yield call
+        finally:
+            self._calls.discard(call)
+            if not any(other.counts for other in self._calls):
+                self._none_left.set()
+
+    def end_all(self, error: JaxserveError, *, counts: bool | None = None) -> None:
+        """Ends every call, or only those whose ``counts`` is as given."""
+        for call in list(self._calls):
+            if counts is None or call.counts == counts:
+                call.end(error)
+
+    async def wait_none(self, timeout_s: float) -> bool:
+        """Waits until no counting call is open; False when time ran out."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def end_stalled(self, now_s: float) -> None:
+        """Ends the calls whose client has accepted nothing for the stall limit."""
+        limit = self._stall_timeout_s
+        for call in list(self._calls):
+            started = call.write_started_s
+            if started is not None and now_s - started >= limit:
+                call.end(SlowReaderError(call.request_id, limit))
+
+    async def watch_stalls(self) -> None:
+        """Looks for stalled readers until cancelled."""
+        while True:
+            await asyncio.sleep(self._stall_timeout_s / SWEEPS_PER_STALL)
+            self.end_stalled(time.monotonic())

@@ -1,0 +1,185 @@
+"""GenerationService: from a protobuf request to the engine and back, deciding nothing.
+
+The life of a ``Generate`` call: read the message, render and tokenise (long text in a thread),
+submit, then one loop of wait, take, assemble, write until every choice has finished. Whatever ends
+the loop (done, client gone, deadline, stall, shutdown) passes ``finally``, which gives the pages
+back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from jaxserve.engine.request import Event, FinishedEvent, StartedEvent
+from jaxserve.engine.stream import AsyncWaker
+from jaxserve.errors import InvalidRequestError
+from jaxserve.frontend.generation import Finished, GenerationCall, Output, TextEngine, TextStream
+from jaxserve.frontend.grpc import convert
+from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
+from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
+from jaxserve.frontend.grpc.unary import AnswerCollector
+from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.v1 import generation_pb2 as pb
+from jaxserve.v1 import generation_pb2_grpc
+
+INLINE_CHARS = 4096
+"""Longer text is tokenised in a thread: about a microsecond a character would hold up all streams.
+Chat always is, because a template may run up to its time limit."""
+
+T = TypeVar("T")
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Serves one model. Belongs to one event loop; ``executor`` is the caller's to shut down."""
+
+    def __init__(
+        self, text: TextEngine, info: ModelInfo, calls: OpenCalls, executor: Executor
+    ) -> None:
+        self.calls = calls
+        self._text = text
+        self._info = info
+        self._executor = executor
+        self._waker = AsyncWaker(asyncio.get_running_loop())
+
+    @answered
+    async def Generate(self, request: pb.GenerateRequest, context: Context, call: OpenCall) -> None:
+        """Streams one answer."""
+        stream = await self._open(request, context, call)
+        tokenizer, digest = self._text.tokenizer, self._info.model_digest
+        try:
+            while not stream.finished:
+                for output in await self._next(stream):
+                    _raise_failure(output)
+                    message = convert.response_from(output, tokenizer, digest)
+                    await write(context, call, message)
+        finally:
+            stream.close()
+
+    @answered
+    async def GenerateUnary(
+        self, request: pb.GenerateUnaryRequest, context: Context, call: OpenCall
+    ) -> pb.GenerateUnaryResponse:
+        """Returns one whole answer."""
+        stream = await self._open(request.request, context, call)
+        answer = AnswerCollector(self._text.tokenizer, self._info.model_digest)
+        try:
+            while not stream.finished:
+                for output in await self._next(stream):
+                    _raise_failure(output)
+                    answer.add(output)
+        finally:
+            stream.close()
+        return answer.response()
+
+    @answered
+    async def Score(
+        self, request: pb.ScoreRequest, context: Context, call: OpenCall
+    ) -> pb.ScoreResponse:
+        """Returns the log-probability of every token of a text."""
+        self._info.check_name(request.model)
+        asked = convert.call_from_score(request, call.request_id, deadline_of(context))
+        built, _ = await self._off_loop(asked, lambda: self._text.build_request(asked))
+        stream = self._text.engine.submit(built, self._waker)
+        try:
+            started = None
+            while started is None:
+                await self._waker.wait(stream)
+                started = _started(stream.take())
+        finally:
+            stream.close()  # The one token that the engine would go on to make is of no use.
+        return convert.score_response(
+            built.prompt, started, self._text.tokenizer, self._info.model_digest
+        )
+
+    @answered
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: Context, call: OpenCall
+    ) -> pb.TokenizeResponse:
+        """Returns the tokens of a text or chat."""
+        special = not request.HasField("add_special_tokens") or request.add_special_tokens
+        ids = await self._encode(request, add_special_tokens=special)
+        return pb.TokenizeResponse(
+            token_ids=ids,
+            token_texts=[self._text.tokenizer.token_text(token) for token in ids],
+            model_digest=self._info.model_digest,
+        )
+
+    @answered
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context, call: OpenCall
+    ) -> pb.DetokenizeResponse:
+        """Returns the text of tokens."""
+        self._info.check_name(request.model)
+        text = self._text.decode(request.token_ids, skip_special_tokens=request.skip_special_tokens)
+        return pb.DetokenizeResponse(text=text, model_digest=self._info.model_digest)
+
+    @answered
+    async def CountTokens(
+        self, request: pb.CountTokensRequest, context: Context, call: OpenCall
+    ) -> pb.CountTokensResponse:
+        """Returns the length of a prompt."""
+        ids = await self._encode(request, add_special_tokens=True)
+        return pb.CountTokensResponse(
+            tokens=len(ids),
+            context_tokens=self._text.engine.limits.context_tokens,
+            model_digest=self._info.model_digest,
+        )
+
+    @answered
+    async def Abort(
+        self, request: pb.AbortRequest, context: Context, call: OpenCall
+    ) -> pb.AbortResponse:
+        """Ends a live request of any client."""
+        if not request.request_id:
+            raise InvalidRequestError(
+                "request_id is empty; send the id that `started` reported", field="request_id"
+            )
+        self._text.engine.abort(request.request_id)
+        return pb.AbortResponse()
+
+    async def _open(
+        self, request: pb.GenerateRequest, context: Context, call: OpenCall
+    ) -> TextStream:
+        """Admits a request: everything that can be refused is refused here."""
+        self._info.check_name(request.model)
+        asked = convert.call_from_generate(request, call.request_id, deadline_of(context))
+        built, echo_text = await self._off_loop(asked, lambda: self._text.build_request(asked))
+        return self._text.open(built, echo_text, self._waker)
+
+    async def _next(self, stream: TextStream) -> Sequence[Output]:
+        """Waits for the engine and returns all that has become ready meanwhile."""
+        await self._waker.wait(stream.stream)
+        return stream.feed(stream.stream.take())
+
+    async def _encode(
+        self, request: pb.TokenizeRequest | pb.CountTokensRequest, *, add_special_tokens: bool
+    ) -> Sequence[int]:
+        self._info.check_name(request.model)
+        asked = convert.call_from_prompt(request)
+        return await self._off_loop(
+            asked, lambda: self._text.encode(asked, add_special_tokens=add_special_tokens)[0]
+        )
+
+    async def _off_loop(self, asked: GenerationCall, work: Callable[[], T]) -> T:
+        """Runs work on a prompt, in a thread when it may take long."""
+        if asked.messages is None and len(asked.text or "") <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _raise_failure(output: Output) -> None:
+    """Raises what a choice failed with; the whole call then ends with it."""
+    if type(output) is Finished and output.error is not None:
+        raise output.error
+
+
+def _started(events: Sequence[Event]) -> StartedEvent | None:
+    for event in events:
+        if isinstance(event, StartedEvent):
+            return event
+        if isinstance(event, FinishedEvent) and event.error is not None:
+            raise event.error
+    return None

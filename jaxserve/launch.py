@@ -1,0 +1,468 @@
+"""The composition root: builds every part in order and tears it down in reverse.
+
+    1 resolve    ServeConfig + the model's config + the visible devices -> LaunchPlan
+    2 compile    the largest program first: XLA says what it needs beside its arguments
+    3 pages      plan_memory; the count of the last launch is taken again while it fits
+    4 the rest   other programs compile in parallel, small ones first, while weights stream in
+    5 ready      device state allocated, every program run once; after this nothing compiles
+    6 engine     the loop thread starts
+
+The server and its port come after that, in ``frontend/grpc``; ``serve`` ties both together.
+Nothing else in the package constructs long-lived objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve import __version__
+from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
+from jaxserve.engine.engine import Engine, EngineLimits
+from jaxserve.engine.scheduler import SchedulerConfig
+from jaxserve.engine.step import MAX_END_TOKENS, StepShape
+from jaxserve.errors import ConfigError, MeshError, TokenizerError
+from jaxserve.frontend.byte_tokenizer import byte_tokenizer
+from jaxserve.frontend.generation import TextEngine
+from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.template import ChatTemplate
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Model, Params
+from jaxserve.models.presets import preset
+from jaxserve.models.registry import model_config
+from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
+from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.hub import resolve_model
+from jaxserve.weights.load import load_params
+from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
+from sharding.placement import bytes_per_device
+
+DUMMY = "dummy:"
+CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
+BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
+
+Report = Callable[[str, int, int, str], None]
+"""``report(stage, done, total, detail)``; stages: ``compile``, ``weights``, ``ready``."""
+
+
+def silent(stage: str, done: int, total: int, detail: str) -> None:
+    """A ``Report`` that says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """What will run: no "auto" and no None is left. Page count excepted, see ``build``."""
+
+    name: str
+    model: ModelConfig
+    mesh: Mesh
+    platform: str
+    dtype: jnp.dtype
+    stacked: bool
+    context_tokens: int
+    step: StepShape
+    page_tokens: int
+    kv_bytes: int | None
+
+
+@dataclass(eq=False)
+class Service:
+    """A running engine with everything that a front end needs. Close it to get memory back."""
+
+    config: ServeConfig
+    plan: LaunchPlan
+    engine: Engine
+    runner: Runner
+    text: TextEngine
+    info: ModelInfo
+    ready_seconds: float
+    """From the call of ``build`` until the first request could be taken."""
+
+    def close(self) -> None:
+        """Stops the engine and drops every array. Safe to call again."""
+        self.engine.stop()
+        self.runner.close()
+        if self.text.template is not None:
+            self.text.template.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def build(config: ServeConfig, report: Report = silent) -> Service:
+    """Builds a ready service.
+
+    Raises:
+        LaunchError: a flag, a file or the machine has to change; the message says which and how.
+    """
+    start = time.perf_counter()
+    configure_jax(config)
+    CompileCounter.instance()
+    checkpoint = _open(config)
+    plan = resolve(config, checkpoint)
+    tokenizer, template = _text_parts(config, checkpoint)
+    with ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
+        digest = pool.submit(_digest, config, plan, checkpoint)
+        runner, num_pages, params = _prepare(config, plan, checkpoint, pool, report)
+        runner.make_ready(params, strict=config.strict_compile)
+        del params
+    engine = _make_engine(config, plan, runner, num_pages, _end_ids(plan.model, tokenizer))
+    info = _model_info(plan, engine, tokenizer, digest.result(), config)
+    if checkpoint is not None:
+        checkpoint.close()
+    engine.start()
+    ready_seconds = time.perf_counter() - start
+    report("ready", 1, 1, f"{ready_seconds:.1f} s")
+    text = TextEngine(engine, tokenizer, template)
+    return Service(config, plan, engine, runner, text, info, ready_seconds)
+
+
+def configure_jax(config: ServeConfig) -> None:
+    """Selects the devices and the persistent compilation cache. Before JAX is used, if possible.
+
+    Raises:
+        ConfigError: the device is unknown, or JAX was initialised with others already.
+    """
+    kind, _, count = config.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (count and not (kind == "cpu" and count.isdecimal())):
+        raise ConfigError(
+            f"device is {config.device!r}; choose auto, cpu, cpu:N (N simulated devices) or cuda"
+        )
+    if count:
+        try:
+            jax.config.update("jax_num_cpu_devices", int(count))
+        except RuntimeError:
+            if len(jax.devices("cpu")) < int(count):
+                raise ConfigError(
+                    f"device is {config.device!r} but JAX already runs with "
+                    f"{len(jax.devices('cpu'))} CPU devices; restart the process"
+                ) from None
+    directory = config.cache_dir / "xla"
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # Defaults leave out programs that compile in under a second, which most of a small model's do.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def resolve(config: ServeConfig, checkpoint: Checkpoint | None) -> LaunchPlan:
+    """Decides everything that can be decided before compiling.
+
+    Raises:
+        UnsupportedModelError: the architecture or one of its options is not implemented.
+        MeshError: the mesh cannot be read or does not fit the devices.
+        ConfigError: the context is longer than the model's.
+    """
+    if checkpoint is None:
+        model = preset(config.model.removeprefix(DUMMY))
+    else:
+        model = model_config(checkpoint.config)
+    mesh = _mesh(config)
+    platform = mesh.devices.flat[0].platform
+    dtype = _dtype(config, platform)
+    context = config.context_tokens or model.context_tokens
+    if context > model.context_tokens:
+        raise ConfigError(
+            f"context_tokens is {context} and the model's window is {model.context_tokens}; "
+            "lower --context-tokens"
+        )
+    on_cpu = platform == "cpu"
+    smallest = BF16_CPU_ROWS if on_cpu and dtype == jnp.bfloat16 else 1
+    prefill = prefill_buckets(min(config.step_tokens, max(16, context)))
+    step = StepShape(
+        max_rows=config.max_rows,
+        table_width=math.ceil(context / config.page_tokens),
+        vocab_size=model.vocab_size,
+        decode_buckets=decode_buckets(config.max_rows, smallest),
+        prefill_buckets=prefill,
+        score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
+    )
+    kv_bytes = config.kv_memory_bytes
+    if kv_bytes is None and on_cpu:
+        kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
+    return LaunchPlan(
+        name=config.served_name or _served_name(config.model),
+        model=model,
+        mesh=mesh,
+        platform=platform,
+        dtype=dtype,
+        stacked=not config.unroll_layers,
+        context_tokens=context,
+        step=step,
+        page_tokens=config.page_tokens,
+        kv_bytes=kv_bytes,
+    )
+
+
+# -- the parts, in the order of ``build`` ----------------------------------------------------------
+
+
+def _open(config: ServeConfig) -> Checkpoint | None:
+    if config.model.startswith(DUMMY):
+        return None
+    path = resolve_model(config.model, assets_dir=config.assets_dir, offline=config.offline)
+    return open_checkpoint(path)
+
+
+def _text_parts(
+    config: ServeConfig, checkpoint: Checkpoint | None
+) -> tuple[Tokenizer, ChatTemplate | None]:
+    if checkpoint is None:
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = load_tokenizer(checkpoint.tokenizer_files())
+    source, template = tokenizer.source, tokenizer.chat_template
+    if config.chat_template is not None:
+        source = str(config.chat_template)
+        try:
+            template = config.chat_template.read_text()
+        except OSError as error:
+            raise TokenizerError(f"cannot read --chat-template {source}: {error}") from error
+    if template is None:
+        return tokenizer, None
+    return tokenizer, ChatTemplate(template, source=source, special_texts=tokenizer.special_texts)
+
+
+def _prepare(
+    config: ServeConfig,
+    plan: LaunchPlan,
+    checkpoint: Checkpoint | None,
+    pool: ThreadPoolExecutor,
+    report: Report,
+) -> tuple[Runner, int, Params]:
+    """Compiles everything while the weights stream in."""
+    model = Model(plan.model)
+    runner, num_pages = _size_pool(config, plan, model, report)
+    loading: Future[Params] = pool.submit(_load, config, plan, model, runner, checkpoint, report)
+    keys = runner.program_keys()
+    for done, key in enumerate(runner.compile(keys), start=2):
+        report("compile", done, len(keys), str(key))
+    return runner, num_pages, loading.result()
+
+
+def _size_pool(
+    config: ServeConfig, plan: LaunchPlan, model: Model, report: Report
+) -> tuple[Runner, int]:
+    """Finds the page count: compiles the largest program to learn what it needs beside it."""
+    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan))
+    least = math.ceil(plan.context_tokens / plan.page_tokens) + 1
+    most = plan.step.max_rows * plan.step.table_width + 1
+
+    def planned(runner: Runner, temporary_bytes: int) -> int:
+        shape = runner.config.cache
+        tensor = plan.mesh.shape["tensor"]
+        budget = MemoryBudget(
+            free_bytes=_free_bytes(plan),
+            weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
+            row_state_bytes=shape.row_bytes(plan.model),
+            temporary_bytes=temporary_bytes,
+            page_bytes=shape.page_bytes(plan.model) // tensor,
+            fraction=config.kv_memory_fraction,
+            kv_bytes=plan.kv_bytes,
+        )
+        return plan_memory(budget, least_pages=least, most_pages=most)
+
+    runner = _make_runner(config, plan, model, least)
+    # Before anything is compiled, temporaries are unknown: the first guess takes none.
+    num_pages = memory.recall() or planned(runner, 0)
+    total = len(runner.program_keys())
+    while True:
+        runner = _make_runner(config, plan, model, num_pages)
+        largest = runner.program_keys()[-1]
+        report("compile", 0, total, str(largest))
+        for key in runner.compile([largest]):
+            report("compile", 1, total, str(key))
+        fitting = planned(runner, runner.temporary_bytes())
+        if num_pages <= fitting:
+            memory.remember(num_pages)
+            return runner, num_pages
+        num_pages = fitting
+
+
+def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages: int) -> Runner:
+    cache = CacheShape(
+        num_pages=num_pages,
+        page_tokens=plan.page_tokens,
+        max_rows=plan.step.max_rows,
+        dtype=plan.dtype,
+    )
+    runner_config = RunnerConfig(
+        step=plan.step,
+        cache=cache,
+        dtype=plan.dtype,
+        stacked=plan.stacked,
+    )
+    try:
+        return Runner(model, runner_config, plan.mesh)
+    except MeshShapeError as error:
+        raise MeshError(f"--mesh {config.mesh} does not suit this model: {error}") from error
+
+
+def _load(
+    config: ServeConfig,
+    plan: LaunchPlan,
+    model: Model,
+    runner: Runner,
+    checkpoint: Checkpoint | None,
+    report: Report,
+) -> Params:
+    if checkpoint is None or config.load_format == "dummy":
+        report("weights", 0, 1, "random")
+        init = jax.jit(
+            lambda key: model.init(key, plan.dtype, stacked=plan.stacked),
+            out_shardings=runner.param_shardings,
+        )
+        params = jax.block_until_ready(init(jax.random.key(config.seed)))
+        report("weights", 1, 1, "random")
+        return params
+    return load_params(
+        model,
+        checkpoint,
+        dtype=plan.dtype,
+        stacked=plan.stacked,
+        shardings=runner.param_shardings,
+        progress=lambda done, total: report("weights", done, total, checkpoint.source),
+    )
+
+
+def _make_engine(
+    config: ServeConfig, plan: LaunchPlan, runner: Runner, num_pages: int, end_ids: tuple[int, ...]
+) -> Engine:
+    scheduler = SchedulerConfig(
+        max_rows=plan.step.max_rows,
+        step_tokens=max(tokens for _, tokens in plan.step.prefill_buckets),
+        max_chunks=16,
+        page_tokens=plan.page_tokens,
+        num_pages=num_pages,
+        prefix_cache=config.prefix_cache,
+    )
+    limits = EngineLimits(
+        context_tokens=min(plan.context_tokens, (num_pages - 1) * plan.page_tokens),
+        vocab_size=plan.model.vocab_size,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+        watchdog_s=config.watchdog_s,
+        prompt_logprobs=config.prompt_logprobs,
+    )
+    return Engine(runner, scheduler=scheduler, shape=plan.step, limits=limits, end_ids=end_ids)
+
+
+def _model_info(
+    plan: LaunchPlan, engine: Engine, tokenizer: Tokenizer, digest: str, config: ServeConfig
+) -> ModelInfo:
+    return ModelInfo(
+        name=plan.name,
+        model_digest=digest,
+        architecture=plan.model.architecture,
+        context_tokens=engine.limits.context_tokens,
+        vocab_size=plan.model.vocab_size,
+        dtype=plan.dtype.name,
+        parameters=plan.model.params,
+        mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
+        max_rows=plan.step.max_rows,
+        pages_total=engine.scheduler.pool.total,
+        page_tokens=plan.page_tokens,
+        eos_token_ids=_end_ids(plan.model, tokenizer),
+        has_chat_template=tokenizer.chat_template is not None or config.chat_template is not None,
+        has_prompt_logprobs=config.prompt_logprobs,
+        platform=plan.platform,
+        server_version=__version__,
+    )
+
+
+# -- small decisions -------------------------------------------------------------------------------
+
+
+def _mesh(config: ServeConfig) -> Mesh:
+    try:
+        shape = parse_mesh(config.mesh)
+        if shape.data > 1:
+            raise MeshShapeError(
+                f"a data axis of {shape.data} is not supported yet; use data=1, for example "
+                f"--mesh 1x{shape.devices}"
+            )
+        backend = {"cpu": "cpu", "cuda": "cuda"}.get(config.device.partition(":")[0])
+        return make_mesh(shape, jax.devices(backend))
+    except MeshShapeError as error:
+        raise MeshError(f"--mesh {config.mesh}: {error}") from error
+    except RuntimeError as error:  # JAX: the platform is not there.
+        raise ConfigError(
+            f"device {config.device!r} is not available: {error}; try --device cpu, or install "
+            "jaxserve[cuda13] for GPUs"
+        ) from error
+
+
+def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    if platform != "cpu" or _cpu_has_amx():
+        return jnp.dtype(jnp.bfloat16)
+    # Without AMX, XLA's float32 products are as fast as its bfloat16 ones, and exact.
+    return jnp.dtype(jnp.float32)
+
+
+def _cpu_has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _free_bytes(plan: LaunchPlan) -> int:
+    if plan.platform == "cpu":
+        return host_free_bytes() // plan.mesh.devices.size
+    stats = [device.memory_stats() or {} for device in plan.mesh.local_devices]
+    return min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
+
+
+def _served_name(model: str) -> str:
+    if model.startswith(DUMMY) or not Path(model).exists():
+        return model
+    return Path(model).resolve().name.removesuffix(".gguf")
+
+
+def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    ids = sorted({*model.eos_token_ids, *tokenizer.eos_ids} & set(range(model.vocab_size)))
+    return tuple(ids[:MAX_END_TOKENS])
+
+
+def _digest(config: ServeConfig, plan: LaunchPlan, checkpoint: Checkpoint | None) -> str:
+    """Random weights are known by their config and seed."""
+    if checkpoint is not None and config.load_format != "dummy":
+        return checkpoint.digest()
+    facts = json.dumps([asdict(plan.model), config.seed, plan.dtype.name], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
+    """Names everything that the page count depends on, free memory excepted."""
+    facts: list[Any] = [
+        asdict(plan.model),
+        str(plan.mesh.shape),
+        plan.platform,
+        plan.dtype.name,
+        asdict(replace(plan.step)),
+        plan.page_tokens,
+        config.kv_memory_bytes,
+        config.kv_memory_fraction,
+        plan.stacked,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

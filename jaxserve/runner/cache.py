@@ -1,0 +1,93 @@
+"""Everything that lives on the device between two steps, as one donated pytree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxserve.models.config import ModelConfig
+from pallas_kernels.paged_attention import Pools, pool_shape
+from sharding.rules import ShardingRules
+from sharding.specs import partition_specs
+
+# A row's device state. Rows beyond the last are the null row's, which padding lines write.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceState:
+    """The page pools and what each row carries from step to step. Donated by every program."""
+
+    pools: Pools
+    last_token: Int[Array, " R"]
+    """The newest sampled token of every row: the next decode step's input."""
+    counts: Int[Array, "R V"]
+    """Output occurrences of every token; bit 30 marks tokens of the prompt."""
+    bias: Float[Array, "R V"]
+    """Added to the logits; minus infinity bans a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """Sizes of the device state."""
+
+    num_pages: int
+    """Pages per layer, the null page included."""
+    page_tokens: int
+    max_rows: int
+    dtype: jnp.dtype
+
+    def page_bytes(self, config: ModelConfig) -> int:
+        """Bytes of one page over all layers, keys and values, over the whole mesh."""
+        heads = config.layers * config.kv_heads * config.head_dim
+        return 2 * heads * self.page_tokens * jnp.dtype(self.dtype).itemsize
+
+    def row_bytes(self, config: ModelConfig) -> int:
+        """Bytes of the per-row state, on every device."""
+        return (self.max_rows + 1) * (4 + 8 * config.vocab_size)
+
+
+def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
+    """The state's shapes and dtypes (global, before sharding)."""
+    pool = jax.ShapeDtypeStruct(
+        pool_shape(
+            layers=config.layers,
+            pages=shape.num_pages,
+            kv_heads=config.kv_heads,
+            page_tokens=shape.page_tokens,
+            head_dim=config.head_dim,
+        ),
+        shape.dtype,
+    )
+    rows = shape.max_rows + 1
+    return DeviceState(
+        pools=Pools(k=pool, v=pool, pages=shape.num_pages),  # pyright: ignore[reportArgumentType]
+        last_token=jax.ShapeDtypeStruct((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
+        counts=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.int32),  # pyright: ignore[reportArgumentType]
+        bias=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def state_specs(state: DeviceState, rules: ShardingRules) -> DeviceState:
+    """Where each part lives: the pools by KV head, the per-row state on every device."""
+    pool = partition_specs((None, "kv_heads", None, None), rules)
+    everywhere = PartitionSpec()
+    return DeviceState(
+        pools=Pools(k=pool, v=pool, pages=state.pools.pages),
+        last_token=everywhere,  # pyright: ignore[reportArgumentType]
+        counts=everywhere,  # pyright: ignore[reportArgumentType]
+        bias=everywhere,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def zero_state(abstract: DeviceState, mesh: jax.sharding.Mesh, specs: DeviceState) -> DeviceState:
+    """Allocates the state on the mesh, shard by shard, all zero."""
+
+    def zeros(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> Array:
+        return jnp.zeros(leaf.shape, leaf.dtype, device=NamedSharding(mesh, spec))
+
+    return jax.tree.map(zeros, abstract, specs)

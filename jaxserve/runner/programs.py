@@ -1,0 +1,208 @@
+"""The pure functions that get compiled: one decode, one prefill and one scoring step.
+
+Each takes (params, state, result, packed) and gives (state, result[, scores]). ``state`` is
+donated. ``result`` holds the newest sample of every row; the calls of one step hand it on, so
+that the host reads one array however many programs a step ran. Everything is written for the
+local shard: the runner wraps these in one ``shard_map``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxserve.engine.request import MAX_LOGPROBS
+from jaxserve.engine.step import COLUMNS, RESULT_COLUMNS, Column
+from jaxserve.models.decoder import Model, Params
+from jaxserve.runner.cache import DeviceState
+from jaxserve.runner.sampling import Lines, bits, choose
+from pallas_kernels.paged_attention import Pools, append, paged_attention
+
+SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
+
+
+@dataclass(frozen=True)
+class StepPrograms:
+    """The step functions of one model. Holds no array."""
+
+    model: Model
+    table_width: int
+    tensor_axis: str | None
+
+    def decode(
+        self,
+        params: Params,
+        state: DeviceState,
+        result: Int[Array, "R C"],
+        packed: Int[Array, "B X"],
+    ) -> tuple[DeviceState, Int[Array, "R C"]]:
+        """One token for every line: the row's newest token goes in, the next comes out."""
+        lines = Lines(packed)
+        tokens = state.last_token[lines.column(Column.ROW)][:, None]
+        hidden, state = self._forward(params, state, lines, tokens)
+        return self._sample(params, state, result, lines, hidden[:, 0])
+
+    def prefill(
+        self,
+        params: Params,
+        state: DeviceState,
+        result: Int[Array, "R C"],
+        packed: Int[Array, "B X"],
+    ) -> tuple[DeviceState, Int[Array, "R C"]]:
+        """A chunk of prompt tokens for every line; the last chunk's last token is sampled from."""
+        hidden, state, lines = self._prompt(params, state, packed)
+        return self._sample(params, state, result, lines, _last(hidden, lines))
+
+    def score(
+        self,
+        params: Params,
+        state: DeviceState,
+        result: Int[Array, "R C"],
+        packed: Int[Array, "B X"],
+    ) -> tuple[DeviceState, Int[Array, "R C"], Int[Array, "T C"]]:
+        """``prefill`` for one line that also scores the token after each place."""
+        hidden, state, lines = self._prompt(params, state, packed)
+        targets = packed[0, COLUMNS + self.table_width + 1 :]
+        scores = self._score(params, hidden[0], targets)
+        state, result = self._sample(params, state, result, lines, _last(hidden, lines))
+        return state, result, scores
+
+    def set_row(
+        self,
+        state: DeviceState,
+        row: Int[Array, ""],
+        counts: Int[Array, " V"],
+        bias: Float[Array, " V"],
+    ) -> DeviceState:
+        """Replaces the dense state of one row."""
+        return replace(
+            state,
+            counts=state.counts.at[row].set(counts),
+            bias=state.bias.at[row].set(bias),
+        )
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _prompt(
+        self, params: Params, state: DeviceState, packed: Int[Array, "B X"]
+    ) -> tuple[Float[Array, "B T D"], DeviceState, Lines]:
+        first = COLUMNS + self.table_width
+        lines = Lines(packed[:, :first])
+        hidden, state = self._forward(params, state, lines, packed[:, first:-1])
+        return hidden, state, lines
+
+    def _forward(
+        self, params: Params, state: DeviceState, lines: Lines, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], DeviceState]:
+        start, length = lines.column(Column.START), lines.column(Column.LENGTH)
+        table = lines.table
+        config = self.model.config
+
+        def attend(
+            pools: Pools, layer: Array | int, q: Array, k: Array, v: Array, window: Array | int
+        ) -> tuple[Array, Pools]:
+            pools = append(pools, k, v, table, start, length, layer=layer)
+            out = paged_attention(
+                q,
+                pools,
+                table,
+                start,
+                length,
+                layer=layer,
+                scale=config.attention_scale,
+                window=window,
+                softcap=config.attention_softcap,
+            )
+            return out, pools
+
+        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        hidden, pools = self.model.forward(
+            params, tokens, positions, state.pools, attend, tensor_axis=self.tensor_axis
+        )
+        return hidden, replace(state, pools=pools)
+
+    def _sample(
+        self,
+        params: Params,
+        state: DeviceState,
+        result: Int[Array, "R C"],
+        lines: Lines,
+        hidden: Float[Array, "B D"],
+    ) -> tuple[DeviceState, Int[Array, "R C"]]:
+        with jax.named_scope("head"):
+            logits = self.model.logits(params, hidden)
+        with jax.named_scope("sample"):
+            chosen = choose(logits, lines, state.counts, state.bias)
+        null_row = result.shape[0] - 1
+        row = jnp.where(lines.column(Column.SAMPLES) > 0, lines.column(Column.ROW), null_row)
+        token = jnp.maximum(chosen[:, 0], 0)
+        state = replace(
+            state,
+            last_token=state.last_token.at[row].set(token),
+            counts=state.counts.at[row, token].add(1),
+        )
+        return state, result.at[row].set(chosen)
+
+    def _score(
+        self, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+    ) -> Int[Array, "T C"]:
+        """Log-probability, rank and likeliest tokens of each target, in vocabulary chunks.
+
+        The target's own logit is computed first, from its row of the head alone, so that one pass
+        over the chunks can count how many tokens are above it.
+        """
+        vocab = self.model.config.vocab_size
+        size = min(SCORE_VOCAB_CHUNK, vocab)
+        head = self.model.head_weight(params)
+        starts = jnp.arange(0, vocab, size, dtype=jnp.int32)
+
+        def chunk_logits(start: Array) -> tuple[Array, Array]:
+            # The last chunk starts early enough to be whole; what it repeats is masked.
+            begin = jnp.minimum(start, vocab - size)
+            rows = lax.dynamic_slice_in_dim(head, begin, size)
+            logits = self.model.partial_logits(rows, hidden)
+            ids = begin + jnp.arange(size, dtype=jnp.int32)
+            return jnp.where((ids >= start)[None], logits, -jnp.inf), ids
+
+        own = self.model.target_logits(params, hidden, targets)
+
+        def merge(carry: tuple[Array, Array, Array, Array], start: Array) -> tuple[tuple, None]:
+            normaliser, rank, top, top_ids = carry
+            logits, ids = chunk_logits(start)
+            normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=-1))
+            above = (logits > own[:, None]) & (ids[None] != targets[:, None])
+            rank = rank + jnp.sum(above, axis=-1, dtype=jnp.int32)
+            best, where = lax.top_k(logits, min(MAX_LOGPROBS, size))
+            values = jnp.concatenate([top, best], axis=1)
+            names = jnp.concatenate([top_ids, ids[where]], axis=1)
+            top, order = lax.top_k(values, MAX_LOGPROBS)
+            return (normaliser, rank, top, jnp.take_along_axis(names, order, axis=1)), None
+
+        places = hidden.shape[0]
+        carry = (
+            jnp.full((places,), -jnp.inf, jnp.float32),
+            jnp.ones((places,), jnp.int32),
+            jnp.full((places, MAX_LOGPROBS), -jnp.inf, jnp.float32),
+            jnp.zeros((places, MAX_LOGPROBS), jnp.int32),
+        )
+        (normaliser, rank, top, top_ids), _ = lax.scan(merge, carry, starts)
+        columns = [
+            targets[:, None],
+            bits(own - normaliser)[:, None],
+            rank[:, None],
+            top_ids,
+            bits(top - normaliser[:, None]),
+        ]
+        scores = jnp.concatenate(columns, axis=1)
+        assert scores.shape[1] == RESULT_COLUMNS
+        return scores
+
+
+def _last(hidden: Float[Array, "B T D"], lines: Lines) -> Float[Array, "B D"]:
+    """The hidden state of each line's last real token (of the first, on a padding line)."""
+    index = jnp.maximum(lines.column(Column.LENGTH) - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, index, axis=1)[:, 0]

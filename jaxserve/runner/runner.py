@@ -1,0 +1,304 @@
+"""One compiled program per bucket, and the dispatch to them.
+
+Programs are lowered from abstract arrays and compiled in parallel before the first request, small
+buckets first, and then called as compiled programs: an unexpected shape is an error that names the
+leaf, not a silent recompilation. What the programs compute is in ``programs.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxserve.engine.publish import StepHandle, StepResult
+from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, StepShape
+from jaxserve.models.decoder import Model, Params
+from jaxserve.runner.cache import (
+    CacheShape,
+    DeviceState,
+    abstract_state,
+    state_specs,
+    zero_state,
+)
+from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.programs import StepPrograms
+from sharding.rules import ShardingRules
+from sharding.specs import check_divisible, named_shardings, partition_specs
+
+EVERYWHERE = PartitionSpec()
+
+
+@dataclass(frozen=True, order=True)
+class ProgramKey:
+    """Names one compiled program. Ordered from cheap to expensive."""
+
+    places: int
+    """Token places that it computes."""
+    kind: str
+    """``decode``, ``prefill``, ``score`` or ``set_row``."""
+    rows: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.rows}x{self.tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """What is compiled."""
+
+    step: StepShape
+    cache: CacheShape
+    dtype: jnp.dtype
+    stacked: bool
+    """Scan over stacked layers (compiles fast) or unroll them (runs faster on CPUs)."""
+    rules: ShardingRules = ShardingRules()
+
+    def program_keys(self) -> list[ProgramKey]:
+        """Every program of the grid, cheapest first."""
+        keys = [ProgramKey(0, "set_row", 1, 0)]
+        keys += [ProgramKey(rows, "decode", rows, 1) for rows in self.step.decode_buckets]
+        for rows, tokens in self.step.prefill_buckets:
+            keys.append(ProgramKey(rows * tokens, "prefill", rows, tokens))
+        for rows, tokens in self.step.score_buckets:
+            keys.append(ProgramKey(rows * tokens, "score", rows, tokens))
+        return sorted(keys)
+
+
+class _Handle:
+    """A dispatched step: the arrays that will come back."""
+
+    def __init__(self, result: Array, scores: list[Array | None]) -> None:
+        self._result = result
+        self._scores = scores
+        for array in (result, *scores):
+            if array is not None:
+                array.copy_to_host_async()
+
+    def wait(self) -> StepResult:
+        """Blocks until the step has run."""
+        scores = [None if array is None else np.asarray(array) for array in self._scores]
+        return StepResult(np.asarray(self._result), scores)
+
+
+class Runner:
+    """Weights, device state and compiled programs of one model on one mesh."""
+
+    def __init__(self, model: Model, config: RunnerConfig, mesh: Mesh) -> None:
+        self._model = model
+        self._config = config
+        self._mesh = mesh
+        tensor = mesh.shape["tensor"] > 1
+        self._programs = StepPrograms(
+            model, config.step.table_width, "tensor" if tensor else None
+        )
+        self._abstract_params = model.abstract(config.dtype, stacked=config.stacked)
+        self._param_specs = partition_specs(
+            model.logical_axes(stacked=config.stacked), config.rules
+        )
+        check_divisible(self._abstract_params, self._param_specs, mesh)
+        self._abstract_state = abstract_state(config.cache, model.config)
+        self._state_specs = state_specs(self._abstract_state, config.rules)
+        check_divisible(self._abstract_state, self._state_specs, mesh)
+        self._compiled: dict[tuple[str, int, int], Any] = {}
+        self._params: Params | None = None
+        self._state: DeviceState | None = None
+        self._blank: Array | None = None
+        self._counter = CompileCounter.instance()
+        self._compiles_at_ready: int | None = None
+
+    # -- before ready --------------------------------------------------------------------------
+
+    @property
+    def config(self) -> RunnerConfig:
+        """What is compiled."""
+        return self._config
+
+    def program_keys(self) -> list[ProgramKey]:
+        """Every program of the grid, cheapest first."""
+        return self._config.program_keys()
+
+    @property
+    def param_shardings(self) -> Params:
+        """Where every weight lives."""
+        return named_shardings(self._param_specs, self._mesh)
+
+    @property
+    def abstract_params(self) -> Params:
+        """Global shape and dtype of every weight."""
+        return self._abstract_params
+
+    def compile(
+        self, keys: Iterable[ProgramKey], *, workers: int | None = None
+    ) -> Iterable[ProgramKey]:
+        """Compiles programs in parallel; yields each key as it is done."""
+        keys = [key for key in keys if _name(key) not in self._compiled]
+        workers = workers or min(len(keys) or 1, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
+            futures = {pool.submit(self._compile_one, key): key for key in keys}
+            for future in as_completed(futures):
+                key = futures[future]
+                self._compiled[_name(key)] = future.result()
+                yield key
+
+    def temporary_bytes(self) -> int:
+        """The most that any program compiled so far needs beside its arguments, per device."""
+        return max(
+            (
+                int(analysis.temp_size_in_bytes)
+                for program in self._compiled.values()
+                if (analysis := program.memory_analysis()) is not None
+            ),
+            default=0,
+        )
+
+    def make_ready(self, params: Params, *, strict: bool = False) -> None:
+        """Takes the weights, allocates the device state and runs every program once.
+
+        After this nothing is compiled and device memory does not grow.
+        """
+        self._params = params
+        self._state = zero_state(self._abstract_state, self._mesh, self._state_specs)
+        rows = self._config.step.max_rows + 1
+        self._blank = jnp.zeros(
+            (rows, RESULT_COLUMNS), jnp.int32, device=NamedSharding(self._mesh, EVERYWHERE)
+        )
+        self._warm_up()
+        self._compiles_at_ready = self._counter.compiles
+        self._counter.strict = strict
+
+    def _warm_up(self) -> None:
+        """Runs every program on padding lines, through the path that serving uses."""
+        assert self._state is not None
+        assert self._blank is not None
+        step = self._config.step
+        for kind, rows, tokens in sorted(self._compiled):
+            if kind == "set_row":
+                self._set_row(
+                    step.null_row,
+                    np.zeros(step.vocab_size, np.int32),
+                    np.zeros(step.vocab_size, np.float32),
+                )
+                continue
+            extra = 0 if kind == "decode" else tokens + 1
+            buffer = np.zeros((rows, step.line_columns + extra), np.int32)
+            buffer[:, 0] = step.null_row
+            self._call((kind, rows, tokens), self._blank, buffer)
+        jax.block_until_ready(self._state)
+
+    def _compile_one(self, key: ProgramKey) -> Any:
+        step = self._config.step
+        if key.kind == "set_row":
+            lowered = self._lower_set_row()
+        else:
+            extra = 0 if key.kind == "decode" else key.tokens + 1
+            columns = step.line_columns + extra
+            packed = self._host_array((key.rows, columns), jnp.int32)
+            result = self._host_array((step.max_rows + 1, RESULT_COLUMNS), jnp.int32)
+            function = getattr(self._programs, key.kind)
+            outputs = (self._state_specs, EVERYWHERE)
+            if key.kind == "score":
+                outputs += (EVERYWHERE,)
+            mapped = jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=(self._param_specs, self._state_specs, EVERYWHERE, EVERYWHERE),
+                out_specs=outputs,
+                check_vma=False,
+            )
+            program = jax.jit(mapped, donate_argnums=(1,))
+            lowered = program.lower(
+                self._with_shardings(self._abstract_params, self._param_specs),
+                self._with_shardings(self._abstract_state, self._state_specs),
+                result,
+                packed,
+            )
+        return lowered.compile()
+
+    def _lower_set_row(self) -> Any:
+        vocab = self._config.step.vocab_size
+        mapped = jax.shard_map(
+            self._programs.set_row,
+            mesh=self._mesh,
+            in_specs=(self._state_specs, EVERYWHERE, EVERYWHERE, EVERYWHERE),
+            out_specs=self._state_specs,
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=(0,)).lower(
+            self._with_shardings(self._abstract_state, self._state_specs),
+            self._host_array((), jnp.int32),
+            self._host_array((vocab,), jnp.int32),
+            self._host_array((vocab,), jnp.float32),
+        )
+
+    def _host_array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(self._mesh, EVERYWHERE)
+        )
+
+    def _with_shardings(self, tree: Any, specs: Any) -> Any:
+        def shard(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=NamedSharding(self._mesh, spec)
+            )
+
+        return jax.tree.map(shard, tree, specs)
+
+    # -- after ready ---------------------------------------------------------------------------
+
+    def dispatch(self, inputs: StepInputs) -> StepHandle:
+        """Starts every call of a step; returns without waiting for the device."""
+        assert self._blank is not None, "make_ready comes first"
+        for setup in inputs.setups:
+            self._set_row(setup.row, setup.counts, setup.bias)
+        result = self._blank
+        scores: list[Array | None] = []
+        for call in inputs.calls:
+            result, score = self._call((call.kind, *call.bucket), result, call.buffer)
+            scores.append(score)
+        return _Handle(result, scores)
+
+    def reset(self) -> None:
+        """Allocates the device state anew; what it held is lost."""
+        strict, self._counter.strict = self._counter.strict, False
+        self._state = None
+        self._state = zero_state(self._abstract_state, self._mesh, self._state_specs)
+        self._counter.strict = strict
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Compilations of the whole process since ``make_ready``."""
+        if self._compiles_at_ready is None:
+            return 0
+        return self._counter.compiles - self._compiles_at_ready
+
+    def close(self) -> None:
+        """Drops weights, state and programs, so that their memory can be used again."""
+        self._counter.strict = False
+        self._params = self._state = self._blank = None
+        self._compiled.clear()
+
+    def _call(
+        self, name: tuple[str, int, int], result: Array, buffer: np.ndarray
+    ) -> tuple[Array, Array | None]:
+        program = self._compiled[name]
+        outputs = program(self._params, self._state, result, buffer)
+        self._state = outputs[0]
+        return outputs[1], outputs[2] if name[0] == "score" else None
+
+    def _set_row(self, row: int, counts: np.ndarray, bias: np.ndarray) -> None:
+        program = self._compiled["set_row", 1, 0]
+        self._state = program(self._state, np.int32(row), counts, bias)
+
+
+def _name(key: ProgramKey) -> tuple[str, int, int]:
+    return (key.kind, key.rows, key.tokens)

@@ -1,0 +1,123 @@
+"""One view of a checkpoint on disk, whatever its format, and how to open it.
+
+Formats are recognised by content. Names, shapes and the config follow Hugging Face's conventions,
+so that a model is loaded one way. Fetching from a hub is left to ``hub.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxserve.errors import CheckpointError, UnsupportedModelError
+from jaxserve.tokenizer_source import TokenizerSource
+from jaxserve.weights.gguf import GgufCheckpoint
+from jaxserve.weights.gguf_file import MAGIC
+from jaxserve.weights.reading import Index
+from jaxserve.weights.safetensors import INDEX_FILE, SafetensorsCheckpoint
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """A model's config, tensors and tokenizer, read on demand."""
+
+    source: str
+    """The path, for people."""
+    config: dict[str, Any]
+    """In the conventions of Hugging Face's ``config.json``."""
+
+    def names(self) -> list[str]:
+        """Returns the tensor names, such as ``model.layers.0.self_attn.q_proj.weight``."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape, ``[out, in]`` for a matrix."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Returns the dtype that ``read`` gives: float32, float16 or bfloat16."""
+        ...
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads one tensor or a box of it, dequantized; keeps nothing in memory.
+
+        Args:
+            name: one of ``names()``.
+            index: slices with step 1, one per leading axis; missing axes are whole.
+
+        Raises:
+            CheckpointError: no such tensor, or the file ended early.
+        """
+        ...
+
+    def tokenizer_files(self) -> TokenizerSource:
+        """Returns what the tokenizer is built from."""
+        ...
+
+    def digest(self) -> str:
+        """Returns the SHA-256 (hex) of config, tokenizer and weights; reads every byte."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a GGUF file or a directory of safetensors.
+
+    Raises:
+        CheckpointError: nothing there, an unsafe format, or a damaged file.
+        UnsupportedModelError: a format or architecture that is not implemented.
+    """
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a .gguf file, a directory with config.json and "
+            "*.safetensors, or a hub id"
+        )
+    if path.suffix in PICKLE_SUFFIXES:
+        raise _pickle_error(path)
+    with path.open("rb") as file:
+        magic = file.read(len(MAGIC))
+    if magic == MAGIC or path.suffix == ".gguf":
+        return GgufCheckpoint(path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} is one safetensors file; give its directory, where config.json lies too"
+        )
+    raise UnsupportedModelError(
+        f"{path} is neither a GGUF file nor a directory; supported are .gguf files and directories "
+        "with config.json and *.safetensors"
+    )
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    if not any(path.glob("*.safetensors")) and not (path / INDEX_FILE).exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return GgufCheckpoint(files[0])
+        if files:
+            raise CheckpointError(
+                f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files[:4])}); "
+                "give the path of one"
+            )
+        pickles = sorted(f for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise _pickle_error(pickles[0])
+        raise CheckpointError(
+            f"{path} holds no *.safetensors and no *.gguf; give a directory with a checkpoint"
+        )
+    return SafetensorsCheckpoint(path)
+
+
+def _pickle_error(path: Path) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path} is a pickle-based checkpoint, which can run code when it is loaded and is never "
+        "opened here; convert it to safetensors"
+    )

@@ -1,0 +1,119 @@
+"""Attention of new tokens over the paged key/value pool: the public function and the pool.
+
+``pool`` owns the layout, ``reference`` the meaning, ``blocked`` the speed. Projections, rotary
+positions and the mesh are the model's business; which page belongs to whom is the engine's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.paged_attention.blocked import paged_attention_blocked
+from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append, pool_shape
+from pallas_kernels.paged_attention.reference import paged_attention_reference
+
+__all__ = ["NULL_PAGE", "Pools", "append", "paged_attention", "pool_shape"]
+
+IMPLEMENTATIONS = {
+    "blocked": paged_attention_blocked,
+    "reference": paged_attention_reference,
+}
+"""By name, best first."""
+
+POOL_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    pools: Pools,
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    window: int | Int[Array, ""] = 0,
+    softcap: float = 0.0,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Attends from each row's new tokens to that row's pages, causally.
+
+    Query ``t`` of row ``b`` stands at position ``start[b] + t`` and sees positions 0 to its own, or
+    the last ``window`` of them. Its key and value must be in the pool already (``append`` first).
+    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``.
+
+    Args:
+        q: Queries, rotated already and not scaled. A whole KV group stands together: query head
+            ``n`` uses key/value head ``n // (N // K)``.
+        pools: Read only. Cells that a row does not see may hold anything, NaN included.
+        table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
+        start: Position of each row's first query.
+        length: Real queries of each row, 0 for a padding row. Answers from there on are zeros.
+        layer: Which layer's pages; a Python int or a traced scalar.
+        scale: Multiplies the scores, ``head_dim ** -0.5`` in most models.
+        window: Sliding window in tokens, the query's own included; 0 for none. May be traced.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
+
+    Raises:
+        ValueError: Shapes, dtypes or numbers that no implementation could take.
+        ExceptionGroup: Every implementation declined; it holds the reasons.
+    """
+    _check(q, pools, scale=scale, window=window, softcap=softcap)
+    with jax.named_scope("paged_attention"):
+        return dispatch(
+            "paged_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            pools,
+            table,
+            start,
+            length,
+            layer=layer,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+
+def _check(
+    q: Float[Array, "B T N H"],
+    pools: Pools,
+    *,
+    scale: float,
+    window: int | Int[Array, ""],
+    softcap: float,
+) -> None:
+    """Refuses what is wrong for every implementation; runs while tracing only."""
+    if pools.k.shape != pools.v.shape or pools.k.dtype != pools.v.dtype:
+        raise ValueError(
+            f"the key pool is {pools.k.dtype}{list(pools.k.shape)} and the value pool "
+            f"{pools.v.dtype}{list(pools.v.shape)}; make both of pool_shape() and one dtype"
+        )
+    if jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
+        raise ValueError(f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}")
+    if pools.pages < 1 or pools.k.shape[0] % pools.pages:
+        raise ValueError(
+            f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
+            "per layer; make it of pool_shape()"
+        )
+    q_heads, head_dim = q.shape[2:]
+    if head_dim != pools.k.shape[3]:
+        raise ValueError(
+            f"queries have head_dim {head_dim} and the pool {pools.k.shape[3]}; they must agree"
+        )
+    if q_heads % pools.k.shape[1]:
+        raise ValueError(
+            f"{q_heads} query heads cannot be split over {pools.k.shape[1]} key/value heads; "
+            "make the first a multiple of the second"
+        )
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}; head_dim ** -0.5 is usual")
+    if isinstance(window, int) and window < 0:
+        raise ValueError(f"window must be 0 (none) or a number of tokens, got {window}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be 0 (none) or above, got {softcap}")

@@ -1,0 +1,227 @@
+"""Shapes of paged attention that matter, and where each comes from.
+
+Tests walk ``CASES`` and compare implementations; ``bench/kernels.py`` walks ``SERVING`` and
+measures them. A case is head counts, a page size and a list of rows; its arrays are the worst that
+the contract allows: pages scattered over the pool, and every cell that no row may see holding NaN,
+an infinity or a huge number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, pool_shape
+
+LAYERS = 2
+LAYER = 1
+"""The layer that a case attends in: not the first, so that a lost layer offset shows."""
+
+
+class Inputs(NamedTuple):
+    """The positional arguments of ``paged_attention``."""
+
+    q: Float[Array, "B T N H"]
+    pools: Pools
+    table: Int[Array, "B W"]
+    start: Int[Array, " B"]
+    length: Int[Array, " B"]
+
+
+class Row(NamedTuple):
+    """One row of a step."""
+
+    start: int
+    """Context tokens before this step."""
+    length: int
+    """New tokens; 0 for a padding row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape of one step."""
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_tokens: int
+    table_width: int
+    query_tokens: int
+    rows: tuple[Row, ...]
+    window: int = 0
+    softcap: float = 0.0
+
+    def __str__(self) -> str:
+        """The name, as a test's id."""
+        return self.name
+
+    @property
+    def scale(self) -> float:
+        """The usual scale of the scores."""
+        return self.head_dim**-0.5
+
+    def pages_of(self, row: Row) -> int:
+        """Pages that hold a row's context and its new tokens."""
+        return -(-(row.start + row.length) // self.page_tokens) if row.length else 0
+
+    def arrays(self, *, seed: int, dtype: DTypeLike, spare_pages: int = 1) -> Inputs:
+        """Draws the arrays of this case; the same ones for the same seed."""
+        rng = np.random.default_rng(seed)
+        pages = 1 + sum(map(self.pages_of, self.rows)) + spare_pages
+        shape = pool_shape(
+            layers=LAYERS,
+            pages=pages,
+            kv_heads=self.kv_heads,
+            page_tokens=self.page_tokens,
+            head_dim=self.head_dim,
+        )
+        table = np.full((len(self.rows), self.table_width), NULL_PAGE, np.int32)
+        free = iter(rng.permutation(np.arange(1, pages)))
+        unseen = np.ones((shape[0], self.page_tokens), bool)
+        for b, row in enumerate(self.rows):
+            for entry in range(self.pages_of(row)):
+                table[b, entry] = next(free)
+                used = min(row.start + row.length - entry * self.page_tokens, self.page_tokens)
+                unseen[LAYER * pages + table[b, entry], :used] = False
+
+        def draw() -> Array:
+            cells = rng.standard_normal(shape, np.float32)
+            poison = rng.choice(np.array([np.nan, np.inf, -np.inf, 3e4, -3e4], np.float32), shape)
+            return jnp.asarray(np.where(unseen[:, None, :, None], poison, cells), dtype)
+
+        q_shape = (len(self.rows), self.query_tokens, self.q_heads, self.head_dim)
+        return Inputs(
+            q=jnp.asarray(rng.standard_normal(q_shape, np.float32), dtype),
+            pools=Pools(k=draw(), v=draw(), pages=pages),
+            table=jnp.asarray(table),
+            start=jnp.asarray([row.start for row in self.rows], jnp.int32),
+            length=jnp.asarray([row.length for row in self.rows], jnp.int32),
+        )
+
+
+def _decode(*context: int) -> tuple[Row, ...]:
+    """One new token per row; a context of 0 is a padding row."""
+    return tuple(Row(tokens - 1, 1) if tokens else Row(0, 0) for tokens in context)
+
+
+CASES = (
+    Case(
+        name="smollm2-decode",  # Grouped heads; contexts on both sides of page and block edges.
+        q_heads=9,
+        kv_heads=3,
+        head_dim=64,
+        page_tokens=32,
+        table_width=24,
+        query_tokens=1,
+        rows=_decode(1, 32, 33, 255, 256, 257, 700, 0),
+    ),
+    Case(
+        name="smollm2-chunk",  # Prompt chunks of unlike lengths, a decoding row, padding.
+        q_heads=9,
+        kv_heads=3,
+        head_dim=64,
+        page_tokens=32,
+        table_width=20,
+        query_tokens=24,
+        rows=(Row(0, 24), Row(250, 13), Row(511, 1), Row(0, 0)),
+    ),
+    Case(
+        name="phi3-mini-decode",  # As many key heads as query heads; size 96.
+        q_heads=32,
+        kv_heads=32,
+        head_dim=96,
+        page_tokens=16,
+        table_width=21,  # 336 tokens: the last block is wider than what is left of the table.
+        query_tokens=1,
+        rows=_decode(336, 5),
+    ),
+    Case(
+        name="gemma3-270m-local",  # One key/value head, head size 256, window inside one block.
+        q_heads=4,
+        kv_heads=1,
+        head_dim=256,
+        page_tokens=16,
+        table_width=48,
+        query_tokens=8,
+        rows=(Row(0, 8), Row(600, 8), Row(300, 3), Row(0, 0)),
+        window=100,
+    ),
+    Case(
+        name="gemma2-softcap",  # Caps its scores; a window that spans several blocks.
+        q_heads=8,
+        kv_heads=4,
+        head_dim=256,
+        page_tokens=64,
+        table_width=17,
+        query_tokens=2,
+        rows=(Row(1000, 2), Row(3, 2)),
+        window=512,
+        softcap=50.0,
+    ),
+    Case(
+        name="llama3-70b-shard",  # What one of eight devices sees: eight query heads, one key head.
+        q_heads=8,
+        kv_heads=1,
+        head_dim=128,
+        page_tokens=64,
+        table_width=5,
+        query_tokens=1,
+        rows=_decode(300, 64, 65),
+    ),
+    Case(
+        name="odd-pages",  # A page that neither divides a block nor is divided by one.
+        q_heads=4,
+        kv_heads=2,
+        head_dim=64,
+        page_tokens=48,
+        table_width=13,
+        query_tokens=5,
+        rows=(Row(238, 5), Row(240, 5), Row(600, 4)),
+    ),
+    Case(
+        name="page-over-block",  # A page wider than a block.
+        q_heads=2,
+        kv_heads=2,
+        head_dim=64,
+        page_tokens=320,
+        table_width=3,
+        query_tokens=3,
+        rows=(Row(318, 3), Row(900, 3)),
+    ),
+    Case(
+        name="tiny",  # The model of the engine's tests: less than one block in all.
+        q_heads=4,
+        kv_heads=2,
+        head_dim=16,
+        page_tokens=8,
+        table_width=3,
+        query_tokens=4,
+        rows=(Row(20, 4), Row(0, 1)),
+    ),
+)
+
+SERVING = tuple(
+    Case(
+        name=f"{model}-{kind}",
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=heads[2],
+        page_tokens=32,
+        table_width=width,
+        query_tokens=query_tokens,
+        rows=rows,
+    )
+    for model, heads in {"smollm2": (9, 3, 64), "llama3-8b-quarter": (8, 2, 128)}.items()
+    for kind, width, query_tokens, rows in (
+        ("decode-1-at-1024", 256, 1, _decode(1024)),
+        ("decode-64-at-384", 256, 1, _decode(*[384] * 64)),
+        ("chunk-512-at-4096", 256, 512, (Row(3584, 512),)),
+    )
+)
+"""Steps of a server under load: one stream, a full batch, the last chunk of a long prompt."""

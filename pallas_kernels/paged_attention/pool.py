@@ -1,0 +1,135 @@
+"""The paged key/value pool: its layout, and the only code that writes or gathers it.
+
+One array holds the keys of every layer and one the values, as ``[layers * pages, kv_heads,
+page_token, head_dim]``:
+
+    axis 0   page ``p`` of layer ``l`` is row ``l * pages + p``; ``pages`` counts the null page
+    axis 1   one key/value head of one page is one contiguous ``[page_token, head_dim]`` tile, so a
+             page is contiguous for sharing and the head axis shards without splitting a tile
+    axis 2   tokens of the page, in position order
+    axis 3   head_dim
+
+Attention consumes that order as it stands, so no transpose of the pool ever stands between a write
+and a read. Which pages belong to whom is decided elsewhere; here a table is just numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NULL_PAGE = 0
+"""First page of every layer, never allocated. Padding reads and writes it; masks keep it out of
+every answer."""
+
+if TYPE_CHECKING:
+    type PoolArray = Float[Array, "LP K Z H"]
+else:
+    # jax rebuilds the dataclass around whatever a tree function returns: shapes, shardings, flags.
+    # A run-time check of the field would refuse those, so the shape is for readers and pyright.
+    PoolArray = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pools:
+    """Keys and values of every page of every layer; a pytree, made to be donated."""
+
+    k: PoolArray
+    v: PoolArray
+    pages: int = field(metadata={"static": True})
+    """Pages per layer, the null page included."""
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in one page."""
+        return self.k.shape[2]
+
+
+def pool_shape(
+    *, layers: int, pages: int, kv_heads: int, page_tokens: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """Shape of each of the two pool arrays; ``pages`` counts the null page of each layer."""
+    if pages < 2:
+        raise ValueError(
+            f"pages must be at least 2 (page {NULL_PAGE} of each layer is the null page), "
+            f"got {pages}; give the pool more memory or make pages smaller"
+        )
+    sizes = {
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "page_tokens": page_tokens,
+        "head_dim": head_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    return layers * pages, kv_heads, page_tokens, head_dim
+
+
+def append(
+    pools: Pools,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+) -> Pools:
+    """Writes new keys and values of one layer into the pages of their rows.
+
+    Token ``t`` of row ``b`` goes to position ``start[b] + t``. Tokens from ``length[b]`` on are
+    padding and go to the null page, as does a position that the table has no entry for, so that no
+    mistake of a caller can overwrite the page of another sequence.
+
+    Args:
+        pools: Updated in place when the caller's ``jit`` donates them: do not use again.
+        k: New keys, rotated already; cast to the pool's dtype.
+        v: New values; cast to the pool's dtype.
+        table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
+        start: Position of each row's first new token.
+        length: Real new tokens of each row, 0 for a padding row.
+        layer: Which layer's pages; a Python int or a traced scalar.
+
+    Returns:
+        The pools with the new cells written and every other cell, the null page apart, unchanged.
+        XLA writes in place if the pools are donated and ``k`` and ``v`` depend on what the layer
+        before read, as they do in a model; a write that could overtake a read costs a copy.
+    """
+    page_tokens = pools.page_tokens
+    width = table.shape[1]
+    token_T = jnp.arange(k.shape[1], dtype=jnp.int32)
+    position_BT = start[:, None] + token_T[None, :]
+    is_real_BT = (token_T[None, :] < length[:, None]) & (position_BT < width * page_tokens)
+    entry_BT = jnp.clip(position_BT // page_tokens, 0, width - 1)
+    page_BT = jnp.where(is_real_BT, jnp.take_along_axis(table, entry_BT, axis=1), NULL_PAGE)
+    row_BT = layer * pools.pages + page_BT
+    offset_BT = position_BT % page_tokens
+    # Two index arrays around a slice: the scatter takes k and v as they come, [B, T, K, H].
+    return replace(
+        pools,
+        k=pools.k.at[row_BT, :, offset_BT].set(k.astype(pools.k.dtype)),
+        v=pools.v.at[row_BT, :, offset_BT].set(v.astype(pools.v.dtype)),
+    )
+
+
+def read(
+    pools: Pools, table: Int[Array, "B C"], *, layer: int | Int[Array, ""]
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Lines up the pages that ``table`` names, in table order, head by head: ``S = C * Z``.
+
+    Page and head are both index arrays, so the gather copies ``[page_token, head_dim]`` tiles to
+    where the products want them, and no transpose of the block follows.
+    """
+    kv_heads, page_tokens, head_dim = pools.k.shape[1:]
+    row_BxC = (layer * pools.pages + table)[:, None, :]
+    head_xKx = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    shape_BKSH = (table.shape[0], kv_heads, table.shape[1] * page_tokens, head_dim)
+    k_BKSH = pools.k[row_BxC, head_xKx].reshape(shape_BKSH)
+    v_BKSH = pools.v[row_BxC, head_xKx].reshape(shape_BKSH)
+    return k_BKSH, v_BKSH

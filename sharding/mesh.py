@@ -1,0 +1,116 @@
+"""``"2x4"`` to a mesh of devices with named axes, with errors that show the fix.
+
+Axis names and their order live here. What lives on which axis is in ``rules``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+
+AXES = ("data", "tensor")
+"""Mesh axes, slowest first: devices of one tensor group stand side by side."""
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What ordering the mesh needs to know of a device."""
+
+    @property
+    def id(self) -> int:
+        """Number of the device, unique over all hosts."""
+        ...
+
+    @property
+    def process_index(self) -> int:
+        """Number of the host process that owns the device."""
+        ...
+
+
+class MeshShapeError(ValueError):
+    """A mesh that cannot be read, does not fit the devices, or does not divide an array."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Size of each mesh axis."""
+
+    data: int = 1
+    """Copies of the model, each with rows and pages of its own."""
+    tensor: int = 1
+    """Devices that share one copy of the model; must divide its key/value heads."""
+
+    def __post_init__(self) -> None:
+        """Refuses an empty axis."""
+        for axis in AXES:
+            if self.size(axis) < 1:
+                raise MeshShapeError(f"mesh axis {axis} must be at least 1, got {self.size(axis)}")
+
+    def size(self, axis: str) -> int:
+        """Devices along one axis."""
+        return {"data": self.data, "tensor": self.tensor}[axis]
+
+    @property
+    def devices(self) -> int:
+        """Devices in the whole mesh."""
+        return self.data * self.tensor
+
+    def __str__(self) -> str:
+        """The named form that ``parse_mesh`` reads."""
+        return f"data={self.data},tensor={self.tensor}"
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Reads ``DATAxTENSOR`` or named axes in any order; an axis that is not named is 1.
+
+    >>> parse_mesh("2x4") == parse_mesh("tensor=4, data=2") == MeshShape(data=2, tensor=4)
+    True
+    """
+    compact = text.lower().replace(" ", "")
+    if "=" not in compact:
+        match compact.split("x"):
+            case [data, tensor] if _is_count(data) and _is_count(tensor):
+                return MeshShape(data=int(data), tensor=int(tensor))
+            case _:
+                raise _unreadable(text)
+    sizes: dict[str, int] = {}
+    for part in compact.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes or not _is_count(size):
+            raise _unreadable(text)
+        sizes[axis] = int(size)
+    return MeshShape(**sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
+    """Arranges the first ``shape.devices`` devices in a mesh with axes ``data`` and ``tensor``.
+
+    Devices are taken host by host, so a tensor group, whose members talk in every layer, stays
+    within one host while it fits.
+
+    Raises:
+        MeshShapeError: The shape needs more devices than there are.
+    """
+    if shape.devices > len(devices):
+        raise MeshShapeError(
+            f"mesh {shape} needs {shape.devices} devices and {len(devices)} are visible; "
+            f"use a mesh of at most {len(devices)}, for example 1x{len(devices)}"
+        )
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered[: shape.devices], dtype=object).reshape(shape.data, shape.tensor)
+    return Mesh(grid, AXES)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) > 0
+
+
+def _unreadable(text: str) -> MeshShapeError:
+    return MeshShapeError(
+        "a mesh is written DATAxTENSOR or data=N,tensor=N with numbers above 0, "
+        f"for example 2x4; got {text!r}"
+    )

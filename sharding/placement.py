@@ -1,0 +1,78 @@
+"""Puts host arrays on the mesh shard by shard, and says how many bytes each device holds.
+
+The reader is asked for one shard at a time, so no device ever holds a whole tensor that is sharded,
+and a reader that can seek never reads one either. Which sharding an array has is in ``specs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+type Index = tuple[slice, ...]
+
+
+def place(
+    read: Callable[[Index], np.ndarray],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sharding: Sharding,
+) -> jax.Array:
+    """Makes a global array, reading each distinct shard once.
+
+    Args:
+        read: Gives the part of the array at an index, one slice with both bounds per dimension. It
+            is cast to ``dtype`` here. On a CPU the array may share the memory that ``read``
+            returned: never write to it afterwards.
+        shape: Global shape.
+        dtype: Of the result.
+        sharding: Where the parts live.
+
+    Raises:
+        ValueError: ``read`` returned another shape than it was asked for.
+    """
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def shard(index: Index | None) -> np.ndarray:
+        # Devices that hold the same part ask for it one by one; the file is read for the first.
+        bounds = tuple(
+            part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)
+        )
+        if bounds not in shards:
+            shards[bounds] = _read_shard(read, bounds, dtype)
+        return shards[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+    """Bytes that each device holds of a tree of arrays, which divide evenly by construction.
+
+    Args:
+        abstract: Tree of anything with a global ``shape`` and a ``dtype``.
+        shardings: The same tree with a sharding for each leaf.
+    """
+
+    def shard_bytes(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(shard_bytes, abstract, shardings)))
+
+
+def _read_shard(
+    read: Callable[[Index], np.ndarray], bounds: tuple[tuple[int, int], ...], dtype: DTypeLike
+) -> np.ndarray:
+    expected = tuple(end - begin for begin, end in bounds)
+    part = np.asarray(read(tuple(slice(begin, end) for begin, end in bounds)))
+    if part.shape != expected:
+        raise ValueError(
+            f"asked for a shard of shape {expected} at {bounds} and got {part.shape}; "
+            "the reader must honour every slice of the index"
+        )
+    return part.astype(dtype, copy=False)

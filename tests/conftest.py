@@ -1,0 +1,60 @@
+"""What every test runs under: eight simulated CPU devices, and JAX at its strictest.
+
+JAX reads its settings from the environment when it is first imported, so they are set here before
+anything of jaxserve is: the run-time type checks (`--jaxtyping-packages`) import JAX together with
+the first module they check. Processes that tests start inherit the settings.
+`make test-gpu` sets JAX_PLATFORMS itself, which is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+if "jax" in sys.modules:
+    raise pytest.UsageError("jax was imported before tests/conftest.py could set it up")
+
+# One compilation cache for the whole session and for the processes it starts, gone afterwards:
+# tests share programs, and no test depends on what an earlier session left behind.
+COMPILATION_CACHE = tempfile.mkdtemp(prefix="jaxserve-compiled-")
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(
+    JAX_NUM_CPU_DEVICES="8",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_COMPILATION_CACHE_DIR=COMPILATION_CACHE,
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
+    HF_HUB_OFFLINE="1",
+)
+
+# The same examples every time, and no deadline: the machine may be shared.
+settings.register_profile("jaxserve", derandomize=True, deadline=None)
+settings.load_profile("jaxserve")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compilation cache of this session."""
+    shutil.rmtree(COMPILATION_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Callable[[str], Path]:
+    """Finds an asset by name, or skips the test and says what to run."""
+
+    from jaxserve.assets import AssetError, asset_path, default_directory
+
+    def find(name: str) -> Path:
+        try:
+            return asset_path(name, default_directory(os.environ))
+        except AssetError as error:
+            pytest.skip(str(error))
+
+    return find

@@ -1,0 +1,239 @@
+"""The decoder on tiny random models of every family: its forms agree, its parts are wired up.
+
+That the numbers are those of the published architectures is shown in ``test_parity_tiny.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.models.decoder import Model, Params
+from jaxserve.models.presets import PRESETS, preset
+
+TINY = [name for name in PRESETS if name.startswith("tiny-")]
+TOKENS = np.random.default_rng(3).integers(0, 512, (2, 80))
+
+
+def random_params(name: str, *, stacked: bool = False, dtype: Any = jnp.float32) -> Params:
+    init = partial(Model(preset(name)).init, dtype=dtype, stacked=stacked)
+    return jax.jit(init)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_stacked_and_unrolled_layers_give_the_same_logits(name, dense_logits):
+    """The same weights in both forms; XLA may order sums differently, hence not bit for bit."""
+    model = Model(preset(name))
+    unrolled = random_params(name)
+    stacked = Params(unrolled.ends, jax.tree.map(lambda *x: jnp.stack(x), *unrolled.layers))
+
+    one, other = dense_logits(model, stacked, TOKENS), dense_logits(model, unrolled, TOKENS)
+
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * other.std())
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-qwen2"])
+def test_init_draws_the_same_weights_stacked_or_not(name):
+    stacked, unrolled = random_params(name, stacked=True), random_params(name)
+    assert isinstance(stacked.layers, dict)
+    for number, layer in enumerate(unrolled.layers):
+        jax.tree.map(
+            np.testing.assert_array_equal, {k: v[number] for k, v in stacked.layers.items()}, layer
+        )
+    jax.tree.map(np.testing.assert_array_equal, stacked.ends, unrolled.ends)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_abstract_shapes_and_axes_describe_what_init_makes(name, stacked):
+    model = Model(preset(name))
+    abstract = model.abstract(jnp.bfloat16, stacked=stacked)
+    made = random_params(name, stacked=stacked, dtype=jnp.bfloat16)
+    axes = model.logical_axes(stacked=stacked)
+    config = preset(name)
+    sizes = {
+        "layer": config.layers,
+        "embed": config.embed,
+        "q_heads": config.q_heads,
+        "kv_heads": config.kv_heads,
+        "group": config.group + 2,
+        "head_dim": config.head_dim,
+        "ffn": config.ffn,
+        "vocab": config.vocab_size,
+        None: 2,
+    }
+
+    def check(shape: Any, array: Any, words: Any) -> None:
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert array.shape == tuple(sizes[word] for word in words)
+
+    jax.tree.map(check, abstract, made, axes)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_random_weights_give_spread_but_not_degenerate_logits(name, dense_logits):
+    """Neither flat nor a constant answer, so that tests on them can tell right from wrong."""
+    logits = dense_logits(Model(preset(name)), random_params(name), TOKENS)
+    answers = logits.argmax(-1)
+    assert 1.0 < logits.std() < 4.0
+    assert len(np.unique(answers)) > 20
+    assert (answers == TOKENS).mean() < 0.2
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_the_cache_goes_through_every_layer_in_order(stacked, dense_attend):
+    config = preset("tiny-gemma3")
+    model, dense = Model(config), dense_attend(config)
+
+    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> tuple[Any, Any]:
+        count, log = cache
+        out, _ = dense((), layer, q, k, v, window)
+        return out, (count + 1, log.at[count].set(jnp.stack([layer, window])))
+
+    _, (count, log) = model.forward(
+        random_params("tiny-gemma3", stacked=stacked),
+        jnp.zeros((1, 4), jnp.int32),
+        jnp.arange(4)[None],
+        (jnp.int32(0), jnp.zeros((2, 2), jnp.int32)),
+        attend,
+        tensor_axis=None,
+    )
+    assert count == 2
+    np.testing.assert_array_equal(log, [[0, 32], [1, 0]])
+
+
+def test_unrolled_layers_hand_plain_integers_to_attend(dense_attend):
+    """So that an implementation may choose by layer or window while it is traced."""
+    config = preset("tiny-mistral")
+    dense, seen = dense_attend(config), []
+
+    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> tuple[Any, Any]:
+        seen.append((layer, window))
+        return dense(cache, layer, q, k, v, window)
+
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    Model(config).forward(random_params("tiny-mistral"), zeros, zeros, (), attend, tensor_axis=None)
+    assert seen == [(0, 32), (1, 32)]
+
+
+def test_a_window_hides_what_is_further_back(dense_logits):
+    """In one layer of window 32, token 40 cannot depend on token 8 and does on token 9."""
+    config = replace(preset("tiny-mistral"), layers=1, windows=(32,))
+    model = Model(config)
+    params = model.init(jax.random.key(1), jnp.float32, stacked=False)
+    base = np.array(TOKENS[0, :41])
+    changed = {}
+    for position in (8, 9):
+        other = base.copy()
+        other[position] = (other[position] + 1) % 512
+        difference = dense_logits(model, params, other)[40] - dense_logits(model, params, base)[40]
+        changed[position] = np.abs(difference).max()
+    assert changed[8] == 0
+    assert changed[9] > 1e-4
+
+
+def test_positions_decide_and_not_places_in_the_batch(dense_logits, dense_attend):
+    """Rope is relative: a shift of all positions moves no logit."""
+    config = preset("tiny-llama")
+    model, params = Model(config), random_params("tiny-llama")
+    shifted = jnp.arange(80, dtype=jnp.int32)[None] + 300
+    hidden, _ = model.forward(
+        params, jnp.array(TOKENS[:1]), shifted, (), dense_attend(config), tensor_axis=None
+    )
+    expected = dense_logits(model, params, TOKENS[0])
+    np.testing.assert_allclose(model.logits(params, hidden)[0], expected, rtol=0, atol=2e-3)
+
+
+def test_logits_are_float32_and_capped_when_the_config_says_so():
+    config = replace(preset("tiny-llama"), logit_softcap=0.5)
+    params = random_params("tiny-llama", dtype=jnp.bfloat16)
+    hidden = jnp.full((3, 64), 4.0, jnp.bfloat16)
+    plain = Model(preset("tiny-llama")).logits(params, hidden)
+    capped = Model(config).logits(params, hidden)
+    assert plain.dtype == capped.dtype == jnp.float32
+    assert np.abs(plain).max() > 0.5
+    np.testing.assert_allclose(capped, 0.5 * np.tanh(plain / 0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_stays_close_to_float32(dense_logits):
+    """Rounded weights and activations, but no sum in bfloat16: 3 % of the spread is typical."""
+    model, params = Model(preset("tiny-llama")), random_params("tiny-llama")
+    exact = dense_logits(model, params, TOKENS)
+    rounded = dense_logits(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), TOKENS)
+    assert np.abs(rounded - exact).mean() < 0.05 * exact.std()
+
+
+def mesh_of(tensor: int) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:tensor]), ("tensor",))
+
+
+def specs_of(model: Model, stacked: bool) -> Params:
+    split = {"kv_heads", "q_heads", "ffn"}
+    return jax.tree.map(
+        lambda axes: PartitionSpec(*("tensor" if word in split else None for word in axes)),
+        model.logical_axes(stacked=stacked),
+        is_leaf=lambda leaf: isinstance(leaf, tuple) and all(x is None or isinstance(x, str) for x in leaf),
+    )
+
+
+def sharded_logits(model: Model, attend: Any, tensor: int, stacked: bool) -> Any:
+    def run(params: Params, tokens: Any, positions: Any) -> Any:
+        hidden, _ = model.forward(params, tokens, positions, (), attend, tensor_axis="tensor")
+        return model.logits(params, hidden)
+
+    return jax.shard_map(
+        run,
+        mesh=mesh_of(tensor),
+        in_specs=(specs_of(model, stacked), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_tensor_mesh_gives_the_logits_of_one_device(
+    tensor, stacked, dense_logits, dense_attend
+):
+    config = replace(preset("tiny-qwen2"), q_heads=8, kv_heads=4)
+    model = Model(config)
+    params = model.init(jax.random.key(2), jnp.float32, stacked=stacked)
+    positions = jnp.broadcast_to(jnp.arange(80, dtype=jnp.int32)[None], (2, 80))
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh_of(tensor), spec), specs_of(model, stacked)
+    )
+    run = sharded_logits(model, dense_attend(config), tensor, stacked)
+
+    logits = jax.jit(run)(jax.device_put(params, shardings), jnp.array(TOKENS), positions)
+
+    expected = dense_logits(model, params, TOKENS)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * expected.std())
+
+
+@pytest.mark.parametrize(("stacked", "bodies"), [(True, 1), (False, 2)])
+def test_a_layer_has_exactly_two_all_reduces(stacked, bodies, dense_attend):
+    """A scanned body stands once in the program, unrolled layers stand one by one."""
+    config = preset("tiny-llama")
+    model = Model(config)
+    run = sharded_logits(model, dense_attend(config), 2, stacked)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    jaxpr = jax.make_jaxpr(run)(model.abstract(jnp.float32, stacked=stacked), tokens, tokens)
+    names = list(primitives(jaxpr.jaxpr))
+    assert sum(name.startswith("psum") for name in names) == 2 * bodies
+    collectives = ("all_gather", "all_to_all", "ppermute", "reduce_scatter")
+    assert not [name for name in names if name.startswith(collectives)]
+
+
+def primitives(jaxpr: Any) -> Any:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(equation.params):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)

@@ -1,0 +1,303 @@
+"""Paged attention: blocked equals the reference, both equal a dense oracle, rows stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels.paged_attention import (
+    IMPLEMENTATIONS,
+    NULL_PAGE,
+    Pools,
+    append,
+    paged_attention,
+    pool_shape,
+)
+from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
+
+from .dense_attention import dense_attention
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
+"""Relative, and absolute for answers below 1. Both sides compute in float32 in another order; the
+narrower dtypes then round once, so two answers may differ by one unit in the last place."""
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+STATIC = ("scale", "softcap", "implementation")
+compiled = jax.jit(paged_attention, static_argnames=STATIC)
+
+
+def attend(
+    case: Case, inputs: Inputs, implementation: str, *, window: int | None = None
+) -> np.ndarray:
+    """One program per shape: layer and window are data, as they are in a scanned model."""
+    out = compiled(
+        *inputs,
+        layer=jnp.int32(LAYER),
+        scale=case.scale,
+        window=jnp.int32(case.window if window is None else window),
+        softcap=case.softcap,
+        implementation=implementation,
+    )
+    return np.asarray(out.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blocked_equals_the_reference(case: Case, dtype: str):
+    """Cells that no row sees hold NaN, infinities and huge numbers, so a leak of one shows."""
+    inputs = case.arrays(seed=0, dtype=dtype)
+    blocked, reference = (attend(case, inputs, name) for name in ("blocked", "reference"))
+    assert np.isfinite(reference).all()
+    np.testing.assert_allclose(blocked, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_answer_is_dense_attention_over_each_rows_own_tokens(case: Case, implementation: str):
+    inputs = case.arrays(seed=1, dtype=np.float32)
+    answer = attend(case, inputs, implementation)
+    k_pool, v_pool, q = (np.asarray(x) for x in (inputs.pools.k, inputs.pools.v, inputs.q))
+    for b, row in enumerate(case.rows):
+        end = row.start + row.length
+        pages = np.asarray(inputs.table[b])
+        k_SKH, v_SKH = (
+            np.concatenate(
+                [pool[LAYER * inputs.pools.pages + page].swapaxes(0, 1) for page in pages]
+            )[:end]
+            for pool in (k_pool, v_pool)
+        )
+        q_SNH = np.zeros((end, case.q_heads, case.head_dim))
+        q_SNH[row.start :] = q[b, : row.length]
+        expected = dense_attention(
+            q_SNH, k_SKH, v_SKH, scale=case.scale, window=case.window, softcap=case.softcap
+        )[row.start :]
+        np.testing.assert_allclose(answer[b, : row.length], expected, rtol=1e-5, atol=1e-5)
+        assert not answer[b, row.length :].any(), "padding answers zero"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [0, 7])
+def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str, window: int):
+    """Appends and attends as the engine does; two sequences in pages dealt out in turn."""
+    tokens, q_heads, kv_heads, head_dim, page_tokens = 45, 4, 2, 16, 4
+    rng = np.random.default_rng(3)
+    q, k, v = (
+        rng.standard_normal((2, tokens, heads, head_dim), np.float32)
+        for heads in (q_heads, kv_heads, kv_heads)
+    )
+    pages = 2 * 12 + 1
+    shape = pool_shape(
+        layers=3, pages=pages, kv_heads=kv_heads, page_tokens=page_tokens, head_dim=head_dim
+    )
+    pools = Pools(k=jnp.full(shape, 1e4), v=jnp.full(shape, 1e4), pages=pages)
+    table = jnp.asarray(1 + np.arange(24).reshape(12, 2).T, jnp.int32)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(pools: Pools, q, k, v, start, length):
+        pools = append(pools, k, v, table, start, length, layer=2)
+        out = paged_attention(
+            q,
+            pools,
+            table,
+            start,
+            length,
+            layer=2,
+            scale=0.25,
+            window=window,
+            implementation=implementation,
+        )
+        return pools, out
+
+    expected = np.stack(
+        [dense_attention(q[b], k[b], v[b], scale=0.25, window=window) for b in (0, 1)]
+    )
+    answer = np.zeros_like(expected)
+    done = 0
+    for chunk in [8, 8, 5, *[1] * 24]:
+        new = [np.zeros((2, 8 if chunk > 1 else 1, *x.shape[2:]), np.float32) for x in (q, k, v)]
+        for padded, x in zip(new, (q, k, v), strict=True):
+            padded[:, :chunk] = x[:, done : done + chunk]
+        starts, lengths = jnp.full(2, done, jnp.int32), jnp.full(2, chunk, jnp.int32)
+        pools, out = step(pools, *map(jnp.asarray, new), starts, lengths)
+        answer[:, done : done + chunk] = out[:, :chunk]
+        done += chunk
+    assert done == tokens
+    np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["smollm2-decode", "smollm2-chunk", "gemma3-270m-local"])
+def test_a_row_answers_bit_for_bit_the_same_alone_and_in_company(name: str):
+    """The same bucket, the other rows padding: their lengths move the loop's bounds, no more."""
+    case = BY_NAME[name]
+    inputs = case.arrays(seed=2, dtype=np.float32)
+    together = attend(case, inputs, "blocked")
+    for b in range(len(case.rows)):
+        alone = np.arange(len(case.rows)) == b
+        masked = inputs._replace(
+            table=jnp.where(alone[:, None], inputs.table, NULL_PAGE),
+            start=jnp.where(alone, inputs.start, 0),
+            length=jnp.where(alone, inputs.length, 0),
+        )
+        np.testing.assert_array_equal(attend(case, masked, "blocked")[b], together[b])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_huge_numbers_in_the_null_page_move_no_answer(implementation: str):
+    case = BY_NAME["smollm2-chunk"]
+    inputs = case.arrays(seed=4, dtype=np.float32)
+    null = jnp.arange(inputs.pools.k.shape[0]) % inputs.pools.pages == NULL_PAGE
+    answers = []
+    for value in (0.0, 3e38, jnp.nan):
+        filled = jnp.where(null[:, None, None, None], value, inputs.pools.k)
+        values = jnp.where(null[:, None, None, None], value, inputs.pools.v)
+        pools = replace(inputs.pools, k=filled, v=values)
+        answers.append(attend(case, inputs._replace(pools=pools), implementation))
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_array_equal(answers[0], answers[2])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_of_padding_only_answers_zeros(implementation: str):
+    case = replace(BY_NAME["tiny"], rows=(Row(0, 0), Row(0, 0)))
+    answer = attend(case, case.arrays(seed=0, dtype=np.float32), implementation)
+    np.testing.assert_array_equal(answer, np.zeros_like(answer))
+
+
+def test_one_program_serves_windowed_and_global_layers_of_any_context():
+    """The window, the layer and the contexts are data: a traced window answers as a number does."""
+    case = BY_NAME["gemma3-270m-local"]
+    inputs = case.arrays(seed=5, dtype=np.float32)
+    attend(case, inputs, "blocked")
+    programs = compiled._cache_size()
+    number = jax.jit(partial(paged_attention, layer=LAYER, scale=case.scale, window=100))
+    np.testing.assert_array_equal(attend(case, inputs, "blocked", window=100), number(*inputs))
+    for window in (0, 1, 512, 100_000):
+        attend(case, inputs._replace(start=inputs.start // 2), "blocked", window=window)
+    assert compiled._cache_size() == programs
+
+
+def test_a_window_that_covers_everything_equals_no_window():
+    case = BY_NAME["smollm2-decode"]
+    inputs = case.arrays(seed=6, dtype=np.float32)
+    np.testing.assert_array_equal(
+        attend(case, inputs, "blocked", window=700), attend(case, inputs, "blocked", window=0)
+    )
+
+
+def test_pages_below_the_window_are_never_read():
+    """They may have been given away: the table may say anything there, the null page for one."""
+    case = replace(BY_NAME["gemma3-270m-local"], rows=(Row(600, 8), Row(650, 1)))
+    inputs = case.arrays(seed=7, dtype=np.float32)
+    forgotten = inputs._replace(table=inputs.table.at[:, : (601 - 100) // 16].set(NULL_PAGE))
+    for name in IMPLEMENTATIONS:
+        np.testing.assert_array_equal(
+            attend(case, inputs, name), attend(case, forgotten, name), err_msg=name
+        )
+
+
+@settings(max_examples=50)
+@given(
+    page_tokens=st.sampled_from([8, 96]),
+    rows=st.lists(
+        st.tuples(st.integers(0, 380), st.integers(0, 3)).map(lambda row: Row(*row)),
+        min_size=3,
+        max_size=3,
+    ),
+    window=st.sampled_from([0, 1, 50, 260]),
+)
+def test_any_rows_agree_with_the_reference(page_tokens: int, rows: list[Row], window: int):
+    """Neither table is a whole number of blocks; the pools have one size, for one program each."""
+    table_width = {8: 48, 96: 5}[page_tokens]
+    case = replace(
+        BY_NAME["tiny"],
+        page_tokens=page_tokens,
+        rows=tuple(rows),
+        window=window,
+        query_tokens=3,
+        table_width=table_width,
+    )
+    spare_pages = 3 * table_width - sum(map(case.pages_of, rows))
+    inputs = case.arrays(seed=9, dtype=np.float32, spare_pages=spare_pages)
+    np.testing.assert_allclose(
+        attend(case, inputs, "blocked"), attend(case, inputs, "reference"), rtol=2e-6, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
+def test_shards_of_rows_and_heads_answer_as_the_whole(mesh_shape: tuple[int, int]):
+    """Rows over data, key/value heads over tensor; the pages are the same for every data shard."""
+    case = BY_NAME["smollm2-chunk"]
+    inputs = case.arrays(seed=8, dtype=np.float32)
+    data, tensor = mesh_shape
+    mesh = Mesh(np.array(jax.devices()[: data * tensor]).reshape(mesh_shape), ("data", "tensor"))
+    rows, heads = PartitionSpec("data"), PartitionSpec("data", None, "tensor")
+    pool = PartitionSpec(None, "tensor")
+    specs = Inputs(heads, Pools(pool, pool, inputs.pools.pages), rows, rows, rows)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=heads)
+    def sharded(*local):
+        return paged_attention(*local, layer=LAYER, scale=case.scale)
+
+    np.testing.assert_allclose(
+        sharded(*inputs), attend(case, inputs, "blocked"), rtol=2e-6, atol=2e-6
+    )
+
+
+def _refused(change: Callable[[Inputs], Inputs], **options: object) -> Callable[[], object]:
+    case = BY_NAME["tiny"]
+    inputs = change(case.arrays(seed=0, dtype=np.float32))
+    return lambda: paged_attention(*inputs, **{"layer": 0, "scale": 0.25, **options})
+
+
+def _with_pools(**changes: object) -> Callable[[Inputs], Inputs]:
+    return lambda inputs: inputs._replace(pools=replace(inputs.pools, **changes))
+
+
+def _same(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            _refused(_with_pools(v=jnp.zeros((2, 2, 8, 16), jnp.float16))),
+            r"the key pool is float32\[12, 2, 8, 16\] and the value pool float16\[2, 2, 8, 16\]",
+        ),
+        (
+            _refused(_with_pools(k=jnp.zeros(4, jnp.int8), v=jnp.zeros(4, jnp.int8))),
+            "the pool is int8; choose one of float32, bfloat16, float16",
+        ),
+        (_refused(_with_pools(pages=5)), "12 rows, not a multiple of its 5 pages"),
+        (
+            _refused(lambda inputs: inputs._replace(q=inputs.q[..., :8])),
+            "queries have head_dim 8 and the pool 16",
+        ),
+        (
+            _refused(lambda inputs: inputs._replace(q=inputs.q[:, :, :3])),
+            "3 query heads cannot be split over 2 key/value heads",
+        ),
+        (_refused(_same, scale=0.0), r"scale must be above 0, got 0\.0"),
+        (_refused(_same, window=-1), r"window must be 0 \(none\) or a number of tokens, got -1"),
+        (_refused(_same, softcap=-2.0), r"softcap must be 0 \(none\) or above, got -2\.0"),
+        (
+            _refused(_same, implementation="fast"),
+            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'blocked'",
+        ),
+    ],
+)
+def test_what_is_wrong_for_anyone_is_refused_in_words(call: Callable[[], object], message: str):
+    with pytest.raises(ValueError, match=message):
+        call()

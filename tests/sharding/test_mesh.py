@@ -1,0 +1,67 @@
+"""Meshes: what parses, what fits the devices, and in which order devices stand."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from sharding import MeshShape, MeshShapeError, make_mesh, parse_mesh
+
+
+@pytest.mark.parametrize(
+    "text", ["2x4", "2X4", " 2 x 4 ", "data=2,tensor=4", "tensor=4, data=2", "Data=2,Tensor=4"]
+)
+def test_every_spelling_of_two_by_four_is_the_same_mesh(text: str):
+    assert parse_mesh(text) == MeshShape(data=2, tensor=4)
+
+
+def test_an_axis_that_is_not_named_is_one():
+    assert parse_mesh("tensor=8") == MeshShape(data=1, tensor=8)
+
+
+def test_a_mesh_shape_prints_what_can_be_read_back():
+    shape = MeshShape(data=2, tensor=4)
+    assert str(shape) == "data=2,tensor=4"
+    assert parse_mesh(str(shape)) == shape
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "8", "2x", "x4", "2x4x1", "0x4", "2x-4", "2.0x4", "axb", "²x4"),
+        *("model=4", "data=2,data=2", "data=0", "data=", "data=2,", "data=2x4"),
+    ],
+)
+def test_what_is_not_a_mesh_is_refused_with_an_example(text: str):
+    with pytest.raises(MeshShapeError, match="for example 2x4; got ") as caught:
+        parse_mesh(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_an_empty_axis_is_refused_by_name():
+    with pytest.raises(MeshShapeError, match="mesh axis tensor must be at least 1, got 0"):
+        MeshShape(data=2, tensor=0)
+
+
+def test_a_mesh_error_is_a_value_error():
+    assert issubclass(MeshShapeError, ValueError)
+
+
+def test_a_mesh_has_named_axes_and_tensor_groups_side_by_side():
+    devices = jax.devices()
+    mesh = make_mesh(MeshShape(data=2, tensor=4), devices[::-1])
+    assert dict(mesh.shape) == {"data": 2, "tensor": 4}
+    assert mesh.devices.tolist() == [devices[:4], devices[4:8]]
+
+
+def test_a_small_mesh_takes_the_first_devices():
+    mesh = make_mesh(MeshShape(data=1, tensor=2), jax.devices())
+    assert mesh.devices.tolist() == [jax.devices()[:2]]
+
+
+def test_a_mesh_over_more_devices_than_visible_says_what_would_fit():
+    with pytest.raises(
+        MeshShapeError,
+        match=r"mesh data=4,tensor=4 needs 16 devices and 8 are visible; .* for example 1x8",
+    ):
+        make_mesh(MeshShape(data=4, tensor=4), jax.devices())
