@@ -8,15 +8,20 @@ sum of the whole context as read back. So the answer to a request is one line of
 
 from __future__ import annotations
 
-import threading
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import mul
+from typing import Any
 
 import numpy as np
 
+from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.publish import StepResult
 from jaxserve.engine.request import MAX_LOGPROBS
+from jaxserve.engine.scheduler import SchedulerConfig
 from jaxserve.engine.step import (
     COLUMNS,
     MAX_SUPPRESSED,
@@ -38,9 +43,11 @@ class ManualClock:
     """A clock that moves when told to."""
 
     def __init__(self, now: float = 1000.0) -> None:
+        """Starts at ``now`` seconds."""
         self.now = now
 
     def __call__(self) -> float:
+        """Returns the time."""
         return self.now
 
     def advance(self, seconds: float) -> None:
@@ -92,18 +99,22 @@ class CountingRunner:
         self.resets = 0
         self.compiles_after_ready = 0
         rows = shape.max_rows + 1
-        self._pool = np.zeros((num_pages, page_tokens), np.int64)
-        self._last_token = np.zeros(rows, np.int64)
-        self._output_counts = np.zeros(rows, np.int64)
-        self._bias = np.zeros((rows, shape.vocab_size), np.float32)
-        self._weights = np.arange(1, shape.table_width * page_tokens + 1)
+        self._num_pages = num_pages
+        self._bias = np.zeros((shape.max_rows + 1, shape.vocab_size), np.float32)
+        self._weights = range(1, shape.table_width * page_tokens + 1)
+        self._buckets: dict[str, Container[tuple[int, int]]] = {
+            "decode": {(rows, 1) for rows in shape.decode_buckets},
+            "prefill": shape.prefill_buckets,
+            "score": shape.score_buckets,
+        }
         self._busy_until_s = 0.0
         self._clear()
 
     def _clear(self) -> None:
-        self._pool[:] = JUNK
-        self._last_token[:] = JUNK
-        self._output_counts[:] = JUNK
+        # Lists, because single places are read and written: numpy would be slower.
+        self._pool = [[JUNK] * self.page_tokens for _ in range(self._num_pages)]
+        self._last_token = [JUNK] * (self.shape.max_rows + 1)
+        self._output_counts = [JUNK] * (self.shape.max_rows + 1)
 
     def reset(self) -> None:
         """Loses the contents of the pool and of the rows."""
@@ -125,55 +136,58 @@ class CountingRunner:
         return CountingHandle(StepResult(result, scores), self, self._busy_until_s)
 
     def _call(self, call: ProgramCall, result: np.ndarray) -> np.ndarray | None:
-        extra = 0 if call.kind == "decode" else call.bucket[1] + 1
+        decode = call.kind == "decode"
         columns = self.shape.line_columns
-        assert call.buffer.shape == (call.bucket[0], columns + extra), "not a compiled shape"
-        assert call.buffer.dtype == np.int32
-        lines = call.buffer[call.buffer[:, Column.LENGTH] > 0]
-        tables = lines[:, COLUMNS:columns]
-        starts, lengths = lines[:, Column.START], lines[:, Column.LENGTH]
-        if call.kind == "decode":
-            assert call.bucket in [(rows, 1) for rows in self.shape.decode_buckets]
-            page = tables[np.arange(len(lines)), starts // self.page_tokens]
-            self._pool[page, starts % self.page_tokens] = self._last_token[lines[:, Column.ROW]]
-        else:
-            assert call.bucket in self.shape.prefill_buckets
-            for line, table, start, length in zip(lines, tables, starts, lengths, strict=True):
-                place = np.arange(start, start + length)
-                self._pool[table[place // self.page_tokens], place % self.page_tokens] = line[
-                    columns : columns + length
-                ]
-        self._sample(lines, self._read(tables, starts + lengths), result)
+        size = (call.bucket[0], columns + (0 if decode else call.bucket[1] + 1))
+        assert call.buffer.shape == size, f"{call.buffer.shape} is not a compiled shape"
+        assert call.bucket in self._buckets[call.kind], f"{call.bucket} is not a {call.kind} bucket"
+        heads: list[list[int]] = call.buffer[:, : Column.SUPPRESSED].tolist()
+        heads = [head for head in heads if head[Column.LENGTH]]
+        assert not call.buffer[len(heads) :, Column.LENGTH].any(), "padding among the lines"
+        lines = call.buffer[: len(heads)]
+        tables = lines[:, COLUMNS:columns].tolist()
+        for head, table, line in zip(heads, tables, lines, strict=True):
+            start, length = head[Column.START], head[Column.LENGTH]
+            if decode:
+                self._append(table, start, [self._last_token[head[Column.ROW]]])
+            else:
+                self._append(table, start, line[columns : columns + length].tolist())
+        # Written before any is read, as on the device: a page that two rows write is noticed.
+        for head, table, line in zip(heads, tables, lines, strict=True):
+            context = self._read(table, head[Column.START] + head[Column.LENGTH])
+            if head[Column.SAMPLES]:
+                self._sample(head, line, context, result)
         return _scores(lines[0, columns + 1 :]) if call.kind == "score" else None
 
-    def _read(self, tables: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Returns each row's context through its page table, zero past its end."""
-        longest = int(ends.max())
-        pages = self._pool[tables[:, : -(-longest // self.page_tokens)]]
-        context = pages.reshape(len(tables), -1)
-        return context * (np.arange(context.shape[1]) < ends[:, None])
+    def _append(self, table: list[int], start: int, tokens: list[int]) -> None:
+        size = self.page_tokens
+        for place, token in enumerate(tokens, start):
+            self._pool[table[place // size]][place % size] = token
 
-    def _sample(self, lines: np.ndarray, context: np.ndarray, result: np.ndarray) -> None:
-        vocab = self.shape.vocab_size
-        total = 1 + context @ self._weights[: context.shape[1]]
-        rows = lines[:, Column.ROW]
-        sampled = lines[:, Column.TEMPERATURE_BITS] != 0
-        total += sampled * (lines[:, Column.SEED_LOW] + 31 * lines[:, Column.CHOICE])
-        total += lines[:, Column.USES_COUNTS] * self._output_counts[rows]
-        tokens = total % vocab
-        if lines[:, [Column.SUPPRESS_STOP, Column.USES_BIAS]].any():
-            tokens = np.array(
-                [self._allowed(line, int(token)) for line, token in zip(lines, tokens, strict=True)]
-            )
-        if self.poison_token is not None:
-            tokens[(context == self.poison_token).any(axis=1)] = POISONED_TOKEN
-        chosen = lines[:, Column.SAMPLES] > 0
-        rows, tokens = rows[chosen], tokens[chosen]
-        self._last_token[rows] = tokens
-        self._output_counts[rows] += 1
-        result[rows, 0] = tokens
-        if (lines[:, Column.LOGPROBS] >= 0).any():
-            result[rows] = _scores(tokens)
+    def _read(self, table: list[int], end: int) -> list[int]:
+        """Returns a row's context through its page table."""
+        pages = table[: -(-end // self.page_tokens)]
+        return list(chain.from_iterable([self._pool[page] for page in pages]))[:end]
+
+    def _sample(
+        self, head: list[int], line: np.ndarray, context: list[int], result: np.ndarray
+    ) -> None:
+        row = head[Column.ROW]
+        total = 1 + sum(map(mul, context, self._weights))
+        if head[Column.TEMPERATURE_BITS]:
+            total += (head[Column.SEED_LOW] & 0xFFFFFFFF) + 31 * head[Column.CHOICE]
+        if head[Column.USES_COUNTS]:
+            total += self._output_counts[row]
+        token = total % self.shape.vocab_size
+        if head[Column.SUPPRESS_STOP] or head[Column.USES_BIAS]:
+            token = self._allowed(line, token)
+        if self.poison_token in context:
+            token = POISONED_TOKEN
+        self._last_token[row] = token
+        self._output_counts[row] += 1
+        result[row, 0] = token
+        if head[Column.LOGPROBS] >= 0:
+            result[row] = _scores(np.array([token]))
 
     def _allowed(self, line: np.ndarray, token: int) -> int:
         """Returns the first token from ``token`` on, cyclically, that the row may choose."""
@@ -220,7 +234,7 @@ def expected_tokens(
 
 
 def _scores(tokens: np.ndarray) -> np.ndarray:
-    """Result lines: ``-1 - token % 8`` as log-probability, rank ``1 + token % 3``, then -1, -2 ..."""
+    """Result lines: log-probability ``-1 - token % 8``, rank ``1 + token % 3``, then -1, -2 ..."""
     lines = np.zeros((len(tokens), RESULT_COLUMNS), np.int32)
     lines[:, 0] = tokens
     lines[:, 1] = (-1.0 - tokens % 8).astype(np.float32).view(np.int32)
@@ -229,3 +243,107 @@ def _scores(tokens: np.ndarray) -> np.ndarray:
     lines[:, 3 : 3 + MAX_LOGPROBS] = tokens[:, None] + places
     lines[:, 3 + MAX_LOGPROBS :] = (-1.0 - places).astype(np.float32).view(np.int32)
     return lines
+
+
+def counting_engine(
+    *,
+    max_rows: int = 4,
+    page_tokens: int = 4,
+    num_pages: int = 33,
+    context_tokens: int = 64,
+    vocab_size: int = 259,
+    end_ids: Sequence[int] = (),
+    step_tokens: int = 16,
+    max_chunks: int = 4,
+    prefix_cache: bool = True,
+    step_s: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+    **limits: Any,
+) -> tuple[Engine, CountingRunner]:
+    """Returns an engine over a ``CountingRunner``, not started, with small sizes.
+
+    Args:
+        max_rows: sequences running at once.
+        page_tokens: tokens in one page.
+        num_pages: pages, the null page included.
+        context_tokens: prompt and output together at most.
+        vocab_size: the default is ``ByteTokenizer``'s.
+        end_ids: tokens that end an answer. None by default, so that lengths are known.
+        step_tokens: tokens of one step.
+        max_chunks: prompt chunks of one step.
+        prefix_cache: whether requests share pages.
+        step_s: see ``CountingRunner``.
+        clock: the engine's.
+        **limits: further fields of ``EngineLimits``.
+    """
+    shape = StepShape(
+        max_rows=max_rows,
+        table_width=-(-context_tokens // page_tokens),
+        vocab_size=vocab_size,
+        decode_buckets=tuple(sorted({1, max(1, max_rows // 2), max_rows})),
+        prefill_buckets=((1, step_tokens), (max_chunks, step_tokens)),
+        score_buckets=((1, step_tokens),),
+    )
+    config = SchedulerConfig(
+        max_rows=max_rows,
+        step_tokens=step_tokens,
+        max_chunks=max_chunks,
+        page_tokens=page_tokens,
+        num_pages=num_pages,
+        prefix_cache=prefix_cache,
+    )
+    runner = CountingRunner(shape, num_pages=num_pages, page_tokens=page_tokens, step_s=step_s)
+    engine = Engine(
+        runner,
+        scheduler=config,
+        shape=shape,
+        limits=EngineLimits(context_tokens=context_tokens, vocab_size=vocab_size, **limits),
+        end_ids=end_ids,
+        clock=clock,
+    )
+    return engine, runner
+
+
+class ByteTokenizer:
+    """One token per byte, then three special ones; the interface of ``frontend.tokenizer``."""
+
+    BOS, EOS, TURN = 256, 257, 258
+
+    source = "bytes"
+    bos_id: int | None = BOS
+    eos_ids = frozenset({EOS})
+    special_ids = frozenset({BOS, EOS, TURN})
+    vocab_size = 259
+    strips_leading_space = False
+    chat_template: str | None = (
+        "{% for message in messages %}<turn>{{ message.role }}: {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant: {% endif %}"
+    )
+    special_texts: Mapping[str, str] = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    digest = "0" * 64
+    _texts: Mapping[int, str] = {BOS: "<bos>", EOS: "<eos>", TURN: "<turn>"}
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Returns the bytes of ``text``; the text of a special token is read as that token."""
+        ids = [self.BOS] if add_special_tokens else []
+        for part in re.split("(<bos>|<eos>|<turn>)", text):
+            special = next((number for number, name in self._texts.items() if name == part), None)
+            ids += part.encode() if special is None else [special]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Returns the text of the tokens; bytes that are not UTF-8 become U+FFFD."""
+        skip = self.special_ids if skip_special_tokens else frozenset[int]()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skip).decode(
+            "utf-8", "replace"
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes that a token stands for; empty for an id without an entry."""
+        if 0 <= token_id < 256:
+            return bytes((token_id,))
+        return self._texts.get(token_id, "").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Returns one token as text; half a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -58,3 +58,10 @@ def assets() -> Callable[[str], Path]:
             pytest.skip(str(error))
 
     return find
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """Where services that tests build keep compiled programs: shared, so that equal ones compile
+    once a session."""
+    return Path(COMPILATION_CACHE) / "jaxserve"

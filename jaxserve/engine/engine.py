@@ -121,7 +121,7 @@ class Engine:
         self._failures = 0
         self._progress_s = clock()
         self._steps = self._places = self._tokens = 0
-        self._phase_seconds = {phase: 0.0 for phase in PHASES}
+        self._phase_seconds = dict.fromkeys(PHASES, 0.0)
         self._rate = RateMeter()
         self._pages_seen = (self.scheduler.pool.free, 0)
         """(free, cached) after the last turn: one tuple, so that a reader sees one instant."""
@@ -487,12 +487,16 @@ def _check_fit(
         raise ValueError(f"end_ids has {len(end_ids)} entries and the limit is {MAX_END_TOKENS}")
     if shape.max_rows != scheduler.max_rows:
         raise ValueError(f"{scheduler.max_rows} rows are scheduled and {shape.max_rows} compiled")
-    longest = max((tokens for rows, tokens in shape.prefill_buckets if rows == 1), default=0)
-    if longest < scheduler.step_tokens:
-        raise ValueError(
-            f"a prompt chunk may have step_tokens = {scheduler.step_tokens} tokens and the longest "
-            f"prefill bucket of one row has {longest}; lower step_tokens or add a bucket"
-        )
+    wanted = {"prefill": shape.prefill_buckets}
+    if limits.prompt_logprobs:
+        wanted["score"] = shape.score_buckets
+    for kind, buckets in wanted.items():
+        longest = max((tokens for _, tokens in buckets), default=0)
+        if longest < scheduler.longest_chunk:
+            raise ValueError(
+                f"a prompt chunk may have {scheduler.longest_chunk} tokens and the longest {kind} "
+                f"bucket has {longest}; lower chunk_tokens or add a bucket"
+            )
     if max(shape.decode_buckets, default=0) < shape.max_rows:
         raise ValueError(f"no decode bucket has max_rows = {shape.max_rows} rows; add one")
     room = min(shape.table_width, scheduler.num_pages - 1) * scheduler.page_tokens

@@ -25,7 +25,7 @@ from jaxserve.engine.request import (
 from jaxserve.engine.scheduler import Chunk, Scheduler, StepPlan
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.step import NO_TOKEN_LEFT, ProgramCall
-from jaxserve.engine.stream import TokenStream, Waker
+from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import RequestFailedError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Publisher:
     def __init__(self, scheduler: Scheduler) -> None:
         """Reports to ``scheduler`` what was computed and what has ended."""
         self._scheduler = scheduler
-        self._touched: dict[int, tuple[Waker, list[TokenStream]]] = {}
+        self._touched: list[TokenStream] = []
         self.finished_requests: list[LiveRequest] = []
         """Requests whose last choice ended since the engine last took them out."""
         self.finish_counts = {reason.value: 0 for reason in FinishReason}
@@ -66,21 +66,20 @@ class Publisher:
         self, plan: StepPlan, calls: list[ProgramCall], result: StepResult, now: float
     ) -> None:
         """Publishes a step that has run; sequences that ended meanwhile are passed over."""
-        rows = result.rows
-        tokens: list[int] = rows[:, 0].tolist()
+        tokens: list[int] = result.rows[:, 0].tolist()
         for call, scores in zip(calls, result.scores, strict=True):
             if scores is not None:
                 self._collect_scores(call.chunks[0], scores)
         for chunk in plan.chunks:
             if not chunk.sequence.done:
-                self._publish_chunk(chunk, tokens[chunk.row], rows[chunk.row], now)
+                self._publish_chunk(chunk, tokens[chunk.row], result, now)
         for sequence, row, position in zip(
             plan.decode, plan.decode_rows, plan.decode_positions, strict=True
         ):
             if not sequence.done:
-                self._publish_token(sequence, row, position + 1, tokens[row], rows[row], now)
+                self._publish_token(sequence, row, position + 1, tokens[row], result, now)
 
-    def _publish_chunk(self, chunk: Chunk, token: int, line: np.ndarray, now: float) -> None:
+    def _publish_chunk(self, chunk: Chunk, token: int, result: StepResult, now: float) -> None:
         sequence = chunk.sequence
         live = sequence.live
         end = chunk.start + chunk.count
@@ -91,7 +90,7 @@ class Publisher:
             if sequence.row == chunk.row:
                 self._scheduler.commit(sequence, end)
             return
-        self._publish_token(sequence, chunk.row, end, token, line, now)
+        self._publish_token(sequence, chunk.row, end, token, result, now)
 
     def _start(self, sequence: LiveSequence) -> None:
         live = sequence.live
@@ -111,7 +110,7 @@ class Publisher:
         row: int,
         committed: int,
         token: int,
-        line: np.ndarray,
+        result: StepResult,
         now: float,
     ) -> None:
         """Publishes the token that followed ``committed`` computed positions."""
@@ -131,12 +130,11 @@ class Publisher:
         if live.first_token_s is None:
             live.first_token_s = now
         sampling = live.request.sampling
-        wanted = sampling.logprobs
+        logprobs = None
+        if sampling.logprobs is not None:
+            logprobs = read_logprobs(result.rows[row], sampling.logprobs)
         output = len(tokens) - sequence.prompt_tokens
-        logprobs = None if wanted is None else read_logprobs(line, wanted)
-        event = TokenEvent(sequence.choice, output - 1, token, logprobs)
-        if live.stream.put(event, ends_choice=False):
-            self._touch(live.stream)
+        self.put(live.stream, TokenEvent(sequence.choice, output - 1, token, logprobs))
         if token in live.stop_ids and output > sampling.min_tokens:
             self.finish(sequence, FinishReason.STOP, now, stop_token_id=token)
         elif len(tokens) >= sequence.max_total:
@@ -161,9 +159,7 @@ class Publisher:
     def _collect_scores(self, chunk: Chunk, scores: np.ndarray) -> None:
         sequence = chunk.sequence
         collected = sequence.prompt_logprobs
-        # Ended or preempted since then; after a preemption the collection starts from the front.
-        if collected is None or sequence.row != chunk.row:
-            return
+        assert collected is not None, "scores of a prompt that were not asked for"
         wanted = sequence.live.request.sampling.prompt_logprobs or 0
         end = min(chunk.start + chunk.count, sequence.prompt_tokens - 1)
         collected.extend(read_logprobs(scores[place], wanted) for place in range(end - chunk.start))
@@ -233,26 +229,20 @@ class Publisher:
     def put(self, stream: TokenStream, event: Event, *, ends_choice: bool = False) -> None:
         """Appends an event and remembers whom to wake."""
         if stream.put(event, ends_choice=ends_choice):
-            self._touch(stream)
-
-    def _touch(self, stream: TokenStream) -> None:
-        waker = stream.waker
-        entry = self._touched.get(id(waker))
-        if entry is None:
-            self._touched[id(waker)] = (waker, [stream])
-        else:
-            entry[1].append(stream)
+            self._touched.append(stream)
 
     def wake(self) -> None:
-        """Wakes every reader whose stream was empty before."""
-        if self._touched:
-            touched, self._touched = self._touched, {}
-            for waker, streams in touched.values():
-                try:
-                    waker.wake(streams)
-                except Exception:
-                    # A front end that is going away must not take the engine with it.
-                    logger.exception("waking the readers of %d streams failed", len(streams))
+        """Wakes every reader whose stream was empty before, each waker once."""
+        touched, self._touched = self._touched, []
+        by_waker: dict[int, list[TokenStream]] = {}
+        for stream in touched:
+            by_waker.setdefault(id(stream.waker), []).append(stream)
+        for streams in by_waker.values():
+            try:
+                streams[0].waker.wake(streams)
+            except Exception:
+                # A front end that is going away must not take the engine with it.
+                logger.exception("waking the readers of %d streams failed", len(streams))
 
 
 def timing(live: LiveRequest, now: float) -> Timing:

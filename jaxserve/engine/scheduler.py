@@ -43,6 +43,8 @@ class SchedulerConfig:
     long. Large: running answers stutter while a prompt is computed."""
     max_chunks: int
     """Prompt chunks of one step at most."""
+    chunk_tokens: int | None = None
+    """Tokens of one chunk at most: the longest prefill bucket. None: ``step_tokens``."""
     page_tokens: int
     """Tokens in one page."""
     num_pages: int
@@ -50,11 +52,17 @@ class SchedulerConfig:
     prefix_cache: bool = True
     """Share pages between requests with equal prefixes (and salts)."""
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens that one chunk may have."""
+        return min(self.step_tokens, self.chunk_tokens or self.step_tokens)
+
     def __post_init__(self) -> None:
         """Refuses what could never plan a prompt."""
-        for name in ("max_rows", "max_chunks", "page_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_rows", "max_chunks", "chunk_tokens", "page_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.step_tokens <= self.max_rows:
             raise ValueError(
                 f"step_tokens is {self.step_tokens} and max_rows {self.max_rows}: full rows would "
@@ -111,6 +119,7 @@ class Scheduler:
         self._queue: list[tuple[tuple[float, int, int], LiveSequence]] = []
         """A heap. Entries of sequences that ended while they waited are dropped later."""
         self._waiting = 0
+        self._longest_chunk = config.longest_chunk
         self._rows = list(range(config.max_rows - 1, -1, -1))
 
     # -- the queue -----------------------------------------------------------------------------
@@ -195,8 +204,6 @@ class Scheduler:
 
     def _preempt(self, victim: LiveSequence) -> None:
         self._vacate(victim)
-        if victim.prompt_logprobs is not None:
-            victim.prompt_logprobs = [None]
         self.preemptions += 1
         self.enqueue(victim)
 
@@ -262,11 +269,13 @@ class Scheduler:
         sequence.indexed = len(hit)
         if sequence.prompt_logprobs is None:
             self.prefix.count_lookup(len(tokens), sequence.computed)
+        else:
+            sequence.prompt_logprobs = [None]  # What a preemption interrupted starts afresh.
         return True
 
     def _add_chunk(self, plan: StepPlan, sequence: LiveSequence, budget: int) -> int:
         left = sequence.target - sequence.computed
-        count = min(left, budget)
+        count = min(left, budget, self._longest_chunk)
         last = count == left
         plan.chunks.append(Chunk(sequence, sequence.row, sequence.computed, count, last))
         sequence.computed += count

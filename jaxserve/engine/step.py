@@ -142,7 +142,6 @@ class RowTable:
         self.lines = np.zeros((shape.max_rows + 1, shape.line_columns), np.int32)
         self.lines[:, Column.ROW] = np.arange(shape.max_rows + 1)
         self.lines[:, Column.SUPPRESSED : COLUMNS] = -1
-        self._min_output = np.zeros(shape.max_rows + 1, np.int64)
 
     def admit(self, sequence: LiveSequence) -> RowSetup | None:
         """Fills the line of a sequence's row; returns its dense state when it needs one."""
@@ -169,7 +168,6 @@ class RowTable:
         ).view(np.int32)
         stops = sorted(sequence.live.stop_ids)
         line[Column.SUPPRESSED : Column.SUPPRESSED + len(stops)] = stops
-        self._min_output[sequence.row] = sampling.min_tokens
         uses_counts, uses_bias = _uses_counts(sampling), _uses_bias(sampling)
         line[Column.USES_COUNTS] = uses_counts
         line[Column.USES_BIAS] = uses_bias
@@ -189,10 +187,6 @@ class RowTable:
         """Appends a page to a row's table."""
         self.lines[row, COLUMNS + index] = page
 
-    def min_output(self, rows: list[int]) -> np.ndarray:
-        """``min_tokens`` of each row, int64."""
-        return self._min_output[rows]
-
 
 def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
     """Packs a plan into program calls, and brings the row table up to date with it."""
@@ -211,33 +205,28 @@ def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
 
 
 def _pack_decode(plan: StepPlan, table: RowTable) -> ProgramCall:
-    rows = plan.decode_rows
+    rows, shape = plan.decode_rows, table.shape
     count = len(rows)
-    bucket = next(size for size in table.shape.decode_buckets if size >= count)
-    buffer = _padding(bucket, table, 0)
-    buffer[:count] = table.lines[rows]
+    bucket = next(size for size in shape.decode_buckets if size >= count)
+    buffer = table.lines.take(rows + [shape.null_row] * (bucket - count), axis=0)
     buffer[:count, Column.START] = plan.decode_positions
-    buffer[:count, Column.LENGTH] = 1
-    buffer[:count, Column.SAMPLES] = 1
-    # ``sampled`` was raised by planning: the new token is output number ``sampled - 1``.
-    outputs = np.fromiter((sequence.sampled for sequence in plan.decode), np.int64, count)
-    buffer[:count, Column.SUPPRESS_STOP] = outputs <= table.min_output(rows)
+    buffer[:count, Column.LENGTH : Column.SAMPLES + 1] = 1
+    buffer[:count, Column.SUPPRESS_STOP] = [_suppresses_stop(each) for each in plan.decode]
     return ProgramCall("decode", (bucket, 1), buffer)
 
 
 def _pack_prefill(chunks: list[Chunk], bucket: tuple[int, int], table: RowTable) -> ProgramCall:
     tokens_per_row = bucket[1]
-    buffer = _padding(bucket[0], table, tokens_per_row + 1)
     first = table.shape.line_columns
+    buffer = np.zeros((bucket[0], first + tokens_per_row + 1), np.int32)
+    buffer[len(chunks) :, :first] = table.lines[table.shape.null_row]
     for line, chunk in zip(buffer, chunks, strict=False):
         sequence = chunk.sequence
         line[:first] = table.lines[chunk.row]
         line[Column.START] = chunk.start
         line[Column.LENGTH] = chunk.count
         line[Column.SAMPLES] = chunk.last
-        line[Column.SUPPRESS_STOP] = (
-            chunk.last and sequence.sampled <= sequence.live.request.sampling.min_tokens
-        )
+        line[Column.SUPPRESS_STOP] = chunk.last and _suppresses_stop(sequence)
         tokens = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
         line[first : first + len(tokens)] = tokens
     kind = "score" if _wants_scores(chunks[0]) else "prefill"
@@ -266,15 +255,14 @@ def _bucket_for(chunks: list[Chunk], shape: StepShape, *, scores: bool) -> tuple
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1] / min(bucket[0], len(chunks)))
 
 
+def _suppresses_stop(sequence: LiveSequence) -> bool:
+    # Planning has counted the new token in: it is output number ``sampled``, from 1.
+    return sequence.sampled <= sequence.live.request.sampling.min_tokens
+
+
 def _wants_scores(chunk: Chunk) -> bool:
     sequence = chunk.sequence
     return sequence.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens - 1
-
-
-def _padding(rows: int, table: RowTable, extra: int) -> np.ndarray:
-    buffer = np.zeros((rows, table.shape.line_columns + extra), np.int32)
-    buffer[:, : table.shape.line_columns] = table.lines[table.shape.null_row]
-    return buffer
 
 
 def _uses_counts(sampling: SamplingParams) -> bool:

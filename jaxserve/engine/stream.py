@@ -76,9 +76,9 @@ class TokenStream:
         taken: list[Event] = []
         # Until it is empty, and not until a length read beforehand: ``put`` asks for a wake-up
         # only when it finds the queue empty.
-        with contextlib.suppress(IndexError):
-            while True:
-                taken.append(self._events.popleft())
+        events = self._events
+        while events:
+            taken.append(events.popleft())
         return taken
 
     def stop(self, choice: int) -> None:

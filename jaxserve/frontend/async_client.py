@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import grpc
 
@@ -37,7 +37,7 @@ class AsyncStream(StreamFacts, AsyncIterator[Chunk]):
         self._closed = False
         self._call = self._begin()
 
-    def __aiter__(self) -> Self:
+    def __aiter__(self) -> AsyncStream:
         """Returns itself."""
         return self
 
@@ -74,7 +74,7 @@ class AsyncStream(StreamFacts, AsyncIterator[Chunk]):
         self._closed = True
         self._call.cancel()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncStream:
         """Returns itself."""
         return self
 
@@ -282,7 +282,7 @@ class AsyncClient:
         """Closes the connection; open streams end."""
         await self._channel.close()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncClient:
         """Returns itself."""
         return self
 

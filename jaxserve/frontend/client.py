@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import grpc
 
@@ -51,7 +51,7 @@ class Stream(StreamFacts, Iterator[Chunk]):
         self._closed = False
         self._call = self._begin()
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Stream:
         """Returns itself."""
         return self
 
@@ -86,7 +86,7 @@ class Stream(StreamFacts, Iterator[Chunk]):
         self._closed = True
         self._call.cancel()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Stream:
         """Returns itself."""
         return self
 
@@ -286,7 +286,7 @@ class Client:
         """Closes the connection; open streams end."""
         self._channel.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Client:
         """Returns itself."""
         return self
 

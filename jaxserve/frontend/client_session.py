@@ -49,6 +49,7 @@ class Attempts:
         timeout_s: float | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Begins the first attempt; the caller's time runs from here."""
         self._policy = policy
         self._clock = clock
         self._deadline_s = None if timeout_s is None else clock() + timeout_s
@@ -75,6 +76,7 @@ class StreamSession:
     """One answer's stream across the calls that it may take."""
 
     def __init__(self, request: pb.GenerateRequest, attempts: Attempts, *, resume: bool) -> None:
+        """Begins with the request as the caller made it."""
         self.request = request
         """What to send next."""
         self.started: pb.GenerateStarted | None = None

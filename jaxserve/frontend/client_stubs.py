@@ -20,6 +20,7 @@ class Stubs:
     """The three services on one channel, blocking or not as the channel is."""
 
     def __init__(self, channel: Any) -> None:
+        """Typed loosely: the generated classes describe both kinds of channel at once."""
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.model: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(channel)

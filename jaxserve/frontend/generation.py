@@ -114,6 +114,7 @@ class TextEngine:
     def __init__(
         self, engine: EngineApi, tokenizer: Tokenizer, template: ChatTemplate | None
     ) -> None:
+        """Keeps all three; none is closed here. Without a template chat is refused."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
@@ -266,6 +267,14 @@ class TextStream:
         *,
         echo_text: str | None = None,
     ) -> None:
+        """Begins at the first event.
+
+        Args:
+            stream: what ``Engine.submit`` returned for ``request``.
+            request: says how many choices there are and where each ends.
+            tokenizer: of the model.
+            echo_text: the prompt's text, to be sent first; None sends no prompt.
+        """
         self.stream = stream
         self._request = request
         self._echo_text = echo_text

@@ -43,6 +43,7 @@ class ModelInfo:
     server_version: str = ""
 
     def __post_init__(self) -> None:
+        """Refuses a model without a name."""
         if not self.name:
             raise ValueError("ModelInfo.name is empty; give the name that requests will use")
 

@@ -85,6 +85,8 @@ class Tokenizer:
 
         The text of a special token is read as that token, as in other engines: chat templates
         depend on it.
+        Bytes that the vocabulary has no token for are lost, also as in other engines: SmolLM2 lacks
+        21 of 256, which are six control characters and bytes that no assigned character has.
 
         Args:
             text: any string.

@@ -11,6 +11,7 @@ named after architectures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,11 +55,15 @@ class Params:
     """Stacked: one dict whose leaves have a leading layer axis. Otherwise one dict per layer."""
 
 
+MAX_RANDOM_WEIGHTS = 8
+"""Weights of one module that are drawn and not constant; Qwen2's layer has five."""
+
+
 class Ends(nnx.Module):
     """What stands before the first layer and after the last."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        declare = partial(_declare, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, dtype: Any, key: Array) -> None:
+        declare = _Declare(dtype, key)
         D, V = config.embed, config.vocab_size
         # With these spreads a random model's logits have a deviation of about 2, and the layers
         # outweigh the embedding even where that is scaled: an answer does not repeat one token.
@@ -76,8 +81,8 @@ class Layer(nnx.Module):
     so that ``w_qkv`` is split over ``kv_heads`` alone.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        declare = partial(_declare, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, dtype: Any, key: Array) -> None:
+        declare = _Declare(dtype, key)
         norm = partial(declare, mean=0.0 if config.norm_offset else 1.0)
         D, F, N, H = config.embed, config.ffn, config.q_heads, config.head_dim
         K, rows = config.kv_heads, config.group + 2
@@ -158,17 +163,17 @@ class Model:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, nnx.Rngs(0)))
-        self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, nnx.Rngs(0)))
+        self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, jax.random.key(0)))
+        self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, jax.random.key(0)))
         self._layer_graph, _ = nnx.split(self._layer)
 
     def init_ends(self, key: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of the ends."""
-        return _weights(Ends(self.config, dtype, nnx.Rngs(params=key)))
+        return _weights(Ends(self.config, dtype, key))
 
     def init_layer(self, key: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of one layer."""
-        return _weights(Layer(self.config, dtype, nnx.Rngs(params=key)))
+        return _weights(Layer(self.config, dtype, key))
 
     def init_layers(self, keys: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of all layers, stacked."""
@@ -320,20 +325,40 @@ class Model:
         return int(window > 0) if isinstance(window, int) else jnp.int32(window > 0)
 
 
-def _declare(
-    shape: tuple[int, ...],
-    axes: Axes,
-    *,
-    dtype: Any,
-    rngs: nnx.Rngs,
-    std: float = 0.0,
-    mean: float = 0.0,
-) -> nnx.Param:
-    """A weight with a normal distribution; without a ``std``, a constant."""
-    if std:
-        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        return nnx.Param(value.astype(dtype), logical_axes=axes)
-    return nnx.Param(jnp.full(shape, mean, dtype), logical_axes=axes)
+class _Declare:
+    """Declares a module's weights, with different random numbers for each."""
+
+    def __init__(self, dtype: Any, key: Array) -> None:
+        self._dtype = dtype
+        self._salts = iter(jax.random.bits(key, (MAX_RANDOM_WEIGHTS,), jnp.uint32))
+
+    def __call__(
+        self, shape: tuple[int, ...], axes: Axes, *, std: float = 0.0, mean: float = 0.0
+    ) -> nnx.Param:
+        """A weight spread evenly around its mean; without a ``std``, a constant."""
+        if std:
+            value = _noise(shape, next(self._salts), std) + mean
+            return nnx.Param(value.astype(self._dtype), logical_axes=axes)
+        return nnx.Param(jnp.full(shape, mean, self._dtype), logical_axes=axes)
+
+
+def _noise(shape: tuple[int, ...], salt: Array, std: float) -> Array:
+    """Uniform numbers of mean 0, each a function of its place in the array and a salt.
+
+    MurmurHash3's finalizer instead of ``jax.random``: stand-ins for trained weights need no better
+    numbers, Threefry takes half a second to compile for each weight, and this needs no memory
+    beside the result and no communication, whatever its sharding.
+    """
+    bits = jnp.broadcast_to(salt, shape)
+    for axis in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
+        bits = bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    bits = bits ^ (bits >> jnp.uint32(16))
+    # The top 24 bits, which float32 holds exactly.
+    unit = (bits >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-24
+    return (unit - 0.5) * (std * 12**0.5)
 
 
 def _weights(module: nnx.Module) -> dict[str, Any]:

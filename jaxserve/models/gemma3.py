@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxserve.errors import CheckpointError
+from jaxserve.errors import UnsupportedModelError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.sources import WeightSources, llama_sources, vector
@@ -50,7 +50,7 @@ def _local_rope_theta(hf: HfConfig) -> float:
         return hf.number("rope_local_base_freq", 10_000.0)
     theta, scaling = hf.rope("sliding_attention")
     if scaling is not None:
-        raise CheckpointError(
+        raise UnsupportedModelError(
             f"gemma3: rope_parameters scale the sliding_attention layers ({scaling.kind}), which "
             "no Gemma 3 release does; only full_attention layers can be scaled"
         )

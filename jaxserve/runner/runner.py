@@ -281,6 +281,11 @@ class Runner:
             return 0
         return self._counter.compiles - self._compiles_at_ready
 
+    @property
+    def params(self) -> Params | None:
+        """The weights, for looking inside; None before ``make_ready`` and after ``close``."""
+        return self._params
+
     def close(self) -> None:
         """Drops weights, state and programs, so that their memory can be used again."""
         self._counter.strict = False

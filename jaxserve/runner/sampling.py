@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.engine.request import MAX_LOGPROBS
@@ -233,18 +234,24 @@ def _threshold(order: Array, weight: Float[Array, "B V"], wanted: Float[Array, "
 
 
 def _uniform(lines: Lines) -> Float[Array, " B"]:
-    """One number in [0, 1) per row, from (seed, choice, position of the new token)."""
-    low = lax.bitcast_convert_type(lines.column(Column.SEED_LOW), jnp.uint32)
-    high = lax.bitcast_convert_type(lines.column(Column.SEED_HIGH), jnp.uint32)
-    position = lines.column(Column.START) + lines.column(Column.LENGTH)
+    """One number in [0, 1) per row: Threefry-2x32 of (choice, position) under the seed as key.
 
-    def draw(seed: Array, choice: Array, place: Array) -> Array:
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, choice), place)
-        return jax.random.uniform(key)
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The position is the new
+    token's. A counter-based generator needs one block per row and keeps no state.
+    """
+    seed = [_unsigned(lines.column(column)) for column in (Column.SEED_HIGH, Column.SEED_LOW)]
+    position = _unsigned(lines.column(Column.START) + lines.column(Column.LENGTH))
+    choice = _unsigned(lines.column(Column.CHOICE))
 
-    seeds = jnp.stack([high, low], axis=-1)
-    return jax.vmap(draw)(seeds, lines.column(Column.CHOICE), position)
+    def draw(key: Array, counter: Array) -> Array:
+        return threefry_2x32((key[0], key[1]), counter)[0]
+
+    words = jax.vmap(draw)(jnp.stack(seed, axis=-1), jnp.stack([choice, position], axis=-1))
+    return (words >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def _unsigned(values: Int[Array, " B"]) -> Array:
+    return lax.bitcast_convert_type(values, jnp.uint32)
 
 
 def _invert(mass: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:

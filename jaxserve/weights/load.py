@@ -207,20 +207,22 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, source: Source, index: Index)
 
 
 def _fill_part(out: np.ndarray, checkpoint: Checkpoint, part: Part, box: Index) -> None:
-    """Writes a box of one part, in pieces along its first axis."""
-    first = box[0]
-    rows = max(1, PIECE_VALUES // max(1, out[0].size))
-    for start in range(first.start, first.stop, rows):
-        piece = slice(start, min(start + rows, first.stop))
-        into = out[piece.start - first.start : piece.stop - first.start]
-        into[...] = _read_box(checkpoint, part, (piece, *box[1:]))
+    """Writes a box of one part, in pieces along its rows."""
+    axis = _lead(part.split[0])
+    first, last = box[axis].start, box[axis].stop
+    step = max(1, PIECE_VALUES * (last - first) // out.size)
+    before = (slice(None),) * axis
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        piece = (*box[:axis], slice(start, stop), *box[axis + 1 :])
+        out[(*before, slice(start - first, stop - first))] = _read_box(checkpoint, part, piece)
 
 
 def _read_box(checkpoint: Checkpoint, part: Part, box: Index) -> np.ndarray:
     """Reads the stored rows and columns that a box touches, and cuts the box out of them.
 
-    A stored axis that became several is contiguous only along the first of them that is longer
-    than one, so that one is sliced while reading and the others afterwards.
+    A stored axis that became several is contiguous only along the leading one of them, which is
+    sliced while reading; the others are afterwards.
     """
     stored: list[slice] = []
     split_shape: list[int] = []
@@ -228,7 +230,7 @@ def _read_box(checkpoint: Checkpoint, part: Part, box: Index) -> np.ndarray:
     rest = list(box)
     for position, axes in enumerate(part.split):
         spans, rest = rest[: len(axes)], rest[len(axes) :]
-        lead = next((i for i, size in enumerate(axes) if size > 1), 0)
+        lead = _lead(axes)
         step = math.prod(axes[lead + 1 :])
         shift = part.first_row if position == 0 else 0
         stored.append(slice(shift + spans[lead].start * step, shift + spans[lead].stop * step))
@@ -238,6 +240,11 @@ def _read_box(checkpoint: Checkpoint, part: Part, box: Index) -> np.ndarray:
         inner += [slice(None) if i == lead else span for i, span in enumerate(spans)]
     values = checkpoint.read(part.name, tuple(stored))
     return values.reshape(split_shape)[tuple(inner)]
+
+
+def _lead(axes: tuple[int, ...]) -> int:
+    """The first axis that is longer than one."""
+    return next((i for i, size in enumerate(axes) if size > 1), 0)
 
 
 def _reporter(abstract: Params, progress: Progress | None) -> Callable[[jax.Array], jax.Array]:

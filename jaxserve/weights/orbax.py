@@ -5,8 +5,8 @@
     ├── tokenizer/         the tokenizer's files, or gguf.json for one that came out of GGUF
     └── params/            orbax's own
 
-Unlike a ``Checkpoint``, the tree here is the program's own (names, stacked layers, dtypes), and every
-device reads only its shard. The one file of ``weights/`` that imports jax.
+Unlike a ``Checkpoint``, the tree here is the program's own (names, stacked layers, dtypes), and
+every device reads only its shard. The one file of ``weights/`` that imports jax.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxserve.errors import CheckpointError
@@ -87,12 +88,18 @@ def restore(path: Path, abstract: Any) -> Any:
     read_metadata(path)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path / "params").item_metadata
+            if stored is None:
+                raise CheckpointError(
+                    f"{path} is damaged (its parameters are not found); save it again from the "
+                    "original checkpoint"
+                )
+            _check_tree(path, getattr(stored, "tree", stored), abstract)
             return checkpointer.restore(path / "params", abstract)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
-            f"{path} does not hold these parameters or is damaged "
-            f"({type(error).__name__}: {str(error)[:500]}); save it again from the original "
-            "checkpoint"
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:500]}); save it again from "
+            "the original checkpoint"
         ) from error
 
 
@@ -136,6 +143,27 @@ def read_tokenizer(path: Path) -> TokenizerSource:
             f"{directory} cannot be read ({error}); save it again from the original checkpoint"
         ) from error
     return TokenizerSource(source=str(path), files=files)
+
+
+def _check_tree(path: Path, stored: Any, wanted: Any) -> None:
+    """Compares names and shapes first: orbax would leave half-done reads behind."""
+    found = {jax.tree_util.keystr(key): leaf.shape for key, leaf in _leaves(stored)}
+    asked = {jax.tree_util.keystr(key): leaf.shape for key, leaf in _leaves(wanted)}
+    missing, extra = sorted(asked.keys() - found.keys()), sorted(found.keys() - asked.keys())
+    wrong = [
+        f"{key} has shape {list(found[key])}, not {list(asked[key])}"
+        for key in sorted(asked.keys() & found.keys())
+        if tuple(found[key]) != tuple(asked[key])
+    ]
+    if missing or extra or wrong:
+        raise CheckpointError(
+            f"{path} holds other parameters: missing {missing[:5]}, unknown {extra[:5]}, "
+            f"wrong {wrong[:5]}; save it again from the original checkpoint"
+        )
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
 
 
 def _write_tokenizer(directory: Path, tokenizer: TokenizerSource) -> None:

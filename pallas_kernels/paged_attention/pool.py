@@ -16,7 +16,7 @@ and a read. Which pages belong to whom is decided elsewhere; here a table is jus
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,9 @@ NULL_PAGE = 0
 """First page of every layer, never allocated. Padding reads and writes it; masks keep it out of
 every answer."""
 
-if TYPE_CHECKING:
-    type PoolArray = Float[Array, "LP K Z H"]
-else:
-    # jax rebuilds the dataclass around whatever a tree function returns: shapes, shardings, flags.
-    # A run-time check of the field would refuse those, so the shape is for readers and pyright.
-    PoolArray = Any
+type PoolArray = Any
+"""``Float[Array, "LP K Z H"]``, or what stands for one: jax rebuilds the dataclass around whatever
+a tree function returns (shapes, specs, shardings), and a check of the field would refuse those."""
 
 
 @jax.tree_util.register_dataclass

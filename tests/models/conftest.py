@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -28,18 +29,25 @@ def _dense_attend(config: ModelConfig) -> Callable[..., Any]:
     return attend
 
 
-def _dense_logits(model: Model, params: Params, tokens: Any) -> np.ndarray:
-    tokens = jnp.asarray(tokens, jnp.int32)
-    batch = tokens if tokens.ndim == 2 else tokens[None]
-    positions = jnp.broadcast_to(jnp.arange(batch.shape[1], dtype=jnp.int32)[None], batch.shape)
+@lru_cache(maxsize=32)
+def _compiled(model: Model) -> Callable[..., Any]:
+    attend = _dense_attend(model.config)
 
     @jax.jit
-    def run(params: Params, batch: Any, positions: Any) -> Any:
-        attend = _dense_attend(model.config)
-        hidden, _ = model.forward(params, batch, positions, (), attend, tensor_axis=None)
+    def run(params: Params, tokens: Any, positions: Any) -> Any:
+        hidden, _ = model.forward(params, tokens, positions, (), attend, tensor_axis=None)
         return model.logits(params, hidden)
 
-    logits = np.asarray(run(params, batch, positions))
+    return run
+
+
+def _dense_logits(model: Model, params: Params, tokens: Any, positions: Any = None) -> np.ndarray:
+    tokens = jnp.asarray(tokens, jnp.int32)
+    batch = tokens if tokens.ndim == 2 else tokens[None]
+    if positions is None:
+        positions = np.arange(batch.shape[1])
+    positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32)[None], batch.shape)
+    logits = np.asarray(_compiled(model)(params, batch, positions))
     return logits if tokens.ndim == 2 else logits[0]
 
 
@@ -50,7 +58,7 @@ def dense_attend() -> Callable[[ModelConfig], Callable[..., Any]]:
 
 
 @pytest.fixture
-def dense_logits() -> Callable[[Model, Params, Any], np.ndarray]:
+def dense_logits() -> Callable[..., np.ndarray]:
     """Logits after every token of one sequence ``[T]`` or several ``[B, T]``."""
     return _dense_logits
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.paged_attention import (
     IMPLEMENTATIONS,
@@ -52,8 +55,16 @@ def attend(
     return np.asarray(out.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, "float32") for case in CASES),
+        # Dtype matters at the two casts only, so grouped heads, a window and a cap cover the rest.
+        *((BY_NAME[name], "bfloat16") for name in ("smollm2-chunk", "gemma2-softcap")),
+        *((BY_NAME[name], "float16") for name in ("smollm2-decode", "odd-pages")),
+    ],
+    ids=str,
+)
 def test_blocked_equals_the_reference(case: Case, dtype: str):
     """Cells that no row sees hold NaN, infinities and huge numbers, so a leak of one shows."""
     inputs = case.arrays(seed=0, dtype=dtype)
@@ -87,8 +98,7 @@ def test_the_answer_is_dense_attention_over_each_rows_own_tokens(case: Case, imp
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", [0, 7])
-def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str, window: int):
+def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str):
     """Appends and attends as the engine does; two sequences in pages dealt out in turn."""
     tokens, q_heads, kv_heads, head_dim, page_tokens = 45, 4, 2, 16, 4
     rng = np.random.default_rng(3)
@@ -100,40 +110,33 @@ def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str,
     shape = pool_shape(
         layers=3, pages=pages, kv_heads=kv_heads, page_tokens=page_tokens, head_dim=head_dim
     )
-    pools = Pools(k=jnp.full(shape, 1e4), v=jnp.full(shape, 1e4), pages=pages)
     table = jnp.asarray(1 + np.arange(24).reshape(12, 2).T, jnp.int32)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(pools: Pools, q, k, v, start, length):
-        pools = append(pools, k, v, table, start, length, layer=2)
-        out = paged_attention(
-            q,
-            pools,
-            table,
-            start,
-            length,
-            layer=2,
-            scale=0.25,
-            window=window,
-            implementation=implementation,
-        )
-        return pools, out
+    def step(pools, window, q, k, v, start, length):
+        where = (table, start, length)
+        pools = append(pools, k, v, *where, layer=2)
+        attend_here = partial(paged_attention, implementation=implementation, scale=0.25)
+        return pools, attend_here(q, pools, *where, layer=2, window=window)
 
-    expected = np.stack(
-        [dense_attention(q[b], k[b], v[b], scale=0.25, window=window) for b in (0, 1)]
-    )
-    answer = np.zeros_like(expected)
-    done = 0
-    for chunk in [8, 8, 5, *[1] * 24]:
-        new = [np.zeros((2, 8 if chunk > 1 else 1, *x.shape[2:]), np.float32) for x in (q, k, v)]
-        for padded, x in zip(new, (q, k, v), strict=True):
-            padded[:, :chunk] = x[:, done : done + chunk]
-        starts, lengths = jnp.full(2, done, jnp.int32), jnp.full(2, chunk, jnp.int32)
-        pools, out = step(pools, *map(jnp.asarray, new), starts, lengths)
-        answer[:, done : done + chunk] = out[:, :chunk]
-        done += chunk
-    assert done == tokens
-    np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
+    for window in (0, 7):
+        pools = Pools(k=jnp.full(shape, 1e4), v=jnp.full(shape, 1e4), pages=pages)
+        answer = np.zeros_like(q)
+        done = 0
+        for chunk in [8, 8, 5, *[1] * 24]:
+            new = [
+                np.zeros((2, 8 if chunk > 1 else 1, *x.shape[2:]), np.float32) for x in (q, k, v)
+            ]
+            for padded, x in zip(new, (q, k, v), strict=True):
+                padded[:, :chunk] = x[:, done : done + chunk]
+            where = (np.full(2, done, np.int32), np.full(2, chunk, np.int32))
+            pools, out = step(pools, np.int32(window), *new, *where)
+            answer[:, done : done + chunk] = out[:, :chunk]
+            done += chunk
+        assert done == tokens
+        for b in range(2):
+            expected = dense_attention(q[b], k[b], v[b], scale=0.25, window=window)
+            np.testing.assert_allclose(answer[b], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["smollm2-decode", "smollm2-chunk", "gemma3-270m-local"])
@@ -178,13 +181,20 @@ def test_one_program_serves_windowed_and_global_layers_of_any_context():
     """The window, the layer and the contexts are data: a traced window answers as a number does."""
     case = BY_NAME["gemma3-270m-local"]
     inputs = case.arrays(seed=5, dtype=np.float32)
-    attend(case, inputs, "blocked")
-    programs = compiled._cache_size()
+    traces: list[object] = []
+
+    @jax.jit
+    def answer(inputs: Inputs, layer: jax.Array, window: jax.Array) -> jax.Array:
+        traces.append(inputs.q.shape)
+        return paged_attention(*inputs, layer=layer, scale=case.scale, window=window)
+
     number = jax.jit(partial(paged_attention, layer=LAYER, scale=case.scale, window=100))
-    np.testing.assert_array_equal(attend(case, inputs, "blocked", window=100), number(*inputs))
+    traced = answer(inputs, jnp.int32(LAYER), jnp.int32(100))
+    np.testing.assert_array_equal(traced, number(*inputs))
+    halved = inputs._replace(start=inputs.start // 2)
     for window in (0, 1, 512, 100_000):
-        attend(case, inputs._replace(start=inputs.start // 2), "blocked", window=window)
-    assert compiled._cache_size() == programs
+        assert np.isfinite(answer(halved, jnp.int32(LAYER), jnp.int32(window))).all()
+    assert len(traces) == 1
 
 
 def test_a_window_that_covers_everything_equals_no_window():
@@ -239,20 +249,48 @@ def test_shards_of_rows_and_heads_answer_as_the_whole(mesh_shape: tuple[int, int
     """Rows over data, key/value heads over tensor; the pages are the same for every data shard."""
     case = BY_NAME["smollm2-chunk"]
     inputs = case.arrays(seed=8, dtype=np.float32)
-    data, tensor = mesh_shape
-    mesh = Mesh(np.array(jax.devices()[: data * tensor]).reshape(mesh_shape), ("data", "tensor"))
-    rows, heads = PartitionSpec("data"), PartitionSpec("data", None, "tensor")
-    pool = PartitionSpec(None, "tensor")
-    specs = Inputs(heads, Pools(pool, pool, inputs.pools.pages), rows, rows, rows)
+    heads, pool = P("data", None, "tensor"), P(None, "tensor")
+    specs = _specs(heads, Pools(pool, pool, inputs.pools.pages))
 
     @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=heads)
-    def sharded(*local):
+    @partial(jax.shard_map, mesh=_mesh(mesh_shape), in_specs=(specs,), out_specs=heads)
+    def sharded(local: Inputs):
         return paged_attention(*local, layer=LAYER, scale=case.scale)
 
     np.testing.assert_allclose(
-        sharded(*inputs), attend(case, inputs, "blocked"), rtol=2e-6, atol=2e-6
+        sharded(inputs), attend(case, inputs, "blocked"), rtol=2e-6, atol=2e-6
     )
+
+
+def test_each_data_shard_has_pages_of_its_own_and_no_shard_talks():
+    """Two replicas of one case side by side, drawn from two seeds, with four tensor shards each."""
+    case = replace(BY_NAME["tiny"], q_heads=8, kv_heads=4)
+    replicas = [case.arrays(seed=seed, dtype=np.float32) for seed in (10, 11)]
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *replicas)
+    heads, pool = P("data", None, "tensor"), P("data", "tensor")
+    specs = _specs(heads, Pools(pool, pool, both.pools.pages))
+
+    def step(inputs: Inputs):
+        q, pools, *where = inputs
+        new = q[:, :, :: q.shape[2] // pools.k.shape[1]]
+        pools = append(pools, new, -new, *where, layer=LAYER)
+        return paged_attention(q, pools, *where, layer=LAYER, scale=case.scale)
+
+    sharded = jax.jit(jax.shard_map(step, mesh=_mesh((2, 4)), in_specs=(specs,), out_specs=heads))
+    expected = np.concatenate([jax.jit(step)(replica) for replica in replicas])
+    np.testing.assert_allclose(sharded(both), expected, rtol=2e-6, atol=2e-6)
+    program = sharded.lower(both).compile().as_text() or ""
+    assert not re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", program)
+
+
+def _specs(heads: Any, pools: Pools) -> Inputs:
+    rows: Any = P("data")
+    return Inputs(heads, pools, rows, rows, rows)
+
+
+def _mesh(shape: tuple[int, int]) -> Mesh:
+    devices = np.array(jax.devices()[: shape[0] * shape[1]])
+    return Mesh(devices.reshape(shape), ("data", "tensor"))
 
 
 def _refused(change: Callable[[Inputs], Inputs], **options: object) -> Callable[[], object]:

@@ -145,9 +145,15 @@ def _step(pools: Pools, x, table, start, length, *, scanned: bool):
     return pools, x
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("query_tokens", [1, 16])
-@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("scanned", "query_tokens", "dtype"),
+    [
+        (False, 1, "float32"),
+        (False, 16, "bfloat16"),
+        (True, 1, "bfloat16"),
+        (True, 16, "float32"),
+    ],
+)
 def test_a_donated_pool_is_updated_in_place(dtype: str, query_tokens: int, scanned: bool):
     """No instruction of the compiled program makes a pool but the scatters that write into it."""
     shape = pool_shape(layers=LAYERS, pages=999, kv_heads=KV_HEADS, page_tokens=16, head_dim=64)
@@ -165,7 +171,7 @@ def test_a_donated_pool_is_updated_in_place(dtype: str, query_tokens: int, scann
         .compile()
     )
     dimensions = ",".join(map(str, shape))
-    makers = re.findall(rf"= \w+\[{dimensions}\]\S* ([\w-]+)\(", compiled.as_text())
+    makers = re.findall(rf"= \w+\[{dimensions}\]\S* ([\w-]+)\(", compiled.as_text() or "")
     assert "scatter" in makers
     assert set(makers) <= {"parameter", "get-tuple-element", "scatter", "fusion", "call"}
     # A fusion or call that makes a pool is a scatter in a wrapper: one per pool and layer.
@@ -174,5 +180,6 @@ def test_a_donated_pool_is_updated_in_place(dtype: str, query_tokens: int, scann
 
     pool_bytes = int(np.prod(shape)) * pool.dtype.itemsize
     memory = compiled.memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= 2 * pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes

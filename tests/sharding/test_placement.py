@@ -62,7 +62,7 @@ def test_the_dtype_asked_for_is_the_dtype_placed():
 
 
 def test_a_scalar_is_placed_everywhere():
-    placed = place(lambda index: np.float32(3.0)[index], (), np.float32, _sharding())
+    placed = place(lambda index: np.asarray(3.0, np.float32)[index], (), np.float32, _sharding())
     assert placed == 3.0
     assert len(placed.addressable_shards) == 8
 

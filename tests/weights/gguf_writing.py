@@ -47,9 +47,7 @@ def llama_tensors() -> dict[str, np.ndarray]:
             prefix + "mlp.up_proj.weight": (FFN, HIDDEN),
             prefix + "mlp.down_proj.weight": (HIDDEN, FFN),
         }
-    return {
-        name: FLOATS.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()
-    }
+    return {name: FLOATS.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
 NAMES = {

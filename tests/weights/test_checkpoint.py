@@ -35,7 +35,9 @@ def test_pickles_are_refused_and_never_opened(name: str, tmp_path: Path) -> None
     path = tmp_path / name
     path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     for given in (path, tmp_path):
-        with pytest.raises(UnsupportedModelError, match=r"can run code .* convert it to safetensor"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"can run code .* convert it to safetensor"
+        ):
             open_checkpoint(given)
 
 

@@ -78,7 +78,7 @@ def test_other_architectures_keep_the_rows_of_q_and_k(tmp_path: Path) -> None:
 
 def test_gemma_norms_lose_the_one_that_the_conversion_added(tmp_path: Path) -> None:
     norms = ["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "attn_q_norm"]
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         f"blk.0.{norm}.weight": np.full(HIDDEN, 1.25 + number, np.float32)
         for number, norm in enumerate(norms)
     }

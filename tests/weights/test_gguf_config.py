@@ -119,7 +119,9 @@ def test_gemma3_with_soft_caps_is_refused() -> None:
         "gemma3.attention.sliding_window": 16,
         "gemma3.final_logit_softcapping": 30.0,
     }
-    with pytest.raises(UnsupportedModelError, match=r"gemma3.final_logit_softcapping, which is not"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"gemma3.final_logit_softcapping, which is not"
+    ):
         config("gemma3", extra)
 
 

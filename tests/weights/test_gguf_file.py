@@ -142,11 +142,11 @@ def test_every_cut_of_a_file_is_a_checkpoint_error(tmp_path: Path) -> None:
 def test_a_file_cut_after_it_was_opened_is_a_checkpoint_error(tmp_path: Path) -> None:
     path, _ = write_tiny_llama(tmp_path / "m.gguf")
     checkpoint = GgufCheckpoint(path)
+    # The tensors lie in the order of the header, so the last one is cut.
     with path.open("r+b") as file:
-        file.truncate(path.stat().st_size // 2)
+        file.truncate(path.stat().st_size - 64)
     with pytest.raises(CheckpointError, match=r"m\.gguf ends at byte \d+ but byte \d+ is needed"):
-        for name in checkpoint.names():
-            checkpoint.read(name)
+        checkpoint.read(checkpoint.names()[-1])
 
 
 def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:

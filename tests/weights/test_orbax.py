@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -79,8 +81,15 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-def test_another_tree_is_refused(change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"a holds other parameters: missing \[\], unknown \[\"\['norm'\]\"\]"),
+        ("extra", r"a holds other parameters: missing \[\"\['other'\]\"\], unknown \[\]"),
+        ("shape", r"wrong \[\"\['norm'\] has shape \[4\], not \[5\]\"\]; save it again"),
+    ],
+)
+def test_another_tree_is_refused(change: str, message: str, tmp_path: Path) -> None:
     orbax.save(tmp_path / "a", params(), {})
     wanted = abstract(params())
     if change == "missing":
@@ -90,13 +99,37 @@ def test_another_tree_is_refused(change: str, tmp_path: Path) -> None:
     else:
         norm = wanted["norm"]
         wanted["norm"] = jax.ShapeDtypeStruct((5,), norm.dtype, sharding=norm.sharding)
-    with pytest.raises(CheckpointError, match=r"a does not hold these parameters or is damaged"):
+    with pytest.raises(CheckpointError, match=message):
         orbax.restore(tmp_path / "a", wanted)
+
+
+def test_lost_parameters_are_a_checkpoint_error(tmp_path: Path) -> None:
+    orbax.save(tmp_path / "a", params(), {})
+    shutil.rmtree(tmp_path / "a" / "params")
+    with pytest.raises(CheckpointError, match=r"a is damaged \(its parameters are not found\); sa"):
+        orbax.restore(tmp_path / "a", abstract(params()))
+
+
+def test_what_orbax_raises_while_reading_is_a_checkpoint_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orbax.save(tmp_path / "a", params(), {})
+
+    def fail(*_: Any) -> None:
+        raise ValueError("checksum")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    with pytest.raises(
+        CheckpointError, match=r"a is damaged \(ValueError: checksum\); save it aga"
+    ):
+        orbax.restore(tmp_path / "a", abstract(params()))
 
 
 def test_a_directory_that_was_not_saved_here_is_refused(tmp_path: Path) -> None:
     assert not orbax.is_orbax(tmp_path)
-    with pytest.raises(CheckpointError, match=r"was not written by jaxserve \(jaxserve.json cannot"):
+    with pytest.raises(
+        CheckpointError, match=r"was not written by jaxserve \(jaxserve.json cannot"
+    ):
         orbax.restore(tmp_path, {})
     (tmp_path / "jaxserve.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match=r"jaxserve.json has format 99 and this version rea"):

@@ -11,7 +11,9 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import grpc
 
+from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
+from jaxserve.frontend.grpc.decoding import Malformed
 from jaxserve.frontend.grpc.status import to_grpc_status
 
 ABORT_TIMEOUT_S = 1.0
@@ -49,6 +51,12 @@ def answered(handler: Handler | None = None, *, counts: bool = True) -> Any:
         request_id = _request_id(request)
         with self.calls.open(request_id, counts=counts) as call:
             try:
+                if type(request) is Malformed:
+                    raise InvalidRequestError(
+                        f"the bytes received are not a request of {request.method}; generate the "
+                        "client from the same proto files, and send text as UTF-8",
+                        field="",
+                    )
                 return await handler(self, request, context, call)
             except asyncio.CancelledError:
                 if call.error is None:
@@ -67,15 +75,20 @@ async def abort(context: Context, error: BaseException, request_id: str) -> NoRe
         async with asyncio.timeout(ABORT_TIMEOUT_S):
             status = to_grpc_status(error, request_id=request_id)
             await context.abort(status.code, status.details, status.trailing_metadata)
-    except TimeoutError:
-        raise asyncio.CancelledError from None  # gRPC then resets the stream.
+    except (TimeoutError, grpc.aio.InternalError):
+        # The client does not take the status or is gone; gRPC resets the stream.
+        raise asyncio.CancelledError from None
     raise AssertionError("abort always raises")
 
 
 async def write(context: Context, call: OpenCall, message: object) -> None:
     """Sends one message under the eye of the stall timer."""
     call.write_started_s = time.monotonic()
-    await context.write(message)
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:
+        # How gRPC tells that the connection broke before it had cancelled this task.
+        raise asyncio.CancelledError from None
     call.write_started_s = None
 
 

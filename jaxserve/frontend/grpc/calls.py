@@ -24,6 +24,7 @@ class OpenCall:
     __slots__ = ("_task", "counts", "error", "request_id", "write_started_s")
 
     def __init__(self, request_id: str, task: asyncio.Task[object], *, counts: bool) -> None:
+        """Remembers the handler's task, by which the call can be ended."""
         self.request_id = request_id
         self.counts = counts
         """Whether a drain waits for it."""
@@ -44,6 +45,7 @@ class OpenCalls:
     """Every open RPC of one server. Belongs to one event loop."""
 
     def __init__(self, *, stall_timeout_s: float) -> None:
+        """Begins with none open; ``watch_stalls`` has to be run beside."""
         self._stall_timeout_s = stall_timeout_s
         self._calls: set[OpenCall] = set()
         self._none_left = asyncio.Event()

@@ -37,6 +37,7 @@ class HealthReporter:
     """Keeps grpc.health.v1 equal to the engine's own idea of its health."""
 
     def __init__(self, engine: EngineApi, *, interval_s: float) -> None:
+        """Begins NOT_SERVING for every name, until the first ``refresh``."""
         # Absent from the type stubs, as is reflection.aio.
         self.servicer: Any = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._engine = engine

@@ -23,6 +23,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Facts and counters, read-only."""
 
     def __init__(self, engine: EngineApi, info: ModelInfo, calls: OpenCalls) -> None:
+        """Answers for one model."""
         self.calls = calls
         self._engine = engine
         self._info = info
@@ -85,6 +86,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         *,
         drain: Callable[[], None],
     ) -> None:
+        """Answers for one server; ``drain`` takes it out of service."""
         self.calls = calls
         self._engine = engine
         self._info = info

@@ -21,6 +21,7 @@ from jaxserve.errors import DrainingError, LaunchError
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.grpc.decoding import RequestDecoding
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection
 from jaxserve.frontend.grpc.model_servicer import AdminServicer, ModelServicer
 from jaxserve.frontend.grpc.servicer import GenerationServicer
@@ -35,13 +36,16 @@ class Server:
     """One port, one model. Created, started and stopped on one event loop."""
 
     def __init__(self, text: TextEngine, info: ModelInfo, config: ServerConfig) -> None:
+        """Assembles the services; no port is open yet. Needs a running event loop."""
         self.config = config
         self._engine = text.engine
         self._calls = OpenCalls(stall_timeout_s=config.stall_timeout_s)
         self._executor = ThreadPoolExecutor(config.tokenizer_threads, "jaxserve-tokenizer")
         self._health = HealthReporter(text.engine, interval_s=config.health_interval_s)
         self._tasks: list[asyncio.Task[None]] = []
-        self._server = grpc.aio.server(options=config.channel_options())
+        self._server = grpc.aio.server(
+            interceptors=(RequestDecoding(),), options=config.channel_options()
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(text, info, self._calls, self._executor), self._server
         )
@@ -102,6 +106,7 @@ class ServerThread:
     """A server with a thread and an event loop of its own; for processes that do other things."""
 
     def __init__(self, text: TextEngine, info: ModelInfo, config: ServerConfig) -> None:
+        """Prepares the thread; nothing runs yet."""
         self._parts = (text, info, config)
         self._started: Future[str] = Future()
         self._stop: asyncio.Future[float | None] | None = None

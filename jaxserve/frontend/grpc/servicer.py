@@ -38,6 +38,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self, text: TextEngine, info: ModelInfo, calls: OpenCalls, executor: Executor
     ) -> None:
+        """Needs a running event loop, which the engine will wake."""
         self.calls = calls
         self._text = text
         self._info = info

@@ -12,6 +12,7 @@ class AnswerCollector:
     """Takes outputs in order; ``response`` once all choices have finished."""
 
     def __init__(self, tokenizer: Tokenizer, model_digest: str) -> None:
+        """Begins with nothing received."""
         self._tokenizer = tokenizer
         self._response = pb.GenerateUnaryResponse(model_digest=model_digest)
         self._choices: dict[int, pb.Choice] = {}

@@ -123,7 +123,7 @@ class ScriptedEngine:
         )
 
     def drain(self) -> None:
-        self.draining = True
+        self._note(lambda: setattr(self, "draining", True))
 
     def health(self) -> Report:
         if self.draining:
@@ -138,13 +138,27 @@ class ScriptedEngine:
             assert self._changed.wait_for(condition, bound_s), "the engine never got there"
             return condition()
 
+    def wait_draining(self) -> None:
+        """Waits until the server has told the engine to drain."""
+        self.wait(lambda: self.draining)
+
+    def wait_taken(self, request_id: str) -> None:
+        """Waits until the server has taken all events of a request, or given it up."""
+        until = time.monotonic() + BOUND_S
+        with self._changed:
+            while (stream := self.live.get(request_id)) is not None and stream.pending:
+                assert time.monotonic() < until, "the server never took the events"
+                self._changed.wait(0.002)
+
     def wait_request(self, number: int = 0) -> Request:
         """Returns the request that was submitted as ``number``, once it has been."""
         self.wait(lambda: len(self.requests) > number)
         return self.requests[number]
 
     def start(self, request_id: str, **fields: Any) -> None:
-        event = StartedEvent(request_id, fields.pop("seed", SEED), fields.pop("cached", 0), **fields)
+        event = StartedEvent(
+            request_id, fields.pop("seed", SEED), fields.pop("cached", 0), **fields
+        )
         self.put(request_id, [event])
 
     def give(
@@ -209,12 +223,8 @@ class ScriptedEngine:
         entry = None if sampling.logprobs is None else TokenLogprobs(-0.5, 1)
         self.start(request.request_id, seed=SEED if sampling.seed is None else sampling.seed)
         for choice in range(sampling.n):
-            self.give(
-                request.request_id, ids[done:], first=done, choice=choice, logprobs=entry
-            )
-            self.finish(
-                request.request_id, FinishReason.LENGTH, tokens=len(ids), choice=choice
-            )
+            self.give(request.request_id, ids[done:], first=done, choice=choice, logprobs=entry)
+            self.finish(request.request_id, FinishReason.LENGTH, tokens=len(ids), choice=choice)
 
 
 class Stubs:
@@ -234,9 +244,7 @@ class Serving:
         self.servers: list[ServerThread] = []
         self._channels: list[grpc.Channel] = []
 
-    def start(
-        self, engine: ScriptedEngine, *, template: Any = None, **config: Any
-    ) -> str:
+    def start(self, engine: ScriptedEngine, *, template: Any = None, **config: Any) -> str:
         settings = {"port": 0, "health_interval_s": 0.01, **config}
         info = ModelInfo(
             name="scripted",

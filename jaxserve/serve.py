@@ -1,0 +1,180 @@
+"""A server's whole life in one process: build, open the port, watch, drain, exit.
+
+    check the port -> build (launch.py) -> port open -> on_ready -> watch
+        SIGTERM, SIGINT     refuse new requests, let running ones finish, close     -> no reason
+        the same again      give the running ones up, close                         -> no reason
+        engine dead, stuck  end the streams with an error, close                    -> the reason
+
+The main thread only watches; the engine and the port have threads of their own.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+from jaxserve.config import ServeConfig
+from jaxserve.engine.engine import Engine
+from jaxserve.errors import LaunchError
+from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.grpc.server import ServerThread
+from jaxserve.launch import Report, Service, build, silent
+
+POLL_S = 0.2
+"""How late a signal or a failure may be noticed."""
+FAILURE_GRACE_S = 1.0
+"""For streams to hear of a dead engine."""
+CLOSE_LIMIT_S = 10.0
+"""Closing may take this much longer than its grace period; then the process exits regardless."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a server ended."""
+
+    failure: str | None
+    """Why it could not go on; None after a signal."""
+    clean: bool
+    """False when a thread hangs, so that only ``os._exit`` ends the process."""
+
+
+class StopSignals:
+    """Counts SIGTERM and SIGINT while its block runs, in the main thread."""
+
+    def __init__(self, before_ready: Callable[[int], None]) -> None:
+        """Makes it; ``before_ready`` is called with signals that come before ``ready`` is set."""
+        self.count = 0
+        self.ready = False
+        self._before_ready = before_ready
+        self._came = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the first signal; says whether it has come."""
+        return self._came.wait(timeout_s)
+
+    def __enter__(self) -> Self:
+        """Takes the signals over."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives them back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.ready:
+            self._before_ready(number)
+        self.count += 1
+        self._came.set()
+
+
+def serve(
+    config: ServeConfig,
+    server_config: ServerConfig,
+    *,
+    on_ready: Callable[[Service, str], None],
+    before_ready: Callable[[int], None],
+    report: Report = silent,
+) -> Ended:
+    """Serves until a signal comes or the engine fails. In the main thread.
+
+    Args:
+        config: what to build.
+        server_config: where to listen.
+        on_ready: called with the service and its address once requests are taken.
+        before_ready: called with the number of a signal that comes earlier; should exit.
+        report: hears of the progress of the build.
+
+    Raises:
+        LaunchError: a flag, a file, the machine or the port has to change.
+    """
+    check_port(server_config)
+    with StopSignals(before_ready) as signals:
+        service = build(config, report)
+        server = ServerThread(service.text, service.info, server_config)
+        try:
+            address = server.start()
+        except LaunchError:
+            service.close()
+            raise
+        signals.ready = True
+        on_ready(service, address)
+        failure = watch(service.engine, signals)
+        grace_s = server_config.grace_s if failure is None else FAILURE_GRACE_S
+        clean = shut_down(service, server, signals, grace_s)
+        return Ended(failure, clean)
+
+
+def check_port(config: ServerConfig) -> None:
+    """Finds out that a port is taken before a minute is spent on compiling.
+
+    Raises:
+        LaunchError: it cannot be listened on.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: connections of an earlier server that linger are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        raise LaunchError(
+            f"cannot listen on {config.address} ({error.strerror or error}); stop the process that "
+            "uses the port, or choose another with --port (0 takes any free one) or another --host"
+        ) from None
+
+
+def watch(engine: Engine, signals: StopSignals) -> str | None:
+    """Waits for a signal, or for the engine to die or to stop making progress.
+
+    Returns:
+        Why the engine cannot go on; None after a signal.
+    """
+    while not signals.wait(POLL_S):
+        if engine.dead is not None:
+            return engine.health().detail
+        age_s = engine.stats().last_step_age_seconds
+        if age_s > engine.limits.watchdog_s:
+            return (
+                f"no step has finished for {age_s:.0f} s while work is waiting, and the limit is "
+                f"--watchdog-s {engine.limits.watchdog_s:g}"
+            )
+    return None
+
+
+def shut_down(
+    service: Service, server: ServerThread, signals: StopSignals, grace_s: float
+) -> bool:
+    """Closes the port, then the service; a second signal gives running requests up.
+
+    Returns:
+        Whether everything has ended, rather than hangs.
+    """
+
+    def close() -> None:
+        server.stop(grace_s)
+        service.close()
+
+    closing = threading.Thread(target=close, name="jaxserve-close", daemon=True)
+    closing.start()
+    hurried = False
+    left_s = grace_s + CLOSE_LIMIT_S
+    while closing.is_alive() and left_s > 0:
+        closing.join(POLL_S)
+        left_s -= POLL_S
+        if signals.count > 1 and not hurried:
+            hurried, left_s = True, CLOSE_LIMIT_S
+            # Cancels what runs; the streams end, and with them the grace period.
+            threading.Thread(target=service.engine.stop, daemon=True).start()
+    return not closing.is_alive()

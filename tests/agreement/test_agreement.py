@@ -1,0 +1,132 @@
+"""Two ways of asking give one answer: 50 prompts x 64 tokens, float32, greedy and seeded.
+
+The tiny model's weights are random, so its logits are spread like noise and a wrong key, page or
+position changes the answer at once. ``make prove-agreement`` asks the same of SmolLM2.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxserve.assets import default_directory
+from jaxserve.engine.request import Request
+from jaxserve.frontend.client import Client
+from jaxserve.frontend.generation import TextEngine
+from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.grpc.server import ServerThread
+from jaxserve.launch import Service
+from tests.agreement.ways import (
+    PROMPTS,
+    STYLES,
+    ask_alone,
+    ask_together,
+    engine_over,
+    first_difference,
+    make_service,
+    requests,
+)
+
+pytestmark = pytest.mark.slow
+MODEL = os.environ.get("JAXSERVE_AGREEMENT_MODEL", "dummy:tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def service(cache_dir: Path) -> Iterator[Service]:
+    with make_service(MODEL, cache_dir, default_directory(os.environ)) as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module", params=sorted(STYLES))
+def batch(request: pytest.FixtureRequest, service: Service) -> list[Request]:
+    return requests(service.plan.model.vocab_size, STYLES[request.param])
+
+
+@pytest.fixture(scope="module")
+def batched(service: Service, batch: list[Request]) -> list[list[int]]:
+    """The answers that every other way is held to: all requests at once, 16 rows."""
+    with engine_over(service) as engine:
+        answers = ask_together(engine, batch)
+        assert engine.stats().preemptions_total == 0
+    return answers
+
+
+def differing(left: list[list[int]], right: list[list[int]]) -> list[str]:
+    assert len(left) == len(right) == PROMPTS
+    return [
+        f"request {number} differs from token {place}"
+        for number, (a, b) in enumerate(zip(left, right, strict=True))
+        if (place := first_difference(a, b)) is not None
+    ]
+
+
+def test_a_request_alone_gets_the_tokens_that_it_gets_in_company(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    with engine_over(service) as engine:
+        alone = ask_alone(engine, batch)
+    assert not differing(alone, batched)
+
+
+def test_the_prefix_cache_changes_no_token(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    with engine_over(service, prefix_cache=False) as engine:
+        without = ask_together(engine, batch)
+        assert engine.stats().prefix_hit_rate == 0
+    with engine_over(service, prefix_cache=True) as engine:
+        ask_together(engine, batch)
+        warm = ask_together(engine, batch)
+        assert engine.stats().prefix_hit_rate > 0.3
+    assert not differing(without, batched)
+    assert not differing(warm, batched)
+
+
+def test_a_prompt_in_chunks_gets_the_tokens_of_a_whole_one(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    """The batched way takes 64 tokens of a prompt at a time, this one at most 23."""
+    with engine_over(service, step_tokens=23, prefix_cache=False) as engine:
+        chunked = ask_together(engine, batch)
+    assert not differing(chunked, batched)
+
+
+def test_preempted_requests_get_the_tokens_of_uninterrupted_ones(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    with engine_over(service, num_pages=33) as engine:
+        preempted = ask_together(engine, batch)
+        assert engine.stats().preemptions_total > 10
+    assert not differing(preempted, batched)
+
+
+def test_grpc_gives_the_tokens_of_the_engine(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    with engine_over(service) as engine:
+        text = TextEngine(engine, service.text.tokenizer, None)
+        server = ServerThread(text, service.info, ServerConfig(port=0))
+        with server as address, Client(address) as client:
+            answers = [_over_grpc(client, request) for request in batch]
+    assert not differing(answers, batched)
+
+
+def _over_grpc(client: Client, request: Request) -> list[int]:
+    sampling = request.sampling
+    answer = client.generate(
+        token_ids=list(request.prompt),
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+    )
+    return list(answer.token_ids)

@@ -1,0 +1,245 @@
+"""Every sampling parameter on vocabularies small enough to work out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.engine.request import MAX_LOGPROBS, SamplingParams
+from jaxserve.engine.step import (
+    COLUMNS,
+    NO_TOKEN_LEFT,
+    POISONED_TOKEN,
+    SEEN_IN_PROMPT,
+    Column,
+)
+from jaxserve.runner.sampling import Lines, choose
+
+WORDS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+"""A vocabulary of four words with known probabilities."""
+
+chosen = jax.jit(
+    lambda logits, packed, counts, bias: choose(logits, Lines(packed), counts, bias)
+)
+
+
+def line(sampling: SamplingParams, *, row: int = 0, position: int = 10, **columns: int) -> np.ndarray:
+    """One packed line for a decode step at ``position``."""
+    packed = np.zeros(COLUMNS, np.int32)
+    packed[Column.ROW] = row
+    packed[Column.START], packed[Column.LENGTH] = position - 1, 1
+    seed = sampling.seed or 0
+    packed[Column.SEED_LOW] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
+    packed[Column.SEED_HIGH] = np.uint32(seed >> 32).view(np.int32)
+    packed[Column.TOP_K] = sampling.top_k
+    packed[Column.LOGPROBS] = -1 if sampling.logprobs is None else sampling.logprobs
+    floats = [
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.repetition_penalty,
+    ]
+    packed[Column.TEMPERATURE_BITS : Column.SUPPRESSED] = np.array(floats, np.float32).view(np.int32)
+    packed[Column.SUPPRESSED :] = -1
+    for name, value in columns.items():
+        packed[Column[name]] = value
+    return packed
+
+
+def run(
+    logits: np.ndarray,
+    lines: list[np.ndarray],
+    counts: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """Chooses for every line; rows are padded to one of two sizes, so that little is compiled."""
+    rows, vocab = len(lines), logits.shape[-1]
+    padding = ((0, (64 if rows <= 64 else 2048) - rows), (0, 0))
+    arrays = (
+        logits,
+        np.stack(lines),
+        np.zeros((rows, vocab), np.int32) if counts is None else counts,
+        np.zeros((rows, vocab), np.float32) if bias is None else bias,
+    )
+    return np.asarray(chosen(*(jnp.asarray(np.pad(array, padding)) for array in arrays)))[:rows]
+
+
+def draws(sampling: SamplingParams, count: int = 2000) -> np.ndarray:
+    """Shares of each of the four words over many positions."""
+    lines = [line(sampling, position=position) for position in range(1, count + 1)]
+    tokens = run(np.tile(WORDS, (count, 1)), lines)[:, 0]
+    return np.bincount(tokens, minlength=4) / count
+
+
+SAMPLED = SamplingParams(temperature=1.0, seed=5)
+
+
+def test_temperature_zero_takes_the_likeliest_token() -> None:
+    assert run(WORDS[None], [line(SamplingParams(temperature=0.0))])[0, 0] == 0
+
+
+def test_plain_sampling_follows_the_probabilities() -> None:
+    """Three standard deviations of 2,000 draws are below 0.034 for every word."""
+    np.testing.assert_allclose(draws(SAMPLED), np.exp(WORDS), atol=0.034)
+
+
+def test_temperature_sharpens_the_distribution() -> None:
+    """At 0.5 probabilities are squared: 0.25, 0.0625, 0.0225, 0.01 over 0.345."""
+    expected = np.exp(WORDS) ** 2 / np.sum(np.exp(WORDS) ** 2)
+    np.testing.assert_allclose(draws(replace(SAMPLED, temperature=0.5)), expected, atol=0.034)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"top_k": 1}, [0]),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 0.51}, [0, 1]),
+        ({"top_p": 0.9}, [0, 1, 2]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"min_p": 0.6}, [0]),
+        ({"min_p": 0.25}, [0, 1, 2]),
+        ({"top_k": 2, "top_p": 0.7}, [0, 1]),  # 0.5 of 0.75 is below 0.7 of what top_k left.
+        ({"top_k": 2, "top_p": 0.6}, [0]),
+        ({"min_p": 0.3, "top_p": 0.95}, [0, 1, 2]),
+    ],
+    ids=str,
+)
+def test_filters_leave_exactly_these_words(change: dict[str, float], kept: list[int]) -> None:
+    shares = draws(replace(SAMPLED, **change), 512)
+    assert sorted(np.flatnonzero(shares).tolist()) == kept
+
+
+def test_ties_with_the_last_kept_token_stay() -> None:
+    logits = np.zeros((512, 4), np.float32)
+    lines = [line(replace(SAMPLED, top_k=2), position=place) for place in range(1, 513)]
+    assert set(run(logits, lines)[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+def test_a_row_samples_the_same_token_alone_and_in_company() -> None:
+    """Keys come from (seed, choice, position), so neighbours cannot change an answer."""
+    logits = np.random.default_rng(1).normal(size=(4, 127)).astype(np.float32)
+    params = [
+        replace(SAMPLED, seed=7, top_p=0.9),
+        SamplingParams(temperature=0.0),
+        replace(SAMPLED, seed=9, top_k=5),
+        replace(SAMPLED, seed=2**63 + 1),
+    ]
+    lines = [line(one, row=row, position=3 + row) for row, one in enumerate(params)]
+    together = run(logits, lines)[:, 0]
+    for row, one in enumerate(params):
+        alone = run(logits[row : row + 1], [line(one, position=3 + row)])
+        assert alone[0, 0] == together[row]
+
+
+def test_seed_choice_and_position_each_change_the_draw() -> None:
+    logits = np.zeros((4, 1000), np.float32)
+    lines = [
+        line(SAMPLED),
+        line(replace(SAMPLED, seed=5 + 2**32)),
+        line(SAMPLED, CHOICE=1),
+        line(SAMPLED, position=11),
+    ]
+    assert len(set(run(logits, lines)[:, 0].tolist())) == 4
+
+
+def test_penalties_follow_their_formulas() -> None:
+    """Repetition divides positive and multiplies negative logits of seen tokens; frequency counts
+    outputs, presence only asks whether."""
+    logits = np.array([[2.0, 1.9, -1.0, 0.5]], np.float32)
+    counts = np.array([[SEEN_IN_PROMPT, 3, 0, 0]], np.int32)
+    sampling = SamplingParams(
+        temperature=0.0,
+        repetition_penalty=2.0,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logprobs=0,
+    )
+    # 2/2 = 1; 1.9/2 - 3*0.5 - 0.25 = -0.8; -1; 0.5.
+    assert run(logits, [line(sampling, USES_COUNTS=1)], counts)[0, 0] == 0
+    counts[0, 0] |= 2  # Now 1 - 2*0.5 - 0.25 = -0.25 < 0.5.
+    assert run(logits, [line(sampling, USES_COUNTS=1)], counts)[0, 0] == 3
+    assert run(logits, [line(sampling)], counts)[0, 0] == 0  # Not asked for: not applied.
+
+
+def test_bias_moves_and_bans() -> None:
+    bias = np.array([[0.0, 5.0, 0.0, 0.0], [-np.inf, 0.0, 0.0, 0.0]], np.float32)
+    greedy = SamplingParams(temperature=0.0)
+    lines = [line(greedy, USES_BIAS=1), line(greedy, row=1, USES_BIAS=1)]
+    assert run(np.tile(WORDS, (2, 1)), lines, bias=bias)[:, 0].tolist() == [1, 1]
+
+
+def test_stop_tokens_cannot_be_chosen_while_suppressed() -> None:
+    packed = line(SamplingParams(temperature=0.0), SUPPRESS_STOP=1)
+    packed[Column.SUPPRESSED : Column.SUPPRESSED + 2] = [0, 1]
+    assert run(WORDS[None], [packed])[0, 0] == 2
+    packed[Column.SUPPRESS_STOP] = 0
+    assert run(WORDS[None], [packed])[0, 0] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_poisoned_row_says_so_and_its_neighbour_is_fine(bad: float) -> None:
+    logits = np.tile(WORDS, (2, 1))
+    logits[0, 2] = bad
+    tokens = run(logits, [line(SAMPLED), line(SamplingParams(temperature=0.0), row=1)])[:, 0]
+    assert tokens.tolist() == [POISONED_TOKEN, 0]
+
+
+def test_rules_that_leave_no_token_say_so() -> None:
+    bias = np.full((1, 4), -np.inf, np.float32)
+    assert run(WORDS[None], [line(SAMPLED, USES_BIAS=1)], bias=bias)[0, 0] == NO_TOKEN_LEFT
+
+
+def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:
+    sampling = replace(SAMPLED, temperature=0.0, logprobs=2)
+    bias = np.array([[-np.inf, 0.0, 0.0, 0.0]], np.float32)
+    result = run(WORDS[None], [line(sampling, USES_BIAS=1)], bias=bias)[0]
+    assert result[0] == 1
+    assert result[1:2].view(np.float32)[0] == pytest.approx(np.log(0.25), abs=1e-6)
+    assert result[2] == 2  # Second likeliest.
+    assert result[3:7].tolist() == [0, 1, 2, 3]
+    values = result[3 + MAX_LOGPROBS : 7 + MAX_LOGPROBS].view(np.float32)
+    np.testing.assert_allclose(values, WORDS, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [127, 129, 1000])
+def test_sampling_agrees_with_a_numpy_oracle(vocab: int) -> None:
+    """Filters recomputed with a sort: every draw must lie in what they keep."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(0, 3, (64, vocab)).astype(np.float32)
+    params = [
+        SamplingParams(
+            temperature=float(rng.uniform(0.3, 2)),
+            top_p=float(rng.uniform(0.2, 1)),
+            top_k=int(rng.integers(0, vocab + 3)),
+            min_p=float(rng.uniform(0, 0.2)),
+            seed=int(rng.integers(2**63)),
+        )
+        for _ in range(64)
+    ]
+    lines = [line(one, row=row, position=row + 1) for row, one in enumerate(params)]
+    tokens = run(logits, lines)[:, 0]
+    for row, one in enumerate(params):
+        assert tokens[row] in oracle_kept(logits[row], one)
+
+
+def oracle_kept(logits: np.ndarray, sampling: SamplingParams) -> set[int]:
+    """min_p, then top_k, then top_p, by sorting, in float64, with slack for float32 rounding."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    mass = np.exp(scaled - scaled.max())
+    kept = mass >= sampling.min_p * (1 - 1e-5)
+    if sampling.top_k:
+        kth = np.sort(scaled[kept])[::-1][: sampling.top_k][-1]
+        kept &= scaled >= kth - 1e-6
+    order = np.argsort(-np.where(kept, mass, 0.0))
+    total = np.cumsum(np.where(kept, mass, 0.0)[order])
+    count = int(np.searchsorted(total, sampling.top_p * total[-1] * (1 + 1e-5))) + 1
+    return {int(token) for token in order[: min(count, int(kept.sum()))]}
