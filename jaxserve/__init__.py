@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxserve import errors
     from jaxserve.config import ServeConfig
     from jaxserve.engine.request import FinishReason, SamplingParams
     from jaxserve.errors import JaxserveError

@@ -74,6 +74,7 @@ class ServeConfig:
     """Compiled programs and page counts are remembered here."""
 
     def __post_init__(self) -> None:
+        """Refuses what cannot work, all problems together."""
         problems = [text for ok, text in self._checks() if not ok]
         if problems:
             raise ConfigError("; ".join(problems))

@@ -15,6 +15,7 @@
     ├── RequestFailedError             this request failed inside the engine; others go on
     ├── EngineDeadError                the engine thread has ended; the server exits
     └── LaunchError                    the operator must change a flag, a file or the machine
+        ├── AssetError                 (in ``assets.py``: a pinned file is missing or damaged)
         ├── ConfigError
         ├── MeshError
         ├── CheckpointError

@@ -101,9 +101,11 @@ class Service:
             self.text.template.close()
 
     def __enter__(self) -> Service:
+        """The block's value is the service itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Closes, whatever happened in the block."""
         self.close()
 
 

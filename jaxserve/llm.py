@@ -30,7 +30,6 @@ from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
 from jaxserve.frontend.client_types import Chunk, GenerateOptions, Generation, Score
 from jaxserve.frontend.generation import (
-    Finished,
     GenerationCall,
     Output,
     Started,
@@ -99,6 +98,7 @@ class LLM:
             self._service = build(asked, report)
         self._text = self._service.text
         self._dense: DenseForward | None = DenseForward(Model(self._service.plan.model))
+        self._closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -114,8 +114,9 @@ class LLM:
         """Returns the engine's counters."""
         return self._service.engine.stats()
 
+    # A str is a sequence of str, too; the first overload wins, as it should.
     @overload
-    def generate(
+    def generate(  # pyright: ignore[reportOverlappingOverload]
         self,
         prompts: Prompt,
         sampling: SamplingParams | None = None,
@@ -180,9 +181,7 @@ class LLM:
             JaxserveError: the request was refused.
         """
         if (prompt is None) == (messages is None):
-            raise InvalidRequestError(
-                "pass exactly one of a prompt and messages", field="prompt"
-            )
+            raise InvalidRequestError("pass exactly one of a prompt and messages", field="prompt")
         given = _prompt(prompt) if prompt is not None else _conversation(messages or ())
         return Stream(self, self._call(given, sampling, options))
 
@@ -203,6 +202,7 @@ class LLM:
         request, _ = self._text.build_request(
             GenerationCall(text=text, token_ids=token_ids, messages=messages, sampling=sampling)
         )
+        self._check_open()
         inbox = _Inbox()
         stream = self._service.engine.submit(request, inbox)
         try:
@@ -228,14 +228,18 @@ class LLM:
             vocab_size=self.info.vocab_size, context_tokens=self.info.context_tokens + 1
         )
         if self._service.config.strict_compile:
-            raise ConfigError("logits compiles a program, which strict_compile forbids; leave it off")
+            raise ConfigError(
+                "logits compiles a program, which strict_compile forbids; leave it off"
+            )
+        self._check_open()
         params = self._service.runner.params
-        if params is None or self._dense is None:
-            raise ConfigError("this LLM has been closed; make another")
+        assert params is not None
+        assert self._dense is not None
         return self._dense(params, [int(token) for token in token_ids])
 
     def close(self) -> None:
         """Ends whatever runs and gives the memory back. Safe to call again."""
+        self._closed = True
         self._dense = None
         self._service.close()
 
@@ -276,7 +280,12 @@ class LLM:
             return _Batch(self, calls, report).run()
 
     def _submit(self, call: GenerationCall, inbox: _Inbox) -> TextStream:
+        self._check_open()
         return self._text.submit(call, inbox)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this LLM has been closed; make another")
 
     def _wait(self, inbox: _Inbox) -> Sequence[TokenStream]:
         """Waits for streams with something to read.

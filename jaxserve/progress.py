@@ -6,10 +6,11 @@ thread. What is being done, and how far it is, is other modules' knowledge.
 
 from __future__ import annotations
 
+import html
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TextIO
 
 LINE_INTERVAL_S = 2.0
@@ -64,18 +65,22 @@ class ProgressLines(_Closing):
         self._file = file
         self._clock = clock
         self._lock = threading.Lock()
+        self._start_s: dict[str, float] = {}
         self._last_s: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
         """Writes a line unless the stage has just had one."""
         now = self._clock()
         with self._lock:
-            last = self._last_s.get(stage)
-            if last is not None and done < total and now - last < LINE_INTERVAL_S:
+            is_first = stage not in self._start_s
+            start_s = self._start_s.setdefault(stage, now)
+            done_now = done >= total
+            if not (is_first or done_now or now - self._last_s[stage] >= LINE_INTERVAL_S):
                 return
             self._last_s[stage] = now
             count = f"{done}/{total} " if total > 1 else ""
-            print(f"[{stage}] {count}{detail}".rstrip(), file=self._file, flush=True)
+            took = f" (done in {now - start_s:.1f} s)" if done_now and not is_first else ""
+            print(f"[{stage}] {count}{detail}".rstrip() + took, file=self._file, flush=True)
 
 
 class ProgressBars(_Closing):
@@ -84,23 +89,17 @@ class ProgressBars(_Closing):
     def __init__(self, file: TextIO) -> None:
         """Draws on ``file``, a terminal."""
         # Imported here: a tenth of a second that commands without bars do not spend.
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress as RichProgress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
 
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
-        self._bars = RichProgress(
-            TextColumn("{task.description:12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:12}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[detail]}", markup=False),
             console=Console(file=file),
         )
         self._bars.start()
@@ -117,10 +116,42 @@ class ProgressBars(_Closing):
         self._bars.stop()
 
 
+class NotebookBars(_Closing):
+    """One bar per stage, in the output of a notebook's cell."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes a place in the output."""
+        from IPython.display import HTML, display
+
+        self._html = HTML
+        self._handle: Any = display(HTML(""), display_id=True)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stages: dict[str, tuple[int, int, str]] = {}
+        self._last_s = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
+        """Moves the stage's bar; draws at most ten times a second."""
+        with self._lock:
+            self._stages[stage] = (done, total, detail)
+            if done >= total or self._clock() - self._last_s >= 0.1:
+                self._last_s = self._clock()
+                self._handle.update(self._html(bars_html(self._stages)))
+
+
+def bars_html(stages: Mapping[str, tuple[int, int, str]]) -> str:
+    """Returns a line with a bar for each stage: (done, total, detail)."""
+    return "".join(
+        f'<div><code>{html.escape(stage):12}</code> <progress value="{done}" max="{total}">'
+        f"</progress> {done}/{total} <small>{html.escape(detail)}</small></div>"
+        for stage, (done, total, detail) in stages.items()
+    )
+
+
 def show_progress(file: TextIO | None = None) -> Progress:
     """Returns bars when ``file`` (default stderr) is a terminal, lines otherwise."""
-    file = sys.stderr if file is None else file
-    return ProgressBars(file) if file.isatty() else ProgressLines(file)
+    stream: TextIO = file or sys.stderr
+    return ProgressBars(stream) if stream.isatty() else ProgressLines(stream)
 
 
 def show_to_person(wanted: bool | None) -> Progress:
@@ -129,6 +160,7 @@ def show_to_person(wanted: bool | None) -> Progress:
     Args:
         wanted: True or False decide; None finds out whether somebody is watching.
     """
-    if wanted is None:
-        wanted = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return show_progress() if wanted else NoProgress()
+    in_notebook = "ipykernel" in sys.modules
+    if not (in_notebook or sys.stderr.isatty() if wanted is None else wanted):
+        return NoProgress()
+    return NotebookBars() if in_notebook else show_progress()

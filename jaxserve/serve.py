@@ -153,9 +153,7 @@ def watch(engine: Engine, signals: StopSignals) -> str | None:
     return None
 
 
-def shut_down(
-    service: Service, server: ServerThread, signals: StopSignals, grace_s: float
-) -> bool:
+def shut_down(service: Service, server: ServerThread, signals: StopSignals, grace_s: float) -> bool:
     """Closes the port, then the service; a second signal gives running requests up.
 
     Returns:

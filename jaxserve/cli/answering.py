@@ -79,7 +79,14 @@ def read_answer(
     return Answer("".join(texts), tuple(token_ids), finish, ttft_s, end_s - start_s)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int, **defaults: float) -> None:
+def write_now(text: str) -> None:
+    """Prints text as it comes."""
+    print(text, end="", flush=True)
+
+
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, *, max_tokens: int, **defaults: float
+) -> None:
     """Adds how tokens are chosen; ranges are checked where the request is taken."""
     group = parser.add_argument_group("sampling")
     numbers: list[tuple[str, type, str, str]] = [
@@ -88,7 +95,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int, **de
         ("top-p", float, "P", "only the likeliest tokens that together have this probability"),
         ("top-k", int, "K", "only the K likeliest tokens; 0 is off"),
         ("min-p", float, "P", "only tokens with this share of the likeliest one's probability"),
-        ("seed", int, "S", "the same seed gives the same answer; chosen by the engine if not given"),
+        (
+            "seed",
+            int,
+            "S",
+            "the same seed gives the same answer; chosen by the engine if not given",
+        ),
     ]
     given: dict[str, float] = {"max_tokens": max_tokens, **defaults}
     for name, kind, metavar, text in numbers:

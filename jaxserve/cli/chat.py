@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.cli.answering import add_sampling_flags, read_answer, sampling_options
+from jaxserve.cli.answering import add_sampling_flags, read_answer, sampling_options, write_now
 from jaxserve.cli.environment import Environment
 from jaxserve.errors import JaxserveError, RetryableError
 from jaxserve.frontend.client_types import Chunk, GenerateOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxserve.frontend.client import Client, Stream
 
 SUMMARY = "talk to a model on a server"
+USAGE = "[FLAGS]"
 EXAMPLES = """\
   jaxserve chat
   jaxserve chat --server 10.0.0.7:50051 --system "Answer in one sentence." --temperature 0
@@ -93,7 +94,7 @@ class Chat:
         system: str | None,
         *,
         timing: bool,
-        write: Callable[[str], object] = sys.stdout.write,
+        write: Callable[[str], object] = write_now,
     ) -> None:
         """Starts with nothing said but the system message."""
         self._client = client
@@ -130,7 +131,6 @@ class Chat:
         def write(text: str) -> None:
             said.append(text)
             self._write(text)
-            sys.stdout.flush()
 
         try:
             answer = read_answer(open_stream, write)

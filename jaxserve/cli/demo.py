@@ -6,9 +6,8 @@ import argparse
 from functools import partial
 
 from jaxserve.cli import flags
-from jaxserve.cli.answering import add_sampling_flags, read_answer, sampling_options
+from jaxserve.cli.answering import add_sampling_flags, read_answer, sampling_options, write_now
 from jaxserve.cli.environment import Environment
-from jaxserve.cli.generate import write_now
 from jaxserve.cli.launch import config_defaults, ready_line
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.config import ServeConfig
@@ -16,6 +15,7 @@ from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.progress import show_progress
 
 SUMMARY = "start a server, stream one answer, print its timing, stop"
+USAGE = "[QUESTION] [FLAGS]"
 EXAMPLES = """\
   jaxserve demo
   jaxserve demo "Tell me a joke." --max-tokens 64 --model dummy:smollm2-135m

@@ -1,7 +1,7 @@
 """Flags made from the fields of a config dataclass: names, types, defaults and help are its own.
 
-``page_tokens: int = 32`` with its docstring becomes ``--page-tokens``; ``prefix_cache: bool`` becomes
-``--prefix-cache`` and ``--no-prefix-cache``. So flags and fields cannot drift apart.
+``page_tokens: int = 32`` with its docstring becomes ``--page-tokens``; ``prefix_cache: bool``
+becomes ``--prefix-cache`` and ``--no-prefix-cache``. So flags and fields cannot drift apart.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
 
 
 def _help(name: str, cls: type = ServeConfig) -> str:
-    return field_docs(cls)[name].rstrip(".").replace("%", "%%")
+    text = re.sub(r"\bNone( is)?\b", "if not given,", field_docs(cls)[name].rstrip("."))
+    return text.replace("%", "%%")
 
 
 def _plain_type(hint: Any) -> Any:

@@ -13,7 +13,13 @@ from functools import partial
 from typing import Any
 
 from jaxserve.cli import flags
-from jaxserve.cli.answering import Answer, add_sampling_flags, read_answer, sampling_options
+from jaxserve.cli.answering import (
+    Answer,
+    add_sampling_flags,
+    read_answer,
+    sampling_options,
+    write_now,
+)
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.launch import config_defaults
 from jaxserve.cli.models import ensure_asset
@@ -21,6 +27,7 @@ from jaxserve.config import ServeConfig
 from jaxserve.progress import show_progress
 
 SUMMARY = "continue a prompt, on a server or in this process"
+USAGE = "PROMPT [FLAGS]"
 EXAMPLES = """\
   jaxserve generate "The sky is" --max-tokens 16 --temperature 0
   jaxserve generate "The sky is" --server 127.0.0.1:50051 --json
@@ -79,13 +86,8 @@ def _load(options: argparse.Namespace) -> Any:
         ensure_asset(config, progress)
     from jaxserve.llm import LLM
 
-    return LLM(**vars(config))
+    return LLM(progress=True, **vars(config))
 
 
 def _answer(open_stream: Callable[[], Any], *, json: bool) -> Answer:
     return read_answer(open_stream, (lambda _: None) if json else write_now)
-
-
-def write_now(text: str) -> None:
-    """Prints text as it comes."""
-    print(text, end="", flush=True)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxserve.cli import flags
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxserve.launch import Service
 
 SUMMARY = "serve a model over gRPC"
+USAGE = "[MODEL] [FLAGS]"
 EXAMPLES = """\
   jaxserve launch                                the default model on 127.0.0.1:50051
   jaxserve launch smollm2 --port 8000 --max-rows 128
@@ -171,7 +172,7 @@ Ctrl-C stops it: running requests may finish, a second Ctrl-C gives them up."""
 
 
 def describe_plan(service: Service, server_config: ServerConfig) -> str:
-    """Returns every setting that runs, beside the default that it replaced."""
+    """Returns what runs: the model, the pool, and each setting that is not its default."""
     plan, info = service.plan, service.info
     resolved = {
         "served_name": info.name,
@@ -184,16 +185,16 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
     lines = [
         f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f}M parameters, "
         f"digest {info.model_digest[:12]}",
-        f"{len(service.runner.program_keys())} programs, {info.pages_total} pages of "
+        f"{len(service.runner.program_keys())} programs compiled, {info.pages_total} pages of "
         f"{info.page_tokens} tokens",
+        "settings other than the defaults, which stand in brackets:",
     ]
     for config in (service.config, server_config):
         for field in fields(config):
             value = resolved.get(field.name, getattr(config, field.name))
-            default = field.default
-            has_default = not isinstance(default, type(fields(config)[0].default_factory))
-            note = f"  (default {default})" if has_default and default != value else ""
-            lines.append(f"  {field.name:22} {value}{note}")
+            if value != field.default:
+                default = "" if field.default is MISSING else f"  [{field.default}]"
+                lines.append(f"  {field.name:22} {value}{default}")
     return "\n".join(lines)
 
 

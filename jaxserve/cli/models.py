@@ -30,7 +30,7 @@ def package_versions() -> dict[str, str]:
 def report_environment(progress: Progress) -> None:
     """Says where this runs."""
     versions = package_versions()
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count()
     progress(
         "environment", 1, 1, f"python {versions['python']}, jax {versions['jax']}, {cores} cores"
     )

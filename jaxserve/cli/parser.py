@@ -45,12 +45,13 @@ def build_parser(environment: Environment) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"jaxserve {__version__}")
     commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", title="commands", parser_class=Parser
+        dest="command", metavar="COMMAND", title="commands", parser_class=Parser, required=True
     )
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
         sub = commands.add_parser(
             name,
+            usage=f"%(prog)s {command.USAGE}",
             help=command.SUMMARY,
             description=command.__doc__,
             epilog=f"examples:\n{command.EXAMPLES}\n{env.HELP}",

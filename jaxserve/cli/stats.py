@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.stats import EngineStats
 
 SUMMARY = "show what a server is doing"
+USAGE = "[FLAGS]"
 EXAMPLES = """\
   jaxserve stats
   jaxserve stats --watch --interval-s 5

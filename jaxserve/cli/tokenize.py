@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxserve.frontend.tokenizer import Tokenizer
 
 SUMMARY = "show the tokens of a text"
+USAGE = "TEXT [FLAGS]"
 EXAMPLES = """\
   jaxserve tokenize "Hello, world!"
   jaxserve tokenize --server 127.0.0.1:50051 --json "Hello, world!"

@@ -10,6 +10,7 @@ from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import package_versions
 
 SUMMARY = "print versions"
+USAGE = "[FLAGS]"
 EXAMPLES = """\
   jaxserve version
   jaxserve version --json

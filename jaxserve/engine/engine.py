@@ -21,15 +21,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.engine.admission import Admission, EngineLimits, describe
+from jaxserve.engine.fit import check_fit
 from jaxserve.engine.publish import Publisher, StepHandle
-from jaxserve.engine.request import FinishReason, Request
+from jaxserve.engine.request import FinishReason, Request, SamplingParams
 from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler, SchedulerConfig, StepPlan
-from jaxserve.engine.sequence import LiveRequest, LiveSequence
+from jaxserve.engine.sequence import LiveRequest
 from jaxserve.engine.stats import EngineStats, RateMeter
-from jaxserve.engine.step import MAX_END_TOKENS, RowTable, StepInputs, StepShape, pack_step
+from jaxserve.engine.step import RowTable, StepInputs, StepShape, pack_step
 from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import (
     DeadlineExceededError,
@@ -47,6 +48,7 @@ STUCK_POLL_S = 0.05
 is known in which that lasts; if there is one, it must neither spin nor sleep for ever."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """The device side of a step."""
 
@@ -99,10 +101,10 @@ class Engine:
             scheduler: bounds of a step and of the pool.
             shape: the compiled shapes; they have to take whatever the scheduler may plan.
             limits: bounds of a request and of the queue.
-            end_ids: the model's end tokens; at most ``MAX_END_TOKENS``.
+            end_ids: the model's end tokens; at most ``step.MAX_END_TOKENS``.
             clock: seconds, monotonic; deadlines are on it.
         """
-        _check_fit(scheduler, shape, limits, end_ids)
+        check_fit(scheduler, shape, limits, end_ids)
         self.limits = limits
         self.scheduler = Scheduler(scheduler)
         self._runner = runner
@@ -394,47 +396,33 @@ class Engine:
     # -- beginnings and endings ----------------------------------------------------------------
 
     def _make_live(self, request: Request, waker: Waker, now: float) -> LiveRequest:
-        sampling = request.sampling
         number = next(self._numbers)
         stream = TokenStream(
             request.request_id,
-            sampling.n,
+            request.sampling.n,
             waker,
             on_close=partial(self._close_stream, number),
             on_stop=partial(self._stop_stream, number),
         )
         shared = self.scheduler.config.prefix_cache
-        ends = frozenset[int]() if sampling.ignore_eos else self._end_ids
         live = LiveRequest(
             number=number,
             request=request,
             stream=stream,
-            seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            seed=secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed,
             accepted_s=now,
             # With the cache off only the choices of one request share pages.
             salt=f"shared/{request.cache_salt}" if shared else f"request/{number}",
-            stop_ids=ends.union(sampling.stop_token_ids),
-            open_choices=sampling.n,
+            stop_ids=self._end_ids_for(request.sampling),
+            open_choices=request.sampling.n,
         )
-        prompt = len(request.prompt)
-        total = self.limits.context_tokens
-        if sampling.max_tokens is not None:
-            total = min(total, prompt + sampling.max_tokens)
         order = now + request.priority * PRIORITY_SECONDS
-        live.sequences = [
-            LiveSequence(
-                live=live,
-                choice=choice,
-                rank=(order, number, choice),
-                tokens=[*request.prompt, *request.resume],
-                prompt_tokens=prompt,
-                max_total=total,
-            )
-            for choice in range(sampling.n)
-        ]
-        if sampling.prompt_logprobs is not None:
-            live.sequences[0].prompt_logprobs = [None]
+        live.make_choices(order, self.limits.context_tokens)
         return live
+
+    def _end_ids_for(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset(sampling.stop_token_ids)
+        return own if sampling.ignore_eos else own | self._end_ids
 
     def _close_stream(self, number: int, request_id: str) -> None:
         # The number tells this request from a later one with the same id.
@@ -477,32 +465,3 @@ class Engine:
             assert not self.scheduler.waiting, (
                 f"{self.scheduler.waiting} places in the queue leaked"
             )
-
-
-def _check_fit(
-    scheduler: SchedulerConfig, shape: StepShape, limits: EngineLimits, end_ids: Sequence[int]
-) -> None:
-    """Refuses parts that do not fit together, before the first request finds out."""
-    if len(end_ids) > MAX_END_TOKENS:
-        raise ValueError(f"end_ids has {len(end_ids)} entries and the limit is {MAX_END_TOKENS}")
-    if shape.max_rows != scheduler.max_rows:
-        raise ValueError(f"{scheduler.max_rows} rows are scheduled and {shape.max_rows} compiled")
-    wanted = {"prefill": shape.prefill_buckets}
-    if limits.prompt_logprobs:
-        wanted["score"] = shape.score_buckets
-    for kind, buckets in wanted.items():
-        longest = max((tokens for _, tokens in buckets), default=0)
-        if longest < scheduler.longest_chunk:
-            raise ValueError(
-                f"a prompt chunk may have {scheduler.longest_chunk} tokens and the longest {kind} "
-                f"bucket has {longest}; lower chunk_tokens or add a bucket"
-            )
-    if max(shape.decode_buckets, default=0) < shape.max_rows:
-        raise ValueError(f"no decode bucket has max_rows = {shape.max_rows} rows; add one")
-    room = min(shape.table_width, scheduler.num_pages - 1) * scheduler.page_tokens
-    if limits.context_tokens > room:
-        raise ValueError(
-            f"context_tokens is {limits.context_tokens}, and a page table of {shape.table_width} "
-            f"pages of {scheduler.page_tokens} tokens from a pool of {scheduler.num_pages - 1} "
-            f"holds {room}; lower context_tokens or raise num_pages and table_width"
-        )

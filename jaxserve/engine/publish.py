@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class StepResult:
     """Per program call: None, or int32 [T, RESULT_COLUMNS], the token after each place."""
 
 
+@runtime_checkable
 class StepHandle(Protocol):
     """A dispatched step."""
 

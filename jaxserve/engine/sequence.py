@@ -42,6 +42,32 @@ class LiveRequest:
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
 
+    def make_choices(self, order: float, context_tokens: int) -> None:
+        """Makes the sequences, none of them queued.
+
+        Args:
+            order: see ``LiveSequence.rank``.
+            context_tokens: prompt and output together at most.
+        """
+        request = self.request
+        sampling = request.sampling
+        prompt_tokens = len(request.prompt)
+        room = context_tokens - prompt_tokens
+        max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        self.sequences = [
+            LiveSequence(
+                live=self,
+                choice=choice,
+                rank=(order, self.number, choice),
+                tokens=[*request.prompt, *request.resume],
+                prompt_tokens=prompt_tokens,
+                max_total=prompt_tokens + max_tokens,
+            )
+            for choice in range(sampling.n)
+        ]
+        if sampling.prompt_logprobs is not None:
+            self.sequences[0].prompt_logprobs = [None]
+
 
 @dataclass(eq=False, slots=True)
 class LiveSequence:

@@ -13,11 +13,12 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxserve.engine.request import Event
 
 
+@runtime_checkable
 class Waker(Protocol):
     """Tells a front end that streams have something to read. One instance serves many streams."""
 

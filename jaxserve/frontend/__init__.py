@@ -1,0 +1,1 @@
+"""What speaks to the outside; knows protocols and text, decides nothing."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from jaxserve.engine.request import FinishReason, Timing
+from jaxserve.frontend import display
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -150,6 +151,13 @@ class Generation:
         """How long it took, on the server's clock."""
         return self.choices[0].finish.timing
 
+    def __repr__(self) -> str:
+        """One line."""
+        return display.answer_repr(self)
+
+    def _repr_html_(self) -> str:
+        return display.answer_html(self)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -160,6 +168,13 @@ class Score:
     tokens: tuple[TokenScore, ...]
     total_logprob: float
     usage: Usage
+
+    def __repr__(self) -> str:
+        """One line."""
+        return display.score_repr(self)
+
+    def _repr_html_(self) -> str:
+        return display.score_html(self)
 
 
 @dataclass(frozen=True)

@@ -114,5 +114,8 @@ def softcap(x: Float[Array, "*B V"], cap: float) -> Float[Array, "*B V"]:
 
 
 def all_reduce(x: Float[Array, "*B D"], tensor_axis: str | None) -> Float[Array, "*B D"]:
-    """Sums over the shards of a row-parallel product; nothing to do without a mesh axis."""
+    """Sums over the shards of a row-parallel product; nothing to do without a mesh axis.
+
+    The sum is of rounded products, in the activations' dtype: half the bytes of float32.
+    """
     return x if tensor_axis is None else jax.lax.psum(x, tensor_axis)

@@ -27,6 +27,7 @@ class CompileCounter:
     _lock = threading.Lock()
 
     def __init__(self) -> None:
+        """Registers the listeners; use ``instance``, because they cannot be taken back."""
         self.compiles = 0
         """Programs handed to XLA or taken from the persistent cache."""
         self.cache_hits = 0

@@ -83,6 +83,7 @@ class PageCountMemory:
     """The last page count of a launch with the same programs, in a small JSON file."""
 
     def __init__(self, directory: Path, key: str) -> None:
+        """Looks into ``directory``; ``key`` names everything that the count depends on."""
         self._path = directory / f"pages-{key}.json"
 
     def recall(self) -> int | None:

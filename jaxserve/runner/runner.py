@@ -8,9 +8,9 @@ leaf, not a silent recompilation. What the programs compute is in ``programs.py`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ class ProgramKey:
     tokens: int
 
     def __str__(self) -> str:
+        """Reads like ``decode 16x1``."""
         return f"{self.kind} {self.rows}x{self.tokens}"
 
 
@@ -61,7 +62,7 @@ class RunnerConfig:
     dtype: jnp.dtype
     stacked: bool
     """Scan over stacked layers (compiles fast) or unroll them (runs faster on CPUs)."""
-    rules: ShardingRules = ShardingRules()
+    rules: ShardingRules = field(default_factory=ShardingRules)
 
     def program_keys(self) -> list[ProgramKey]:
         """Every program of the grid, cheapest first."""
@@ -94,13 +95,16 @@ class Runner:
     """Weights, device state and compiled programs of one model on one mesh."""
 
     def __init__(self, model: Model, config: RunnerConfig, mesh: Mesh) -> None:
+        """Decides every shape and where it lives; compiles and allocates nothing.
+
+        Raises:
+            MeshShapeError: the mesh does not divide a weight or the pool.
+        """
         self._model = model
         self._config = config
         self._mesh = mesh
         tensor = mesh.shape["tensor"] > 1
-        self._programs = StepPrograms(
-            model, config.step.table_width, "tensor" if tensor else None
-        )
+        self._programs = StepPrograms(model, config.step.table_width, "tensor" if tensor else None)
         self._abstract_params = model.abstract(config.dtype, stacked=config.stacked)
         self._param_specs = partition_specs(
             model.logical_axes(stacked=config.stacked), config.rules
@@ -150,16 +154,15 @@ class Runner:
                 self._compiled[_name(key)] = future.result()
                 yield key
 
+    def memory_analyses(self) -> dict[tuple[str, int, int], Any]:
+        """What XLA says about the memory of every program compiled so far."""
+        analyses = {name: program.memory_analysis() for name, program in self._compiled.items()}
+        return {name: analysis for name, analysis in analyses.items() if analysis is not None}
+
     def temporary_bytes(self) -> int:
         """The most that any program compiled so far needs beside its arguments, per device."""
-        return max(
-            (
-                int(analysis.temp_size_in_bytes)
-                for program in self._compiled.values()
-                if (analysis := program.memory_analysis()) is not None
-            ),
-            default=0,
-        )
+        analyses = self.memory_analyses().values()
+        return max((int(analysis.temp_size_in_bytes) for analysis in analyses), default=0)
 
     def make_ready(self, params: Params, *, strict: bool = False) -> None:
         """Takes the weights, allocates the device state and runs every program once.
@@ -241,9 +244,7 @@ class Runner:
         )
 
     def _host_array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=NamedSharding(self._mesh, EVERYWHERE)
-        )
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, EVERYWHERE))
 
     def _with_shardings(self, tree: Any, specs: Any) -> Any:
         def shard(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:

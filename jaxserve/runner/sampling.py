@@ -96,9 +96,7 @@ def choose(
     return jnp.concatenate([token[:, None], details], axis=1)
 
 
-def logprob_columns(
-    logits: Float[Array, "B V"], token: Int[Array, " B"]
-) -> Int[Array, "B C"]:
+def logprob_columns(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Int[Array, "B C"]:
     """Log-probability bits and rank of ``token``, then the likeliest tokens and theirs."""
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, token[:, None], axis=-1)
@@ -162,9 +160,7 @@ def _penalise(
     return logits - frequency - presence
 
 
-def _suppress(
-    logits: Float[Array, "B V"], tokens: Int[Array, "B E"]
-) -> Float[Array, "B V"]:
+def _suppress(logits: Float[Array, "B V"], tokens: Int[Array, "B E"]) -> Float[Array, "B V"]:
     batch, vocab = logits.shape
     # Padding (-1) goes to an index past the end, which the scatter drops.
     index = jnp.where(tokens < 0, vocab, tokens)
@@ -279,5 +275,7 @@ def _first_above(
     last = mass.shape[-1] - 1 - jnp.argmax(some[:, ::-1], axis=-1)
     place = jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)
     index = place[:, None]
-    before = jnp.take_along_axis(running, index, axis=-1) - jnp.take_along_axis(mass, index, axis=-1)
+    before = jnp.take_along_axis(running, index, axis=-1) - jnp.take_along_axis(
+        mass, index, axis=-1
+    )
     return place.astype(jnp.int32), before[:, 0]

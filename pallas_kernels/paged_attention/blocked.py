@@ -18,8 +18,9 @@ from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, read
 
 BLOCK_TOKENS = 256
 """Context tokens in one turn of the loop. Smaller blocks read less past the end of short rows,
-larger ones turn the loop less often: at SmolLM2's shapes on two CPU cores, 64 rows decoding at 384
-tokens took 11, 15 and 24 ms with 128, 256 and 512; 512 queries at 4,096 took 76, 71 and 71 ms."""
+larger ones turn the loop less often: at SmolLM2's shapes, 64 rows decoding at 384 tokens took 11,
+15 and 24 ms with 128, 256 and 512; 512 queries at 4,096 took 76, 71 and 71 ms (float32, two CPU
+cores shared with other work: an order, not decimals; bench/kernels.py measures again)."""
 
 MASKED = -1e30
 """Score of an invisible key. Finite, so that the difference of two masked scores is 0, not NaN."""

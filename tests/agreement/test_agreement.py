@@ -20,6 +20,7 @@ from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
 from jaxserve.launch import Service
 from tests.agreement.ways import (
+    OUTPUT_TOKENS,
     PROMPTS,
     STYLES,
     ask_alone,
@@ -116,9 +117,10 @@ def test_grpc_gives_the_tokens_of_the_engine(
 
 def _over_grpc(client: Client, request: Request) -> list[int]:
     sampling = request.sampling
+    seeded = {} if sampling.seed is None else {"seed": sampling.seed}
     answer = client.generate(
         token_ids=list(request.prompt),
-        max_tokens=sampling.max_tokens,
+        max_tokens=OUTPUT_TOKENS,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -126,7 +128,7 @@ def _over_grpc(client: Client, request: Request) -> list[int]:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
+        **seeded,
         ignore_eos=sampling.ignore_eos,
     )
     return list(answer.token_ids)

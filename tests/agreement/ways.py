@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxserve.config import ServeConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.request import FinishedEvent, Request, SamplingParams, TokenEvent
+from jaxserve.engine.request import Event, FinishedEvent, Request, SamplingParams, TokenEvent
 from jaxserve.engine.stream import ThreadWaker
 from jaxserve.launch import Service, build
 
@@ -72,9 +72,7 @@ def requests(vocab_size: int, sampling: SamplingParams) -> list[Request]:
         Request(
             request_id=f"r{number}",
             prompt=prompt,
-            sampling=sampling
-            if sampling.seed is None
-            else replace(sampling, seed=1000 + number),
+            sampling=sampling if sampling.seed is None else replace(sampling, seed=1000 + number),
         )
         for number, prompt in enumerate(prompts(vocab_size))
     ]
@@ -100,21 +98,32 @@ def engine_over(service: Service, **bounds: object) -> Iterator[Engine]:
     assert engine.dead is None
 
 
-def ask_together(engine: Engine, batch: Sequence[Request]) -> list[list[int]]:
-    """Submits everything at once; the output tokens in order of the requests."""
+def events_of(engine: Engine, batch: Sequence[Request]) -> list[list[Event]]:
+    """Submits everything at once; all events of each request, in order of the requests."""
     waker = ThreadWaker()
     streams = [engine.submit(request, waker) for request in batch]
-    tokens: list[list[int]] = [[] for _ in batch]
+    events: list[list[Event]] = [[] for _ in batch]
     while not all(stream.finished and not stream.pending for stream in streams):
         assert waker.wait(PATIENCE_S), "no answer"
-        for stream, out in zip(streams, tokens, strict=True):
-            for event in stream.take():
-                if isinstance(event, TokenEvent):
-                    assert event.index == len(out)
-                    out.append(event.token_id)
-                elif isinstance(event, FinishedEvent):
-                    assert event.error is None, event.error
-    return tokens
+        for stream, seen in zip(streams, events, strict=True):
+            seen += stream.take()
+    return events
+
+
+def tokens_of(events: Sequence[Event]) -> list[int]:
+    """The output tokens of a request with one choice."""
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    assert [event.index for event in tokens] == list(range(len(tokens)))
+    return [event.token_id for event in tokens]
+
+
+def ask_together(engine: Engine, batch: Sequence[Request]) -> list[list[int]]:
+    """Submits everything at once; the output tokens in order of the requests."""
+    answers = events_of(engine, batch)
+    for events in answers:
+        assert isinstance(events[-1], FinishedEvent)
+        assert events[-1].error is None, events[-1].error
+    return [tokens_of(events) for events in answers]
 
 
 def ask_alone(engine: Engine, batch: Sequence[Request]) -> list[list[int]]:

@@ -51,19 +51,19 @@ def _dense_logits(model: Model, params: Params, tokens: Any, positions: Any = No
     return logits if tokens.ndim == 2 else logits[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dense_attend() -> Callable[[ModelConfig], Callable[..., Any]]:
     """Makes the dense attention of a config."""
     return _dense_attend
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dense_logits() -> Callable[..., np.ndarray]:
     """Logits after every token of one sequence ``[T]`` or several ``[B, T]``."""
     return _dense_logits
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_device() -> Callable[[Model, Any, bool], Params]:
     """Shardings that put every weight of a model on the first device."""
 

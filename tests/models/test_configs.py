@@ -334,7 +334,7 @@ def test_an_uneven_width_needs_a_head_dim():
 
 
 def test_a_rope_factor_below_one_is_refused():
-    with pytest.raises(CheckpointError, match="factor must be at least 1, got 0.5"):
+    with pytest.raises(CheckpointError, match=r"factor must be at least 1, got 0.5"):
         RopeScaling(kind="linear", factor=0.5)
 
 

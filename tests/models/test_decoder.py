@@ -164,6 +164,22 @@ def test_logits_are_float32_and_capped_when_the_config_says_so():
     np.testing.assert_allclose(capped, 0.5 * np.tanh(plain / 0.5), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-phi3"])
+def test_some_logits_are_those_among_all_of_them(name):
+    """Tied and untied, in vocabulary chunks and one token per place, capped alike."""
+    model = Model(replace(preset(name), logit_softcap=3.0))
+    params = random_params(name)
+    hidden = jax.random.normal(jax.random.key(3), (5, 64))
+    targets = jnp.array([0, 511, 7, 7, 300])
+    every = np.asarray(model.logits(params, hidden))
+
+    chunk = model.partial_logits(model.head_weight(params)[128:256], hidden)
+    each = model.target_logits(params, hidden, targets)
+
+    np.testing.assert_allclose(chunk, every[:, 128:256], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(each, every[np.arange(5), targets], rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_stays_close_to_float32(dense_logits):
     """Rounded weights and activations, but no sum in bfloat16: 3 % of the spread is typical."""
     model, params = model_of("tiny-llama"), random_params("tiny-llama")

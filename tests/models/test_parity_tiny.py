@@ -23,8 +23,8 @@ from jaxserve.weights.load import load_params
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 NAMES = ("llama", "llama2", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
 
-# Of the spread of the logits. Both sides compute in float32 and sum in different orders; the largest
-# difference seen is 2.4e-5, in gemma3.
+# Of the spread of the logits. Both sides compute in float32 and sum in different orders; the
+# largest difference seen is 2.4e-5, in gemma3.
 TOLERANCE = 1e-4
 
 

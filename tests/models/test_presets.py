@@ -40,6 +40,7 @@ def test_the_weights_of_a_model_add_up_to_its_parameter_count(name, stacked):
 def test_every_weight_has_a_source_of_its_shape(name):
     config = preset(name)
     abstract, sources = Model(config).abstract(jnp.float32, stacked=False), weight_sources(config)
+    assert isinstance(abstract.layers, tuple)
     for weights, described in ((abstract.ends, sources.ends), (abstract.layers[0], sources.layer)):
         assert weights.keys() == described.keys()
         for key, source in described.items():
@@ -49,7 +50,7 @@ def test_every_weight_has_a_source_of_its_shape(name):
 
 
 def test_an_unknown_preset_is_refused_with_the_list_of_names():
-    with pytest.raises(UnsupportedModelError, match="no built-in model 'gpt-5'.*smollm2-135m"):
+    with pytest.raises(UnsupportedModelError, match=r"no built-in model 'gpt-5'.*smollm2-135m"):
         preset("gpt-5")
 
 

@@ -22,12 +22,12 @@ from jaxserve.runner.sampling import Lines, choose
 WORDS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 """A vocabulary of four words with known probabilities."""
 
-chosen = jax.jit(
-    lambda logits, packed, counts, bias: choose(logits, Lines(packed), counts, bias)
-)
+chosen = jax.jit(lambda logits, packed, counts, bias: choose(logits, Lines(packed), counts, bias))
 
 
-def line(sampling: SamplingParams, *, row: int = 0, position: int = 10, **columns: int) -> np.ndarray:
+def line(
+    sampling: SamplingParams, *, row: int = 0, position: int = 10, **columns: int
+) -> np.ndarray:
     """One packed line for a decode step at ``position``."""
     packed = np.zeros(COLUMNS, np.int32)
     packed[Column.ROW] = row
@@ -45,7 +45,9 @@ def line(sampling: SamplingParams, *, row: int = 0, position: int = 10, **column
         sampling.frequency_penalty,
         sampling.repetition_penalty,
     ]
-    packed[Column.TEMPERATURE_BITS : Column.SUPPRESSED] = np.array(floats, np.float32).view(np.int32)
+    packed[Column.TEMPERATURE_BITS : Column.SUPPRESSED] = np.array(floats, np.float32).view(
+        np.int32
+    )
     packed[Column.SUPPRESSED :] = -1
     for name, value in columns.items():
         packed[Column[name]] = value

@@ -81,9 +81,9 @@ class World:
             context_tokens=min(48, (num_pages - 1) * page_tokens),
             step_tokens=max_rows + rng.choice((1, 4, 8, 24)),
             prefix_cache=rng.random() < 0.8,
-            crowd=rng.choice((3, 6, 12, 16)),
+            crowd=rng.choice((4, 8, 12, 16)),
             fault_rate=rng.choice((0.0, 0.02, 0.1)),
-            failure_rate=rng.choice((0.0, 0.0, 0.01, 0.03)),
+            failure_rate=rng.choice((0.0, 0.01, 0.03)),
             slow_share=rng.choice((0.0, 0.2)),
         )
 
@@ -119,8 +119,8 @@ class Simulation:
         """Clients whose request must be over after the next turn."""
         self._deadlines: list[tuple[float, int, Client]] = []
         self._running: set[int] = set()
-        self._safe_turn = 0
-        """Before this turn no step raises: three in a row would end the engine."""
+        self._steps_at_failure = -1
+        """Steps that had run when one last raised: three in a row would end the engine."""
         # Few beginnings, so that prefixes are shared often; what follows them is random.
         self._beginnings = [
             [rng.randrange(VOCAB - 2) for _ in range(rng.randrange(1, 20))] for _ in range(6)
@@ -134,7 +134,9 @@ class Simulation:
         """Lets clients act, the engine turn, and clients read; then checks what must hold."""
         self.turn += 1
         if faults:
-            self._arrive()
+            if self.rng.random() < 0.4:
+                for _ in range(self.rng.randrange(1, 5)):
+                    self._arrive()
             self._misbehave()
         self.clock.now += 0.05
         self.engine.run_once()
@@ -146,17 +148,21 @@ class Simulation:
             self.engine.check_integrity()
             self._check_age()
 
-    def run(self, steps: int) -> None:
-        """Runs for ``steps`` turns, then lets everything finish without faults."""
+    def advance(self, steps: int) -> None:
+        """Runs for ``steps`` turns."""
         logger = logging.getLogger("jaxserve.engine")
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # Steps that fail on purpose are not news.
         try:
             for _ in range(steps):
                 self.step()
-            self.finish()
         finally:
             logger.setLevel(level)
+
+    def run(self, steps: int) -> None:
+        """Runs for ``steps`` turns, then lets everything finish without faults."""
+        self.advance(steps)
+        self.finish()
 
     def finish(self) -> None:
         """Liveness: once the faults stop, every request ends; then nothing is held."""
@@ -187,8 +193,7 @@ class Simulation:
     # -- requests ------------------------------------------------------------------------------
 
     def _arrive(self) -> None:
-        rng = self.rng
-        if len(self.live) >= self.world.crowd or rng.random() < 0.5:
+        if len(self.live) >= self.world.crowd:
             return
         request = self._request(f"r{self.accepted + self.refused}")
         try:
@@ -234,8 +239,8 @@ class Simulation:
     def _request(self, name: str) -> Request:
         rng, context = self.rng, self.world.context_tokens
         prompt = list(rng.choice(self._beginnings))
-        prompt += [rng.randrange(VOCAB - 2) for _ in range(rng.choice((0, 1, 2, 5, 9)))]
-        if rng.random() < 0.01:
+        prompt += [rng.randrange(VOCAB - 2) for _ in range(rng.choice((0, 1, 2, 5, 12)))]
+        if rng.random() < 0.03:
             prompt[rng.randrange(len(prompt))] = POISON
         prompt = prompt[: context - 1]
         room = context - len(prompt)
@@ -261,7 +266,7 @@ class Simulation:
             max_tokens=max_tokens,
             temperature=rng.choice((0.0, 1.0)),
             seed=rng.randrange(2**31),
-            n=rng.choice((2, 3)) if rng.random() < 0.08 else 1,
+            n=rng.choice((2, 3)) if rng.random() < 0.12 else 1,
         )
         kind = rng.random()
         if kind < 0.7:
@@ -271,9 +276,9 @@ class Simulation:
             tokens = self._first_tokens(prompt, sampling, min(room, 12))
             fields["stop_token_ids"] = (rng.choice(tokens or [END]),)
             fields["min_tokens"] = rng.randrange(0, min(max_tokens or room, 4) + 1)
-        elif kind < 0.86:
+        elif kind < 0.85:
             fields["presence_penalty"] = 0.5
-        elif kind < 0.92:
+        elif kind < 0.95:
             fields["prompt_logprobs"] = 1
         else:
             fields["ignore_eos"] = True
@@ -296,12 +301,8 @@ class Simulation:
 
     def _misbehave(self) -> None:
         rng, world = self.rng, self.world
-        if rng.random() < world.failure_rate and self.turn >= self._safe_turn:
-            self._safe_turn = self.turn + 4
-            if rng.random() < 0.5:
-                self.runner.on_dispatch = lambda _: self._fail()
-            else:
-                self.runner.on_wait = self._fail
+        if rng.random() < world.failure_rate:
+            self._plan_failure()
         if rng.random() >= world.fault_rate or not self.live:
             return
         client = rng.choice(list(self.live.values()))
@@ -322,6 +323,15 @@ class Simulation:
                 client.stop_one(rng)
             case _:
                 self._send_nonsense(client)
+
+    def _plan_failure(self) -> None:
+        steps = self.engine.stats().steps_total
+        if steps > self._steps_at_failure:
+            self._steps_at_failure = steps
+            if self.rng.random() < 0.5:
+                self.runner.on_dispatch = lambda _: self._fail()
+            else:
+                self.runner.on_wait = self._fail
 
     def _send_nonsense(self, client: Client) -> None:
         """Sends what must be refused without a trace."""

@@ -103,10 +103,15 @@ def load_tiny(name: str, *, stacked: bool = False, shardings: Params | None = No
     )
 
 
+def layer_of(params: Params, number: int) -> dict[str, Any]:
+    assert isinstance(params.layers, tuple)
+    return params.layers[number]
+
+
 def test_each_projection_lands_in_its_place():
     model = Model(preset("tiny-qwen2"))
     stored = checkpoint_for(model).tensors
-    weights = load_tiny("tiny-qwen2").layers[1]
+    weights = layer_of(load_tiny("tiny-qwen2"), 1)
 
     attention, mlp = LAYER_1 + "self_attn.", LAYER_1 + "mlp."
     for head in range(4):
@@ -130,7 +135,7 @@ def test_each_projection_lands_in_its_place():
 
 def test_norms_land_in_their_places_under_gemmas_names():
     model = Model(preset("tiny-gemma3"))
-    stored, weights = checkpoint_for(model).tensors, load_tiny("tiny-gemma3").layers[1]
+    stored, weights = checkpoint_for(model).tensors, layer_of(load_tiny("tiny-gemma3"), 1)
     for ours, theirs in (
         ("attn_norm", "input_layernorm"),
         ("post_attn_norm", "post_attention_layernorm"),
@@ -145,7 +150,7 @@ def test_norms_land_in_their_places_under_gemmas_names():
 def test_fused_projections_are_cut_where_the_parts_meet():
     """Phi-3's rows are all queries, all keys, all values; gate, then up."""
     model = Model(preset("tiny-phi3"))
-    stored, weights = checkpoint_for(model).tensors, load_tiny("tiny-phi3").layers[1]
+    stored, weights = checkpoint_for(model).tensors, layer_of(load_tiny("tiny-phi3"), 1)
     qkv = stored[LAYER_1 + "self_attn.qkv_proj.weight"]
     np.testing.assert_array_equal(weights["w_qkv"][1, 0], qkv[32:48])
     np.testing.assert_array_equal(weights["w_qkv"][1, 2], qkv[64 + 16 : 64 + 32])
@@ -205,8 +210,8 @@ def test_values_are_rounded_to_the_dtype_once():
         shardings=first_device(model, False),
     )
     expected = checkpoint.tensors[name].astype(ml_dtypes.bfloat16)
-    assert params.layers[1]["w_down"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(params.layers[1]["w_down"], expected)
+    assert layer_of(params, 1)["w_down"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(layer_of(params, 1)["w_down"], expected)
 
 
 def test_large_tensors_are_read_in_pieces(monkeypatch):
@@ -345,7 +350,7 @@ def test_random_weights_differ_by_seed_layer_and_weight():
         for seed in (5, 6)
     )
     matrices = [
-        np.asarray(params.layers[layer][key]).ravel()
+        np.asarray(layer_of(params, layer)[key]).ravel()
         for params in (five, six)
         for layer in (0, 1)
         for key in ("w_qkv", "w_o", "w_gate_up", "w_down")

@@ -20,7 +20,24 @@ ABORT_TIMEOUT_S = 1.0
 """Sending a status can hang behind a message that the client does not accept; after this the
 stream is reset instead."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
+
+@runtime_checkable
+class Context(Protocol):
+    """What is used of ``grpc.aio.ServicerContext``, which gRPC's own contexts do not inherit."""
+
+    async def write(self, message: Any, /) -> None:
+        """Sends one message of a stream."""
+        ...
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = (), /
+    ) -> NoReturn:
+        """Ends the call with a status; always raises."""
+        ...
+
+    def time_remaining(self) -> float | None:
+        """Returns the seconds until the call's deadline; None without one."""
+        ...
 
 
 @runtime_checkable
@@ -78,7 +95,6 @@ async def abort(context: Context, error: BaseException, request_id: str) -> NoRe
     except (TimeoutError, grpc.aio.InternalError):
         # The client does not take the status or is gone; gRPC resets the stream.
         raise asyncio.CancelledError from None
-    raise AssertionError("abort always raises")
 
 
 async def write(context: Context, call: OpenCall, message: object) -> None:
@@ -94,7 +110,7 @@ async def write(context: Context, call: OpenCall, message: object) -> None:
 
 def deadline_of(context: Context) -> float | None:
     """Returns the RPC's deadline on the ``time.monotonic`` clock."""
-    remaining: float | None = context.time_remaining()
+    remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
 
 

@@ -318,13 +318,13 @@ def test_waits_grow_and_spread_and_never_undercut_the_server():
 
 
 def break_after(engine, text, number=0, error=None, **start):
-    """Plays a server that dies in mid-stream: start, some tokens, then the engine's death."""
+    """Plays a server that stops in mid-stream: start, some tokens, then the end of its grace."""
     request_id = engine.wait_request(number).request_id
     first = len(engine.requests[number].resume)
     engine.start(request_id, **start)
     engine.give(request_id, text, first=first)
     engine.finish(
-        request_id, FinishReason.ERROR, error=error or EngineDeadError("killed"), tokens=9
+        request_id, FinishReason.ERROR, error=error or DrainingError(retry_after_s=0.001), tokens=9
     )
 
 
@@ -355,7 +355,7 @@ def test_a_broken_stream_goes_on_with_the_tokens_received_and_the_seed(engine, c
 
 
 def test_without_resume_a_broken_stream_raises_what_broke_it(engine, connect):
-    player = play(lambda: break_after(engine, "ab"))
+    player = play(lambda: break_after(engine, "ab", error=EngineDeadError("killed")))
     received = []
     with pytest.raises(EngineDeadError, match="killed"):
         received.extend(connect(engine).stream("hi"))
@@ -368,7 +368,7 @@ def test_a_stream_is_continued_three_times_and_no_more(engine, connect):
     steps = [lambda n=n: break_after(engine, "x", n) for n in range(4)]
     player = play(*steps)
     chunks: list[Chunk] = []
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(DrainingError):
         chunks.extend(connect(engine).stream("hi", resume=True))
     player.join()
 
@@ -378,7 +378,7 @@ def test_a_stream_is_continued_three_times_and_no_more(engine, connect):
 
 def test_several_choices_are_not_continued(engine, connect):
     player = play(lambda: break_after(engine, "ab"))
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(DrainingError):
         list(connect(engine).stream("hi", resume=True, n=2))
     player.join()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -13,11 +15,11 @@ from grpc_status import rpc_status
 from jaxserve.engine.request import FinishReason, TokenLogprobs
 from jaxserve.errors import (
     EngineDeadError,
-    InvalidRequestError,
     QueueFullError,
     RequestCancelledError,
     RequestFailedError,
 )
+from jaxserve.frontend.template import ChatTemplate
 from jaxserve.v1 import generation_pb2 as pb
 
 Code = grpc.StatusCode
@@ -143,19 +145,22 @@ def test_token_ids_are_used_as_they_are(engine, stubs):
     call.cancel()
 
 
-class Shouting:
-    """A template that says what it was given."""
+SAY_ALL = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
 
-    def render(self, messages, *, add_generation_prompt):
-        return "|".join(f"{m['role']}:{m['content']}" for m in messages) + (
-            ">" if add_generation_prompt else ""
-        )
+
+@pytest.fixture
+def template() -> Iterator[Callable[[str], ChatTemplate]]:
+    """Makes chat templates, and ends their processes after the test."""
+    with ExitStack() as stack:
+        yield lambda source: stack.enter_context(ChatTemplate(source, source="the test"))
 
 
 @pytest.mark.parametrize(("header", "end"), [(None, ">"), (True, ">"), (False, "")])
-def test_chat_is_rendered_with_the_models_template(engine, serving, monkeypatch, header, end):
-    monkeypatch.setattr("jaxserve.frontend.generation.ChatTemplate", Shouting)
-    stubs = serving.stubs(serving.start(engine, template=Shouting()))
+def test_chat_is_rendered_with_the_models_template(engine, serving, template, header, end):
+    stubs = serving.stubs(serving.start(engine, template=template(SAY_ALL)))
     messages = [
         pb.ChatMessage(role=pb.CHAT_ROLE_SYSTEM, content="s"),
         pb.ChatMessage(role=pb.CHAT_ROLE_USER, content="u"),
@@ -166,7 +171,7 @@ def test_chat_is_rendered_with_the_models_template(engine, serving, monkeypatch,
         pb.GenerateRequest(chat=pb.Chat(messages=messages, add_generation_prompt=header))
     )
 
-    rendered = "system:s|user:u|assistant:a|tool:t" + end
+    rendered = "system:s|user:u|assistant:a|tool:t|" + end
     assert list(engine.wait_request().prompt) == engine.ids(rendered)
     call.cancel()
 
@@ -735,24 +740,19 @@ def test_counting_nothing_names_the_prompt(stubs):
     assert "prompt needs exactly one" in str(caught.value.details())
 
 
-def test_chat_without_messages_is_refused(engine, serving, monkeypatch):
-    monkeypatch.setattr("jaxserve.frontend.generation.ChatTemplate", Shouting)
-    stubs = serving.stubs(serving.start(engine, template=Shouting()))
+def test_chat_without_messages_is_refused(engine, serving, template):
+    stubs = serving.stubs(serving.start(engine, template=template(SAY_ALL)))
     error = fail(stubs.generation.Generate(pb.GenerateRequest(chat=pb.Chat())))
 
     assert error.code() is Code.INVALID_ARGUMENT
     assert "chat has no messages; send at least one" in error.details()
 
 
-def test_a_template_that_refuses_is_the_clients_error(engine, serving, monkeypatch):
-    class Refusing:
-        def render(self, messages, *, add_generation_prompt):
-            raise InvalidRequestError("the model's chat template refuses", field="prompt.chat")
-
-    monkeypatch.setattr("jaxserve.frontend.generation.ChatTemplate", Refusing)
-    stubs = serving.stubs(serving.start(engine, template=Refusing()))
+def test_a_template_that_refuses_is_the_clients_error(engine, serving, template):
+    refusing = template("{{ raise_exception('only one message, please') }}")
+    stubs = serving.stubs(serving.start(engine, template=refusing))
     chat = pb.Chat(messages=[pb.ChatMessage(role=pb.CHAT_ROLE_USER)])
     error = fail(stubs.generation.Generate(pb.GenerateRequest(chat=chat)))
 
     assert error.code() is Code.INVALID_ARGUMENT
-    assert "refuses" in error.details()
+    assert "refuses these messages: only one message, please" in error.details()

@@ -1,0 +1,221 @@
+"""Bugs to plant in the engine, each one a replaced line, for the simulator to find."""
+
+from __future__ import annotations
+
+import __future__
+import inspect
+import sys
+import textwrap
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from jaxserve.engine import step
+from jaxserve.engine.admission import Admission
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.prefix import PrefixCache
+from jaxserve.engine.publish import Publisher
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.stream import TokenStream
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A method or function whose source has ``old`` replaced by ``new``."""
+
+    name: str
+    owner: type | ModuleType
+    method: str
+    old: str
+    new: str
+
+    def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Compiles the changed function and puts it in the place of the right one."""
+        right = inspect.unwrap(getattr(self.owner, self.method))
+        source = textwrap.dedent(inspect.getsource(right))
+        assert source.count(self.old) == 1, f"{self.name}: the line to change is not there"
+        owner = self.owner
+        module = owner if isinstance(owner, ModuleType) else sys.modules[owner.__module__]
+        flags = __future__.annotations.compiler_flag
+        code = compile(source.replace(self.old, self.new), f"<{self.name}>", "exec", flags)
+        found: dict[str, Any] = {}
+        exec(code, vars(module), found)
+        monkeypatch.setattr(owner, self.method, found[self.method])
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+BUGS = [
+    Bug(
+        "pages are not freed when a request is cancelled",
+        Scheduler,
+        "_vacate",
+        "self._give_back(pages)",
+        "sequence.done or self._give_back(pages)",
+    ),
+    Bug(
+        "a page is freed twice",
+        PagePool,
+        "release",
+        "self._free.append(page)",
+        "self._free.extend((page, page))",
+    ),
+    Bug(
+        "a prefix hit takes no reference",
+        PagePool,
+        "share",
+        "references[page] += 1",
+        "references[page] = max(1, references[page])",
+    ),
+    Bug(
+        "the last page of a prompt is one token short",
+        Scheduler,
+        "_take_pages",
+        "-(-len(tokens) // size)",
+        "-(-(len(tokens) - 1) // size)",
+    ),
+    Bug(
+        "a sequence grows one token too late",
+        Scheduler,
+        "_plan_decode",
+        "position >= len(sequence.pages)",
+        "position > len(sequence.pages)",
+    ),
+    Bug(
+        "the last to come is the first to be served",
+        Scheduler,
+        "enqueue",
+        "(sequence.rank, sequence)",
+        "((sequence.rank[0], -sequence.rank[1], sequence.choice), sequence)",
+    ),
+    Bug(
+        "priority is forgotten",
+        Engine,
+        "_make_live",
+        "request.priority * PRIORITY_SECONDS",
+        "0",
+    ),
+    Bug(
+        "the salt is forgotten",
+        PrefixCache,
+        "extend_chain",
+        "self.root(salt)",
+        'self.root("")',
+    ),
+    Bug(
+        "a prompt can be found before it is computed",
+        Scheduler,
+        "_add_chunk",
+        "sequence.computed += count",
+        "sequence.computed += count; self.commit(sequence, sequence.target)",
+    ),
+    Bug(
+        "a row is handed out while it is taken",
+        Scheduler,
+        "_admit",
+        "self._rows.pop()",
+        "self._rows[-1]",
+    ),
+    Bug(
+        "a sequence comes back while its token is in flight",
+        Scheduler,
+        "plan",
+        "self.preemptions == preemptions",
+        "True",
+    ),
+    Bug(
+        "a preemption loses the last token",
+        Scheduler,
+        "_preempt",
+        "self._vacate(victim)",
+        "self._vacate(victim); victim.tokens.pop()",
+    ),
+    Bug(
+        "a token that a failed step lost stays counted",
+        Scheduler,
+        "_admit",
+        "sequence.sampled = sequence.output_tokens",
+        "pass",
+    ),
+    Bug(
+        "the admission counter is not taken down",
+        Admission,
+        "_uncount",
+        "self.waiting_tokens -= len(live.request.prompt)",
+        "pass",
+    ),
+    Bug(
+        "a finished request stays live",
+        Publisher,
+        "finish",
+        "if live.open_choices == 0:",
+        "if live.open_choices == 0 and reason is not FinishReason.DEADLINE:",
+    ),
+    Bug(
+        "an evicted page can still be found",
+        PagePool,
+        "allocate",
+        "self.on_evict(page)",
+        "pass",
+    ),
+    Bug(
+        "a failed step leaves the prefix cache standing",
+        Scheduler,
+        "preempt_all",
+        "self.prefix.clear()",
+        "pass",
+    ),
+    Bug(
+        "a page stays findable after its last holder, with the cache off",
+        PrefixCache,
+        "released",
+        "self._drop(page)",
+        "pass",
+    ),
+    Bug(
+        "a sequence that is cancelled while it waits is still counted",
+        Scheduler,
+        "finish",
+        "self._waiting -= 1",
+        "pass",
+    ),
+    Bug(
+        "deadlines of waiting requests are not watched",
+        Engine,
+        "_expire",
+        "if live.open_choices:",
+        "if live.open_choices and live.scheduled_s is not None:",
+    ),
+    Bug(
+        "a stop ends the wrong choice",
+        Engine,
+        "_stop_choice",
+        "live.sequences[choice]",
+        "live.sequences[0]",
+    ),
+    Bug(
+        "a choice that ends early is never followed by the others",
+        Publisher,
+        "finish",
+        "elif not live.choices_queued:",
+        "elif False:",
+    ),
+    Bug(
+        "min_tokens lets a stop through one token early",
+        step,
+        "_suppresses_stop",
+        "sequence.sampled <=",
+        "sequence.sampled <",
+    ),
+    Bug(
+        "a reader is not woken",
+        TokenStream,
+        "put",
+        "len(self._events) <= 1",
+        "len(self._events) == 2",
+    ),
+]
