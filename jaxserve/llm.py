@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 import numpy as np
 
@@ -243,7 +243,7 @@ class LLM:
         self._dense = None
         self._service.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LLM:
         """Returns itself."""
         return self
 
@@ -334,7 +334,7 @@ class Stream(Iterator[Chunk]):
         """Those that came from the prefix cache."""
         return self._started.cached_tokens if self._started else 0
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Stream:
         """Returns itself."""
         return self
 
@@ -356,7 +356,7 @@ class Stream(Iterator[Chunk]):
         """Gives the request up, if it still runs. Any thread; safe to call again."""
         self._close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Stream:
         """Returns itself."""
         return self
 

@@ -11,38 +11,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self, TextIO
+from typing import Any
 
 LINE_INTERVAL_S = 2.0
 """Between two lines of one stage, so that a log stays readable."""
 
 
-class Progress(Protocol):
-    """Something that shows progress until it is closed."""
+class Progress:
+    """Shows nothing; what the others do, they do until they are closed."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
         """Shows how far a stage is."""
-        ...
 
     def close(self) -> None:
         """Stops showing; safe to call again."""
-        ...
 
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        ...
-
-    def __exit__(self, *_: object) -> None:
-        """Closes."""
-        ...
-
-
-class _Closing:
-    def close(self) -> None:
-        """Stops showing; safe to call again."""
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
+    def __enter__(self) -> Progress:
+        """The block's value is this object."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,18 +35,11 @@ class _Closing:
         self.close()
 
 
-class NoProgress(_Closing):
-    """Shows nothing."""
-
-    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
-        """Does nothing."""
-
-
-class ProgressLines(_Closing):
+class ProgressLines(Progress):
     """One line at the start and the end of a stage, and now and then between."""
 
-    def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """Writes to ``file``."""
+    def __init__(self, file: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        """Writes to ``file``, any text file."""
         self._file = file
         self._clock = clock
         self._lock = threading.Lock()
@@ -83,10 +61,10 @@ class ProgressLines(_Closing):
             print(f"[{stage}] {count}{detail}".rstrip() + took, file=self._file, flush=True)
 
 
-class ProgressBars(_Closing):
+class ProgressBars(Progress):
     """One bar per stage."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: Any) -> None:
         """Draws on ``file``, a terminal."""
         # Imported here: a tenth of a second that commands without bars do not spend.
         from rich import progress
@@ -116,7 +94,7 @@ class ProgressBars(_Closing):
         self._bars.stop()
 
 
-class NotebookBars(_Closing):
+class NotebookBars(Progress):
     """One bar per stage, in the output of a notebook's cell."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -148,9 +126,9 @@ def bars_html(stages: Mapping[str, tuple[int, int, str]]) -> str:
     )
 
 
-def show_progress(file: TextIO | None = None) -> Progress:
+def show_progress(file: Any = None) -> Progress:
     """Returns bars when ``file`` (default stderr) is a terminal, lines otherwise."""
-    stream: TextIO = file or sys.stderr
+    stream = file or sys.stderr
     return ProgressBars(stream) if stream.isatty() else ProgressLines(stream)
 
 
@@ -162,5 +140,5 @@ def show_to_person(wanted: bool | None) -> Progress:
     """
     in_notebook = "ipykernel" in sys.modules
     if not (in_notebook or sys.stderr.isatty() if wanted is None else wanted):
-        return NoProgress()
+        return Progress()
     return NotebookBars() if in_notebook else show_progress()

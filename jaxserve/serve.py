@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from jaxserve.config import ServeConfig
 from jaxserve.engine.engine import Engine
@@ -58,7 +58,7 @@ class StopSignals:
         """Waits for the first signal; says whether it has come."""
         return self._came.wait(timeout_s)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StopSignals:
         """Takes the signals over."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
@@ -109,7 +109,13 @@ def serve(
         on_ready(service, address)
         failure = watch(service.engine, signals)
         grace_s = server_config.grace_s if failure is None else FAILURE_GRACE_S
-        clean = shut_down(service, server, signals, grace_s)
+
+        def close() -> None:
+            server.stop(grace_s)
+            service.close()
+
+        # An engine that stops cancels what runs: the streams end, and the grace period with them.
+        clean = shut_down(close, service.engine.stop, signals, grace_s + CLOSE_LIMIT_S)
         return Ended(failure, clean)
 
 
@@ -153,26 +159,30 @@ def watch(engine: Engine, signals: StopSignals) -> str | None:
     return None
 
 
-def shut_down(service: Service, server: ServerThread, signals: StopSignals, grace_s: float) -> bool:
-    """Closes the port, then the service; a second signal gives running requests up.
+def shut_down(
+    close: Callable[[], None],
+    give_up: Callable[[], None],
+    signals: StopSignals,
+    limit_s: float,
+) -> bool:
+    """Closes everything on another thread; a second signal gives running requests up.
+
+    Args:
+        close: waits for running requests as long as it likes, within the limit.
+        give_up: cancels them, so that ``close`` has nothing to wait for.
+        signals: is counting.
+        limit_s: how long all of this may take.
 
     Returns:
         Whether everything has ended, rather than hangs.
     """
-
-    def close() -> None:
-        server.stop(grace_s)
-        service.close()
-
     closing = threading.Thread(target=close, name="jaxserve-close", daemon=True)
     closing.start()
     hurried = False
-    left_s = grace_s + CLOSE_LIMIT_S
-    while closing.is_alive() and left_s > 0:
+    while closing.is_alive() and limit_s > 0:
         closing.join(POLL_S)
-        left_s -= POLL_S
+        limit_s -= POLL_S
         if signals.count > 1 and not hurried:
-            hurried, left_s = True, CLOSE_LIMIT_S
-            # Cancels what runs; the streams end, and with them the grace period.
-            threading.Thread(target=service.engine.stop, daemon=True).start()
+            hurried, limit_s = True, CLOSE_LIMIT_S
+            threading.Thread(target=give_up, daemon=True).start()
     return not closing.is_alive()

@@ -4,6 +4,7 @@
 in a paged pool, written and read through the packed page tables, and its next token is a weighted
 sum of the whole context as read back. So the answer to a request is one line of arithmetic
 (``expected_tokens``), and a page that is shared, freed, evicted or indexed wrongly changes it.
+``PacedRunner`` computes nothing and takes its time, for measuring front ends.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from operator import mul
 from typing import Any
 
 import numpy as np
 
-from jaxserve.engine.engine import Engine, EngineLimits
+from jaxserve.engine.engine import Engine, EngineLimits, Runner
 from jaxserve.engine.publish import StepResult
 from jaxserve.engine.request import MAX_LOGPROBS
 from jaxserve.engine.scheduler import SchedulerConfig
@@ -57,16 +58,13 @@ class ManualClock:
 
 @dataclass(slots=True)
 class CountingHandle:
-    """A step of ``CountingRunner``."""
+    """A step of ``CountingRunner``, computed already."""
 
     result: StepResult
     runner: CountingRunner
-    done_s: float
 
     def wait(self) -> StepResult:
-        """Returns the result, when the step's time has come."""
-        if self.runner.step_s:
-            time.sleep(max(0.0, self.done_s - time.perf_counter()))
+        """Returns the result, after whatever ``on_wait`` does."""
         if self.runner.on_wait is not None:
             self.runner.on_wait()
         return self.result
@@ -75,20 +73,16 @@ class CountingHandle:
 class CountingRunner:
     """A runner whose answers are sums; see the top of this file and ``expected_tokens``."""
 
-    def __init__(
-        self, shape: StepShape, *, num_pages: int, page_tokens: int, step_s: float = 0.0
-    ) -> None:
+    def __init__(self, shape: StepShape, *, num_pages: int, page_tokens: int) -> None:
         """Makes the pool.
 
         Args:
             shape: the compiled shapes to insist on.
             num_pages: pages, the null page included.
             page_tokens: tokens in one page.
-            step_s: seconds that a step takes at least, for benchmarks of what is around it.
         """
         self.shape = shape
         self.page_tokens = page_tokens
-        self.step_s = step_s
         self.on_dispatch: Callable[[StepInputs], None] | None = None
         """Called before a step is computed; may raise."""
         self.on_wait: Callable[[], None] | None = None
@@ -98,7 +92,6 @@ class CountingRunner:
         self.steps = 0
         self.resets = 0
         self.compiles_after_ready = 0
-        rows = shape.max_rows + 1
         self._num_pages = num_pages
         self._bias = np.zeros((shape.max_rows + 1, shape.vocab_size), np.float32)
         self._weights = range(1, shape.table_width * page_tokens + 1)
@@ -107,7 +100,6 @@ class CountingRunner:
             "prefill": shape.prefill_buckets,
             "score": shape.score_buckets,
         }
-        self._busy_until_s = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -122,7 +114,7 @@ class CountingRunner:
         self._clear()
 
     def dispatch(self, inputs: StepInputs) -> CountingHandle:
-        """Computes a step at once; the handle pretends that it took time."""
+        """Computes a step at once."""
         if self.on_dispatch is not None:
             self.on_dispatch(inputs)
         self.steps += 1
@@ -131,9 +123,7 @@ class CountingRunner:
             self._bias[setup.row] = setup.bias
         result = np.zeros((self.shape.max_rows + 1, RESULT_COLUMNS), np.int32)
         scores = [self._call(call, result) for call in inputs.calls]
-        now = time.perf_counter() if self.step_s else 0.0
-        self._busy_until_s = max(now, self._busy_until_s) + self.step_s
-        return CountingHandle(StepResult(result, scores), self, self._busy_until_s)
+        return CountingHandle(StepResult(result, scores), self)
 
     def _call(self, call: ProgramCall, result: np.ndarray) -> np.ndarray | None:
         decode = call.kind == "decode"
@@ -245,63 +235,123 @@ def _scores(tokens: np.ndarray) -> np.ndarray:
     return lines
 
 
+class PacedRunner:
+    """A runner that computes nothing and takes a given time, to measure what is around it.
+
+    Every row gets the letters of the alphabet in turn, one per step.
+    """
+
+    def __init__(self, shape: StepShape, *, step_s: float = 0.0) -> None:
+        """Makes steps of ``step_s`` seconds, one after the other as on a device."""
+        self.step_s = step_s
+        self.steps = 0
+        self.compiles_after_ready = 0
+        self._rows = shape.max_rows + 1
+        self._busy_until_s = 0.0
+
+    def reset(self) -> None:
+        """Has nothing to lose."""
+
+    def dispatch(self, inputs: StepInputs) -> PacedHandle:
+        """Queues a step behind those dispatched before it."""
+        letter = ord("a") + self.steps % 26
+        self.steps += 1
+        rows = np.full((self._rows, RESULT_COLUMNS), letter, np.int32)
+        self._busy_until_s = max(time.perf_counter(), self._busy_until_s) + self.step_s
+        return PacedHandle(StepResult(rows, [None] * len(inputs.calls)), self._busy_until_s)
+
+
+@dataclass(slots=True)
+class PacedHandle:
+    """A step of ``PacedRunner``."""
+
+    result: StepResult
+    done_s: float
+
+    def wait(self) -> StepResult:
+        """Sleeps until the step's time has come."""
+        left = self.done_s - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        return self.result
+
+
 def counting_engine(
-    *,
-    max_rows: int = 4,
-    page_tokens: int = 4,
-    num_pages: int = 33,
-    context_tokens: int = 64,
-    vocab_size: int = 259,
-    end_ids: Sequence[int] = (),
-    step_tokens: int = 16,
-    max_chunks: int = 4,
-    prefix_cache: bool = True,
-    step_s: float = 0.0,
-    clock: Callable[[], float] = time.monotonic,
-    **limits: Any,
+    *, clock: Callable[[], float] = time.monotonic, **sizes: Any
 ) -> tuple[Engine, CountingRunner]:
-    """Returns an engine over a ``CountingRunner``, not started, with small sizes.
+    """Returns an engine over a ``CountingRunner``, not started.
 
     Args:
-        max_rows: sequences running at once.
-        page_tokens: tokens in one page.
-        num_pages: pages, the null page included.
-        context_tokens: prompt and output together at most.
-        vocab_size: the default is ``ByteTokenizer``'s.
-        end_ids: tokens that end an answer. None by default, so that lengths are known.
-        step_tokens: tokens of one step.
-        max_chunks: prompt chunks of one step.
-        prefix_cache: whether requests share pages.
-        step_s: see ``CountingRunner``.
         clock: the engine's.
-        **limits: further fields of ``EngineLimits``.
+        **sizes: fields of ``EngineSizes`` and of ``EngineLimits``.
     """
-    shape = StepShape(
-        max_rows=max_rows,
-        table_width=-(-context_tokens // page_tokens),
-        vocab_size=vocab_size,
-        decode_buckets=tuple(sorted({1, max(1, max_rows // 2), max_rows})),
-        prefill_buckets=((1, step_tokens), (max_chunks, step_tokens)),
-        score_buckets=((1, step_tokens),),
-    )
-    config = SchedulerConfig(
-        max_rows=max_rows,
-        step_tokens=step_tokens,
-        max_chunks=max_chunks,
-        page_tokens=page_tokens,
-        num_pages=num_pages,
-        prefix_cache=prefix_cache,
-    )
-    runner = CountingRunner(shape, num_pages=num_pages, page_tokens=page_tokens, step_s=step_s)
-    engine = Engine(
-        runner,
-        scheduler=config,
-        shape=shape,
-        limits=EngineLimits(context_tokens=context_tokens, vocab_size=vocab_size, **limits),
-        end_ids=end_ids,
-        clock=clock,
-    )
-    return engine, runner
+    parts = EngineSizes.of(sizes)
+    runner = CountingRunner(parts.shape, num_pages=parts.num_pages, page_tokens=parts.page_tokens)
+    return parts.engine(runner, clock, sizes), runner
+
+
+def paced_engine(*, step_s: float = 0.0, **sizes: Any) -> tuple[Engine, PacedRunner]:
+    """Returns an engine over a ``PacedRunner``, not started; arguments as ``counting_engine``."""
+    parts = EngineSizes.of(sizes)
+    runner = PacedRunner(parts.shape, step_s=step_s)
+    return parts.engine(runner, time.monotonic, sizes), runner
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSizes:
+    """Sizes of a small engine, all of which may be set."""
+
+    max_rows: int = 4
+    page_tokens: int = 4
+    num_pages: int = 33
+    """The null page included."""
+    context_tokens: int = 64
+    vocab_size: int = 259
+    """``ByteTokenizer``'s."""
+    end_ids: Sequence[int] = ()
+    """None, so that the length of an answer is known."""
+    step_tokens: int = 16
+    max_chunks: int = 4
+    prefix_cache: bool = True
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> EngineSizes:
+        """Takes the sizes out of ``values``; what is left are fields of ``EngineLimits``."""
+        names = [item.name for item in fields(cls) if item.name in values]
+        return cls(**{name: values.pop(name) for name in names})
+
+    @property
+    def shape(self) -> StepShape:
+        """Compiled shapes that fit."""
+        half = max(1, self.max_rows // 2)
+        return StepShape(
+            max_rows=self.max_rows,
+            table_width=-(-self.context_tokens // self.page_tokens),
+            vocab_size=self.vocab_size,
+            decode_buckets=tuple(sorted({1, half, self.max_rows})),
+            prefill_buckets=((1, self.step_tokens), (self.max_chunks, self.step_tokens)),
+            score_buckets=((1, self.step_tokens),),
+        )
+
+    def engine(self, runner: Runner, clock: Callable[[], float], limits: dict[str, Any]) -> Engine:
+        """Returns an engine of these sizes."""
+        return Engine(
+            runner,
+            scheduler=SchedulerConfig(
+                max_rows=self.max_rows,
+                step_tokens=self.step_tokens,
+                max_chunks=self.max_chunks,
+                page_tokens=self.page_tokens,
+                num_pages=self.num_pages,
+                prefix_cache=self.prefix_cache,
+            ),
+            shape=self.shape,
+            limits=EngineLimits(
+                context_tokens=self.context_tokens, vocab_size=self.vocab_size, **limits
+            ),
+            end_ids=self.end_ids,
+            clock=clock,
+        )
 
 
 class ByteTokenizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from jaxserve.assets import default_directory
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -34,7 +33,7 @@ class Environment:
     offline: bool
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Self:
+    def read(cls, environ: Mapping[str, str]) -> Environment:
         """Reads a mapping such as ``os.environ``; an empty value counts as none."""
         base = environ.get("XDG_CACHE_HOME")
         home = (Path(base) if base else Path.home() / ".cache") / "jaxserve"

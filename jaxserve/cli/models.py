@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from jaxserve.assets import ASSETS, AssetError, asset_path, fetch
 from jaxserve.config import ServeConfig
 from jaxserve.progress import Progress
+from jaxserve.weights.hub import ALIASES
 
 DUMMY = "dummy:"
 PACKAGES = ("jax", "jaxlib", "flax", "grpcio", "transformers", "tokenizers", "numpy")
@@ -42,7 +43,7 @@ def ensure_asset(config: ServeConfig, progress: Progress) -> None:
     Raises:
         AssetError: it is missing and cannot be fetched.
     """
-    if config.model not in ASSETS:
+    if config.model not in ALIASES or config.model not in ASSETS:
         return
     try:
         asset_path(config.model, config.assets_dir)

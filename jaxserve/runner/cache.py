@@ -1,8 +1,13 @@
-"""Everything that lives on the device between two steps, as one donated pytree."""
+"""Everything that lives on the device between two steps, as one donated pytree.
+
+Rows (R) are one more than there can be sequences: the last is the null row, which padding lines
+read and write.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,14 @@ from pallas_kernels.paged_attention import Pools, pool_shape
 from sharding.rules import ShardingRules
 from sharding.specs import partition_specs
 
-# A row's device state. Rows beyond the last are the null row's, which padding lines write.
+if TYPE_CHECKING:
+    type RowTokens = Int[Array, " R"]
+    type RowCounts = Int[Array, "R V"]
+    type RowBias = Float[Array, "R V"]
+else:
+    # jax rebuilds the dataclass around shapes, shardings and specs; a run-time check of the fields
+    # would refuse those, so their shapes are for readers and pyright.
+    RowTokens = RowCounts = RowBias = Any
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +35,11 @@ class DeviceState:
     """The page pools and what each row carries from step to step. Donated by every program."""
 
     pools: Pools
-    last_token: Int[Array, " R"]
+    last_token: RowTokens
     """The newest sampled token of every row: the next decode step's input."""
-    counts: Int[Array, "R V"]
+    counts: RowCounts
     """Output occurrences of every token; bit 30 marks tokens of the prompt."""
-    bias: Float[Array, "R V"]
+    bias: RowBias
     """Added to the logits; minus infinity bans a token."""
 
 

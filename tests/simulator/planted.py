@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import __future__
 import inspect
 import sys
 import textwrap
@@ -39,8 +38,9 @@ class Bug:
         assert source.count(self.old) == 1, f"{self.name}: the line to change is not there"
         owner = self.owner
         module = owner if isinstance(owner, ModuleType) else sys.modules[owner.__module__]
-        flags = __future__.annotations.compiler_flag
-        code = compile(source.replace(self.old, self.new), f"<{self.name}>", "exec", flags)
+        # The annotations would be evaluated, and some of the names are imported nowhere.
+        changed = "from __future__ import annotations\n" + source.replace(self.old, self.new)
+        code = compile(changed, f"<{self.name}>", "exec")
         found: dict[str, Any] = {}
         exec(code, vars(module), found)
         monkeypatch.setattr(owner, self.method, found[self.method])

@@ -199,12 +199,15 @@ class Simulation:
         try:
             stream = self.engine.submit(request, self)
         except QueueFullError as error:
-            self.refused += 1
-            prompts = sum(len(client.request.prompt) for client in self.live.values())
-            held = len(self.live) if error.what == "requests" else prompts + len(request.prompt)
-            assert held >= error.value >= error.limit, f"refused too early: {error}"
-            return
-        self._welcome(request, stream)
+            self._check_refusal(request, error)
+        else:
+            self._welcome(request, stream)
+
+    def _check_refusal(self, request: Request, error: QueueFullError) -> None:
+        self.refused += 1
+        prompts = sum(len(client.request.prompt) for client in self.live.values())
+        held = len(self.live) if error.what == "requests" else prompts + len(request.prompt)
+        assert held >= error.value >= error.limit, f"refused too early: {error}"
 
     def _welcome(self, request: Request, stream: TokenStream) -> None:
         size = self.world.page_tokens
@@ -450,7 +453,7 @@ def simulate(seed: int, steps: int) -> Simulation:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs seeds from the command line; prints what they amounted to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Runs the engine under seeded faults.")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many, one after the other")
     parser.add_argument("--steps", type=int, default=5000, help="turns with faults, per seed")

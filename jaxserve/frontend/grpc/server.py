@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
 
@@ -43,6 +44,7 @@ class Server:
         self._executor = ThreadPoolExecutor(config.tokenizer_threads, "jaxserve-tokenizer")
         self._health = HealthReporter(text.engine, interval_s=config.health_interval_s)
         self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
         self._server = grpc.aio.server(
             interceptors=(RequestDecoding(),), options=config.channel_options()
         )
@@ -81,7 +83,9 @@ class Server:
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on. Loop's thread only."""
         self._engine.drain()
-        self._tasks.append(asyncio.create_task(self._health.shut_down()))
+        if not self._draining:
+            self._draining = True
+            self._tasks.append(asyncio.create_task(self._health.shut_down()))
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Closes in the order at the top of this file. The engine itself goes on running.
@@ -157,7 +161,7 @@ class ServerThread:
             self._stop.set_result(grace_s)
 
 
-def _new_loop():
+def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
     """Returns a factory for uvloop's event loop where it is installed (not on Windows)."""
     try:
         import uvloop

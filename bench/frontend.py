@@ -1,0 +1,162 @@
+"""Measures the front end alone: the real server and engine over a runner that only keeps a pace.
+
+    python -m bench.frontend [--rows 64] [--steps-per-s 250] [--seconds 5] [--out FILE]
+
+The clients are another process over loopback, one stream a row, and read bytes before they parse
+them, to leave the server its share of the cores. Goals: 15,000 tokens a second delivered, and a
+median of at most 2 tokens a message, so that nothing is gathered up for readers that keep up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from bench import common, machine
+from bench.common import quantile
+from bench.host import CONTEXT_TOKENS, instant_engine
+from jaxserve.frontend.byte_tokenizer import byte_tokenizer
+from jaxserve.frontend.client_wire import generate_request
+from jaxserve.frontend.generation import TextEngine
+from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.grpc.server import ServerThread
+from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.v1 import generation_pb2 as pb
+
+GOAL_TOKENS_PER_S = 15_000.0
+GOAL_TOKENS_A_MESSAGE = 2
+CONNECTIONS = 4
+METHOD = "/jaxserve.v1.GenerationService/Generate"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Starts the server here and the clients beside it; prints one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.frontend", description="Measures the front end alone."
+    )
+    parser.add_argument("--rows", type=int, default=64, help="streams at a time (default 64)")
+    parser.add_argument("--steps-per-s", type=float, default=250.0, help="the pace (default 250)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long (default 5)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the line to this file")
+    parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    tokens = round(arguments.seconds * arguments.steps_per_s)
+    if not 2 <= tokens < CONTEXT_TOKENS:
+        parser.error(
+            f"--seconds x --steps-per-s is {tokens} tokens a stream; at most {CONTEXT_TOKENS - 2}"
+        )
+    if arguments.client:
+        print(json.dumps(asyncio.run(read_all(arguments.client, arguments.rows, tokens))))
+        return
+    line = measure(arguments.rows, arguments.steps_per_s, tokens)
+    common.write(line, arguments.out)
+    rate, median = line["delivered_tokens_per_s"], line["tokens_a_message"]["p50"]
+    for what, value, met, goal in (
+        ("delivered tokens/s", rate, rate >= GOAL_TOKENS_PER_S, f">= {GOAL_TOKENS_PER_S:g}"),
+        ("median tokens a message", median, median <= GOAL_TOKENS_A_MESSAGE, "<= 2"),
+    ):
+        common.say(f"{what} {value:g}; goal {goal}: {'met' if met else 'MISSED'}")
+
+
+def measure(rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
+    """Returns what the clients saw."""
+    tokenizer = byte_tokenizer()
+    (letter,) = tokenizer.encode("a", add_special_tokens=False)
+    engine = instant_engine(
+        max_rows=rows, vocab_size=tokenizer.vocab_size, token=letter, step_s=1 / steps_per_s
+    )
+    text = TextEngine(engine, tokenizer, None)
+    info = ModelInfo(name="paced", model_digest="0" * 64, vocab_size=tokenizer.vocab_size)
+    engine.start()
+    try:
+        with ServerThread(text, info, ServerConfig(port=0)) as address:
+            other, before = machine.OtherLoad(), engine.stats()
+            seen = _clients(address, rows, steps_per_s, tokens)
+            after, cores = engine.stats(), other.cores()
+    finally:
+        engine.stop()
+    sizes = [int(size) for size, count in seen["sizes"].items() for _ in range(count)]
+    delivered = sum(sizes)
+    if delivered != rows * tokens:
+        raise RuntimeError(f"{delivered} of {rows * tokens} tokens were delivered")
+    return {
+        "bench": "frontend",
+        "rows": rows,
+        "steps_per_s": steps_per_s,
+        "delivered_tokens_per_s": round(delivered / seen["seconds"], 1),
+        "messages": len(sizes),
+        "tokens_a_message": {"p50": quantile(sizes, 0.5), "p99": quantile(sizes, 0.99)},
+        "phases_ms": common.phases_ms(before, after),
+        "commit": common.commit(),
+        "versions": common.versions(),
+        "other_cores": cores,
+    }
+
+
+def _clients(address: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
+    """Runs the clients' process; returns its numbers."""
+    flags = ("--client", address, "--rows", str(rows), "--steps-per-s", str(steps_per_s))
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.frontend", *flags, "--seconds", str(tokens / steps_per_s)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return json.loads(done.stdout)
+
+
+async def read_all(address: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Reads ``rows`` streams at a time; returns counts of message sizes and the seconds it took."""
+    channels = [
+        # Channels with equal options would share one connection.
+        grpc.aio.insecure_channel(address, options=[("jaxserve.bench", number)])
+        for number in range(min(CONNECTIONS, rows))
+    ]
+    methods = [channel.unary_stream(METHOD) for channel in channels]
+    prompts = ([3 + number % 200] * 8 for number in range(rows))
+    requests = [
+        generate_request(
+            None, prompt, None, {"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+        ).SerializeToString()
+        for prompt in prompts
+    ]
+    streams = await asyncio.gather(
+        *(_read(methods[number % len(methods)], sent) for number, sent in enumerate(requests))
+    )
+    for channel in channels:
+        await channel.close()
+    # From the first message of all to the last: the first and last steps are in it, where some
+    # rows wait for others, so the pace itself is never quite reached.
+    first_s = min(times[0] for times, _ in streams)
+    last_s = max(times[-1] for times, _ in streams)
+    sizes: dict[int, int] = {}
+    for _, messages in streams:
+        for message in messages:
+            event = pb.GenerateResponse.FromString(message)
+            if count := len(event.delta.token_ids):
+                sizes[count] = sizes.get(count, 0) + 1
+    return {"seconds": last_s - first_s, "sizes": sizes}
+
+
+async def _read(method: Any, request: bytes) -> tuple[list[float], list[bytes]]:
+    times: list[float] = []
+    messages: list[bytes] = []
+    call = method(request)
+    while (message := await call.read()) is not grpc.aio.EOF:
+        times.append(time.perf_counter())
+        messages.append(message)
+    return times, messages
+
+
+if __name__ == "__main__":
+    main()
