@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve import __version__
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.scheduler import SchedulerConfig
@@ -46,6 +45,7 @@ from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.version import __version__
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
 from jaxserve.weights.load import load_params

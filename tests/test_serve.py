@@ -171,7 +171,7 @@ def test_a_signal_before_ready_is_handed_on_and_later_ones_are_counted() -> None
         signal.raise_signal(signal.SIGINT)
         assert early == [signal.SIGTERM]
         assert signals.count == 3
-        assert signals.wait(0)
+        assert signals.wait(0.0)
 
 
 def test_a_free_port_passes_and_a_taken_one_is_named() -> None:

@@ -34,7 +34,7 @@ MAX_RENDERED_CHARS = 8_000_000
 """Far above any context window's worth of text."""
 
 WORKER = Path(__file__).with_name("template_worker.py")
-FIELD = "prompt.chat"
+FIELD = "chat"
 
 
 class ChatTemplate:

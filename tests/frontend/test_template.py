@@ -99,7 +99,7 @@ def test_a_refusal_of_the_template_reaches_the_client() -> None:
         InvalidRequestError, match=r"template refuses these messages: roles must alternate"
     ) as caught:
         render(source)
-    assert caught.value.field == "prompt.chat"
+    assert caught.value.field == "chat"
 
 
 @pytest.mark.parametrize(
