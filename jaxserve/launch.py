@@ -48,7 +48,7 @@ from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
-from jaxserve.weights.load import load_params
+from jaxserve.weights.load import load_params, random_params
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.placement import bytes_per_device
 
@@ -327,14 +327,14 @@ def _load(
     report: Report,
 ) -> Params:
     if checkpoint is None or config.load_format == "dummy":
-        report("weights", 0, 1, "random")
-        init = jax.jit(
-            lambda key: model.init(key, plan.dtype, stacked=plan.stacked),
-            out_shardings=runner.param_shardings,
+        return random_params(
+            model,
+            seed=config.seed,
+            dtype=plan.dtype,
+            stacked=plan.stacked,
+            shardings=runner.param_shardings,
+            progress=lambda done, total: report("weights", done, total, "random"),
         )
-        params = jax.block_until_ready(init(jax.random.key(config.seed)))
-        report("weights", 1, 1, "random")
-        return params
     return load_params(
         model,
         checkpoint,
@@ -348,9 +348,12 @@ def _load(
 def _make_engine(
     config: ServeConfig, plan: LaunchPlan, runner: Runner, num_pages: int, end_ids: tuple[int, ...]
 ) -> Engine:
+    longest = max(tokens for _, tokens in plan.step.prefill_buckets)
     scheduler = SchedulerConfig(
         max_rows=plan.step.max_rows,
-        step_tokens=max(tokens for _, tokens in plan.step.prefill_buckets),
+        # Decode rows have a program of their own: they take no places from the prompt's bucket.
+        step_tokens=longest + plan.step.max_rows,
+        chunk_tokens=longest,
         max_chunks=16,
         page_tokens=plan.page_tokens,
         num_pages=num_pages,

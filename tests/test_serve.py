@@ -16,6 +16,7 @@ import jaxserve.serve as lifecycle
 from jaxserve import Client
 from jaxserve.config import ServeConfig
 from jaxserve.errors import EngineDeadError, JaxserveError, LaunchError
+from jaxserve.frontend.client import RetryPolicy
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.launch import Service
 from jaxserve.serve import StopSignals, check_port, serve, shut_down
@@ -57,7 +58,7 @@ class Visitor:
         return self.outcome
 
     def _ask(self, address: str) -> None:
-        with Client(address) as client:
+        with Client(address, retry=RetryPolicy(attempts=1)) as client:
             try:
                 self.outcome = client.generate("Hello", max_tokens=20, ignore_eos=True)
             except JaxserveError as error:
