@@ -44,7 +44,7 @@ from jaxserve.progress import Progress, show_to_person
 from jaxserve.runner.dense import DenseForward
 
 Messages = Sequence[Mapping[str, str]]
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 
 HEALTH_INTERVAL_S = 1.0
 """How often a waiting call looks whether the engine is still alive."""
@@ -214,7 +214,7 @@ class LLM:
             stream.close()  # The one token that would come next is of no use.
         return score_from(request.prompt, started, self.tokenizer, self.info.model_digest)
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the float32 logits ``[T, V]`` after every token, from one dense forward pass.
 
         Computed beside the serving loop, in the weights' dtype; compiles when first asked for a

@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def test_token_ids_are_used_as_they_are(llm: LLM) -> None:
     by_text = tokens(llm.generate(PROMPTS, **GREEDY))
     assert tokens(llm.generate(ids, **GREEDY)) == by_text
     assert llm.generate(ids[0], **GREEDY).token_ids == by_text[0]
-    assert llm.generate(np.array(ids[1]), **GREEDY).token_ids == by_text[1]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    assert llm.generate(np.array(ids[1]), **GREEDY).token_ids == by_text[1]
 
 
 def test_no_prompts_give_no_answers(llm: LLM) -> None:
@@ -141,7 +141,7 @@ def test_one_bad_prompt_is_refused_and_the_others_are_given_up(llm: LLM) -> None
 
 
 def test_unknown_options_and_models_are_refused(llm: LLM) -> None:
-    with pytest.raises(TypeError, match="unknown option max_token; there are .*max_tokens"):
+    with pytest.raises(TypeError, match=r"unknown option max_token; there are .*max_tokens"):
         llm.generate("Hello", max_token=3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ModelNotFoundError, match="model 'other' is not served here"):
         llm.generate("Hello", model="other")
@@ -228,9 +228,10 @@ def test_dropping_a_stream_cancels_the_request(llm: LLM) -> None:
 def test_a_stream_takes_messages_or_a_prompt_and_not_both(llm: LLM) -> None:
     chunks = list(llm.stream(messages="Hi", **GREEDY))
     assert "".join(chunk.text for chunk in chunks) == llm.chat("Hi", **GREEDY).text
-    for arguments in ({}, {"prompt": "a", "messages": "b"}):
-        with pytest.raises(InvalidRequestError, match="exactly one of a prompt and messages"):
-            llm.stream(**arguments)
+    with pytest.raises(InvalidRequestError, match="exactly one of a prompt and messages"):
+        llm.stream()
+    with pytest.raises(InvalidRequestError, match="exactly one of a prompt and messages"):
+        llm.stream("a", messages="b")
 
 
 # -- inside ----------------------------------------------------------------------------------------
@@ -305,67 +306,32 @@ def test_a_notebook_shows_text_and_never_its_markup(llm: LLM) -> None:
 # -- the same over gRPC ----------------------------------------------------------------------------
 
 
-def without_chance(answer: Generation) -> Generation:
-    """Leaves out what differs between two equal answers: ids, clocks, and what was cached."""
-    zero = answer.choices[0].finish.timing
-    choices = tuple(
-        replace(
-            choice,
-            finish=replace(
-                choice.finish,
-                timing=zero,
-                usage=replace(choice.finish.usage, cached_tokens=0),
-            ),
-        )
-        for choice in answer.choices
-    )
-    timeless = tuple(
-        replace(
-            choice,
-            finish=replace(
-                choice.finish, timing=replace(zero, queue_s=0.0, first_token_s=0.0, total_s=0.0)
-            ),
-        )
-        for choice in choices
-    )
-    usage = replace(answer.usage, cached_tokens=0)
-    return replace(answer, request_id="", choices=timeless, usage=usage)
+def comparable(value: Any) -> Any:
+    """An answer without what differs between equal ones; floats as the wire carries them."""
+    if isinstance(value, dict):
+        chance = {"request_id", "timing", "cached_tokens"}
+        return {name: comparable(item) for name, item in value.items() if name not in chance}
+    if isinstance(value, list | tuple):
+        return [comparable(item) for item in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def test_grpc_gives_the_same_answers_to_the_last_field(llm: LLM) -> None:
+def test_grpc_gives_the_same_answers_to_the_last_field() -> None:
     options: list[dict[str, Any]] = [
-        {"temperature": 0.0, "max_tokens": 20},
-        {"temperature": 0.9, "seed": 3, "max_tokens": 20, "top_p": 0.9, "ignore_eos": True},
+        {"seed": 2, "temperature": 0.0, "max_tokens": 20},
+        {"seed": 3, "temperature": 0.9, "max_tokens": 20, "top_p": 0.9, "ignore_eos": True},
         {"seed": 4, "n": 2, "logprobs": 3, "prompt_logprobs": 1, "echo": True, "max_tokens": 8},
         {"seed": 5, "stop": ["e", "w"], "include_stop": True, "max_tokens": 30},
     ]
-    server = ServerThread(llm._service.text, llm._service.info, ServerConfig(port=0))
-    with server as address, Client(address) as client:
-        for given in options:
-            for prompt in PROMPTS:
-                ours = llm.generate(prompt, **given)
-                theirs = client.generate(prompt, **given)
-                # Log-probabilities travel as float32.
-                assert repr_of(without_chance(ours)) == repr_of(without_chance(theirs))
-        ours, theirs = llm.score("Hello there"), client.score("Hello there")
-        assert ours.total_logprob == pytest.approx(theirs.total_logprob, abs=1e-4)
-        assert [t.token_id for t in ours.tokens] == [t.token_id for t in theirs.tokens]
-    settled(llm)
-
-
-def repr_of(answer: Generation) -> object:
-    from dataclasses import asdict
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(np.float32(value))
-        if isinstance(value, dict):
-            return {key: rounded(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [rounded(item) for item in value]
-        return value
-
-    return rounded(asdict(answer))
+    with make() as llm:
+        server = ServerThread(llm._service.text, llm._service.info, ServerConfig(port=0))
+        with server as address, Client(address) as client:
+            for given in options:
+                for prompt in PROMPTS:
+                    ours, theirs = llm.generate(prompt, **given), client.generate(prompt, **given)
+                    assert comparable(asdict(ours)) == comparable(asdict(theirs))
+            ours, theirs = llm.score("Hello", top_logprobs=2), client.score("Hello", top_logprobs=2)
+            assert comparable(asdict(ours)) == comparable(asdict(theirs))
 
 
 # -- the end ---------------------------------------------------------------------------------------
@@ -382,7 +348,7 @@ def test_close_gives_the_memory_back_and_another_llm_can_be_made() -> None:
         with make() as llm:
             text = llm.generate("Hello", **GREEDY).text
             llm.logits([3, 4])
-            assert live_bytes() > before + 4 * 2**20, "pages and weights are live"
+            assert live_bytes() > before + 2**19, "pages and weights are live"
         assert live_bytes() == before
         assert len(jax.live_arrays()) == arrays
         assert text

@@ -249,10 +249,19 @@ def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list
 
 
 def _bucket_for(chunks: list[Chunk], shape: StepShape, *, scores: bool) -> tuple[int, int]:
-    """The bucket that takes the longest chunk with the fewest places per chunk taken."""
+    """The bucket that takes the longest chunk with the fewest places per chunk taken.
+
+    Of equals the one with more rows: one call reads the weights once.
+    """
     buckets = shape.score_buckets if scores else shape.prefill_buckets
     fitting = [bucket for bucket in buckets if bucket[1] >= chunks[0].count]
-    return min(fitting, key=lambda bucket: bucket[0] * bucket[1] / min(bucket[0], len(chunks)))
+
+    def cost(bucket: tuple[int, int]) -> tuple[float, int]:
+        rows, tokens = bucket
+        taken = min(rows, len(chunks))
+        return rows * tokens / taken, -taken
+
+    return min(fitting, key=cost)
 
 
 def _suppresses_stop(sequence: LiveSequence) -> bool:

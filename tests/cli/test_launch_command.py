@@ -172,7 +172,7 @@ def test_loopback_addresses_need_no_permission(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "10.0.0.7", "example.org"])
 def test_other_addresses_need_insecure(host: str) -> None:
-    with pytest.raises(ConfigError, match="opens the server to other machines.*add --insecure"):
+    with pytest.raises(ConfigError, match=r"opens the server to other machines.*add --insecure"):
         check_exposure(host, insecure=False)
     check_exposure(host, insecure=True)
 

@@ -59,6 +59,13 @@ def turn(engine: Engine, times: int = 1) -> None:
         engine.run_once()
 
 
+def lose_the_pool(engine: Engine) -> None:
+    """Does to the running requests what a failed step of others would do."""
+    engine._in_flight = None
+    engine.scheduler.preempt_all()
+    engine._runner.reset()
+
+
 class Reader:
     """Everything that a stream has said so far."""
 
@@ -70,6 +77,10 @@ class Reader:
     def events(self) -> list[Event]:
         self._events += self.stream.take()
         return self._events
+
+    def has_ended(self) -> bool:
+        """Takes what is there; returns whether nothing more will come."""
+        return bool(self.events) and self.stream.finished
 
     @property
     def started(self) -> StartedEvent:

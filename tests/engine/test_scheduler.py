@@ -227,7 +227,9 @@ def test_a_better_priority_overtakes_those_that_have_not_waited_long() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 60), st.integers(-2, 2)), min_size=1, max_size=12, unique=True)
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(-2, 2)), min_size=1, max_size=12, unique=True
+    )
 )
 def test_nobody_is_overtaken_by_a_request_that_came_more_than_its_head_start_later(
     arrivals: list[tuple[int, int]],
@@ -310,24 +312,19 @@ def test_the_worst_running_sequence_is_preempted_when_pages_run_out() -> None:
 
 
 def test_a_sequence_that_is_itself_the_worst_is_preempted() -> None:
-    scheduler = make(num_pages=4)
-    best, worst = sequence([1] * 7, now=1), sequence([2] * 3, now=2)
-    enqueue(scheduler, best)
+    scheduler = make(num_pages=3)
+    one = sequence([1] * 4)
+    enqueue(scheduler, one)
     advance(scheduler)
-    enqueue(scheduler, worst)
-    scheduler.plan(0.0)  # Three pages: two and, nothing being left to hold back, none.
-    assert worst.row == -1
+    elsewhere = scheduler.pool.allocate(1)
+    assert elsewhere is not None
 
-    scheduler.finish(best)
-    advance(scheduler)
-    scheduler.pool.allocate(scheduler.pool.available)  # Somebody else takes all the rest.
-    advance_without_check = scheduler.plan(0.0)
-    publish(scheduler, advance_without_check)
     plan = scheduler.plan(0.0)
 
     assert plan.empty
-    assert worst.row == -1
-    assert scheduler.waiting == 1
+    assert (one.row, scheduler.waiting, scheduler.preemptions) == (-1, 1, 1)
+    scheduler.pool.release(elsewhere)
+    assert advance(scheduler).admitted == [one]
 
 
 def test_a_preempted_sequence_is_computed_again_with_its_tokens() -> None:
@@ -355,19 +352,24 @@ def test_a_sequence_that_was_preempted_with_a_token_in_flight_keeps_it() -> None
     best, worst = sequence([1] * 4, now=1), sequence([2] * 4, now=2)
     enqueue(scheduler, best, worst)
     in_flight = scheduler.plan(0.0)
-    while not scheduler.preemptions:  # One step is always in flight, as in the engine.
+    while True:  # One step is always in flight, as in the engine.
         plan = scheduler.plan(0.0)
+        if scheduler.preemptions:
+            break
         publish(scheduler, in_flight)
         in_flight = plan
-    before = len(worst.tokens)
-    assert worst.row == -1
+    known = len(worst.tokens)
+    assert (worst.row, worst.sampled - worst.output_tokens) == (-1, 1)
+    assert worst in in_flight.decode
+    assert worst not in plan.decode
 
     publish(scheduler, in_flight)
-    plan = scheduler.plan(0.0)
+    publish(scheduler, plan)
+    scheduler.finish(best)
+    plan = advance(scheduler)
 
-    assert len(worst.tokens) == before, "it was not part of the step that put it out"
-    assert [chunk.sequence for chunk in plan.chunks] in ([], [worst])
-    scheduler.check_integrity()
+    assert (len(worst.tokens), worst.output_tokens) == (known + 2, worst.sampled)
+    assert [(chunk.start + chunk.count, chunk.last) for chunk in plan.chunks] == [(known + 1, True)]
 
 
 def test_losing_the_pool_sends_everyone_back_to_the_queue() -> None:
