@@ -39,20 +39,15 @@ from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
-from jaxserve.models.presets import preset
-from jaxserve.models.registry import model_config
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
-from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
-from jaxserve.weights.hub import resolve_model
-from jaxserve.weights.load import load_params, random_params
+from jaxserve.weights.source import DUMMY, ModelSource, open_source, save_model
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.placement import bytes_per_device
 
-DUMMY = "dummy:"
 CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
 BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
 
@@ -90,13 +85,24 @@ class Service:
     runner: Runner
     text: TextEngine
     info: ModelInfo
+    source: ModelSource
     ready_seconds: float
     """From the call of ``build`` until the first request could be taken."""
+
+    def save(self, path: Path) -> None:
+        """Writes the weights, as they are served, for a faster start from ``MODEL = path``.
+
+        Raises:
+            CheckpointError: the path exists or cannot be written.
+        """
+        assert self.runner.params is not None, "the service is closed"
+        save_model(path, self.runner.params, self.source)
 
     def close(self) -> None:
         """Stops the engine and drops every array. Safe to call again."""
         self.engine.stop()
         self.runner.close()
+        self.source.close()
         if self.text.template is not None:
             self.text.template.close()
 
@@ -118,23 +124,27 @@ def build(config: ServeConfig, report: Report = silent) -> Service:
     start = time.perf_counter()
     configure_jax(config)
     CompileCounter.instance()
-    checkpoint = _open(config)
-    plan = resolve(config, checkpoint)
-    tokenizer, template = _text_parts(config, checkpoint)
+    source = open_source(
+        config.model,
+        assets_dir=config.assets_dir,
+        offline=config.offline,
+        random_weights=config.load_format == "dummy",
+        seed=config.seed,
+    )
+    plan = resolve(config, source.model_config())
+    tokenizer, template = _text_parts(config, source)
     with ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
-        digest = pool.submit(_digest, config, plan, checkpoint)
-        runner, num_pages, params = _prepare(config, plan, checkpoint, pool, report)
+        digest = pool.submit(source.digest)
+        runner, num_pages, params = _prepare(config, plan, source, pool, report)
         runner.make_ready(params, strict=config.strict_compile)
         del params
     engine = _make_engine(config, plan, runner, num_pages, _end_ids(plan.model, tokenizer))
     info = _model_info(plan, engine, tokenizer, digest.result(), config)
-    if checkpoint is not None:
-        checkpoint.close()
     engine.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
     text = TextEngine(engine, tokenizer, template)
-    return Service(config, plan, engine, runner, text, info, ready_seconds)
+    return Service(config, plan, engine, runner, text, info, source, ready_seconds)
 
 
 def configure_jax(config: ServeConfig) -> None:
@@ -165,18 +175,13 @@ def configure_jax(config: ServeConfig) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def resolve(config: ServeConfig, checkpoint: Checkpoint | None) -> LaunchPlan:
+def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
     """Decides everything that can be decided before compiling.
 
     Raises:
-        UnsupportedModelError: the architecture or one of its options is not implemented.
         MeshError: the mesh cannot be read or does not fit the devices.
         ConfigError: the context is longer than the model's.
     """
-    if checkpoint is None:
-        model = preset(config.model.removeprefix(DUMMY))
-    else:
-        model = model_config(checkpoint.config)
     mesh = _mesh(config)
     platform = mesh.devices.flat[0].platform
     dtype = _dtype(config, platform)
@@ -217,20 +222,9 @@ def resolve(config: ServeConfig, checkpoint: Checkpoint | None) -> LaunchPlan:
 # -- the parts, in the order of ``build`` ----------------------------------------------------------
 
 
-def _open(config: ServeConfig) -> Checkpoint | None:
-    if config.model.startswith(DUMMY):
-        return None
-    path = resolve_model(config.model, assets_dir=config.assets_dir, offline=config.offline)
-    return open_checkpoint(path)
-
-
-def _text_parts(
-    config: ServeConfig, checkpoint: Checkpoint | None
-) -> tuple[Tokenizer, ChatTemplate | None]:
-    if checkpoint is None:
-        tokenizer = byte_tokenizer()
-    else:
-        tokenizer = load_tokenizer(checkpoint.tokenizer_files())
+def _text_parts(config: ServeConfig, model: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+    files = model.tokenizer()
+    tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
     source, template = tokenizer.source, tokenizer.chat_template
     if config.chat_template is not None:
         source = str(config.chat_template)
@@ -246,14 +240,21 @@ def _text_parts(
 def _prepare(
     config: ServeConfig,
     plan: LaunchPlan,
-    checkpoint: Checkpoint | None,
+    source: ModelSource,
     pool: ThreadPoolExecutor,
     report: Report,
 ) -> tuple[Runner, int, Params]:
     """Compiles everything while the weights stream in."""
     model = Model(plan.model)
     runner, num_pages = _size_pool(config, plan, model, report)
-    loading: Future[Params] = pool.submit(_load, config, plan, model, runner, checkpoint, report)
+    loading: Future[Params] = pool.submit(
+        source.load,
+        model,
+        dtype=plan.dtype,
+        stacked=plan.stacked,
+        shardings=runner.param_shardings,
+        progress=lambda done, total: report("weights", done, total, source.name),
+    )
     keys = runner.program_keys()
     for done, key in enumerate(runner.compile(keys), start=2):
         report("compile", done, len(keys), str(key))
@@ -316,33 +317,6 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
         return Runner(model, runner_config, plan.mesh)
     except MeshShapeError as error:
         raise MeshError(f"--mesh {config.mesh} does not suit this model: {error}") from error
-
-
-def _load(
-    config: ServeConfig,
-    plan: LaunchPlan,
-    model: Model,
-    runner: Runner,
-    checkpoint: Checkpoint | None,
-    report: Report,
-) -> Params:
-    if checkpoint is None or config.load_format == "dummy":
-        return random_params(
-            model,
-            seed=config.seed,
-            dtype=plan.dtype,
-            stacked=plan.stacked,
-            shardings=runner.param_shardings,
-            progress=lambda done, total: report("weights", done, total, "random"),
-        )
-    return load_params(
-        model,
-        checkpoint,
-        dtype=plan.dtype,
-        stacked=plan.stacked,
-        shardings=runner.param_shardings,
-        progress=lambda done, total: report("weights", done, total, checkpoint.source),
-    )
 
 
 def _make_engine(
@@ -447,14 +421,6 @@ def _served_name(model: str) -> str:
 def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     ids = sorted({*model.eos_token_ids, *tokenizer.eos_ids} & set(range(model.vocab_size)))
     return tuple(ids[:MAX_END_TOKENS])
-
-
-def _digest(config: ServeConfig, plan: LaunchPlan, checkpoint: Checkpoint | None) -> str:
-    """Random weights are known by their config and seed."""
-    if checkpoint is not None and config.load_format != "dummy":
-        return checkpoint.digest()
-    facts = json.dumps([asdict(plan.model), config.seed, plan.dtype.name], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:

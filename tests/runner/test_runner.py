@@ -22,6 +22,7 @@ from jaxserve.engine.request import (
     StartedEvent,
 )
 from jaxserve.engine.step import StepInputs
+from jaxserve.errors import CheckpointError
 from jaxserve.launch import Service
 from jaxserve.models.decoder import Model
 from jaxserve.runner.compiling import CompileAfterReadyError, CompileCounter
@@ -232,6 +233,26 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
         again = ask_together(engine, [replace(bad, request_id="again")])[0]
     with engine_over(service) as engine:
         assert again == ask_together(engine, [bad])[0]
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("unroll_layers", [False, True])
+def test_a_saved_model_serves_the_same_tokens(
+    service: Service, cache_dir: Path, tmp_path: Path, unroll_layers: bool
+) -> None:
+    """Through orbax, once into stacked layers and once into unrolled ones on two devices."""
+    batch = requests(500, replace(GREEDY, max_tokens=8))[:6]
+    with engine_over(service) as engine:
+        expected = ask_together(engine, batch)
+    saved = tmp_path / "saved"
+    service.save(saved)
+    with pytest.raises(CheckpointError, match="exists already"):
+        service.save(saved)
+    options = {"unroll_layers": True, "mesh": "1x2"} if unroll_layers else {}
+    with make_service(str(saved), cache_dir, tmp_path, strict_compile=False, **options) as again:
+        assert again.info.model_digest == service.info.model_digest
+        with engine_over(again) as engine:
+            assert ask_together(engine, batch) == expected
 
 
 SECOND_LAUNCH = """

@@ -143,6 +143,7 @@ class Asks:
             case Behaviour.DEAF:
                 # 20 alternatives a token are about 700 bytes, so this overflows any window.
                 options = {"n": 4, "logprobs": 20, "ignore_eos": True, "max_tokens": self._room}
+                options["request_id"] = f"storm-{number}"
                 request = generate_request(None, self._tokens(8), None, options)  # pyright: ignore[reportArgumentType]
                 return Ask(number, behaviour, request, messages=1)
             case Behaviour.LEAVE_MIDWAY:

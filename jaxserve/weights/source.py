@@ -1,0 +1,236 @@
+"""Where a model comes from: a checkpoint file, a directory that jaxserve saved, or nowhere.
+
+``open_source`` looks at what the operator named and gives one of three sources with the same
+methods, so that launching does not care. Formats are read in the files beside this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Model, Params
+from jaxserve.models.presets import PRESETS, preset
+from jaxserve.models.registry import model_config
+from jaxserve.tokenizer_source import TokenizerSource
+from jaxserve.weights import orbax
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.hub import resolve_model
+from jaxserve.weights.load import load_params, random_params
+
+DUMMY = "dummy:"
+Progress = Callable[[int, int], None]
+"""``progress(done_bytes, total_bytes)``."""
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """One model's config, tokenizer and weights."""
+
+    name: str
+    """For messages and progress."""
+    config: Mapping[str, Any]
+    """In the conventions of a Hugging Face ``config.json``."""
+
+    def model_config(self) -> ModelConfig:
+        """Returns the config in our own words; refuses what is not implemented."""
+        ...
+
+    def tokenizer(self) -> TokenizerSource | None:
+        """Returns what the tokenizer is built from; None when there is none to be had."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of weights, config and tokenizer."""
+        ...
+
+    def load(
+        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
+    ) -> Params:
+        """Puts the weights onto their devices."""
+        ...
+
+    def close(self) -> None:
+        """Closes files."""
+        ...
+
+
+def open_source(
+    model: str, *, assets_dir: Path, offline: bool, random_weights: bool, seed: int
+) -> ModelSource:
+    """Finds a model: ``dummy:NAME``, a directory that ``save_model`` wrote, or a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, cannot be fetched, or is damaged.
+        UnsupportedModelError: there is no built-in model of that name.
+    """
+    if model.startswith(DUMMY):
+        return RandomSource(model, preset(model.removeprefix(DUMMY)), seed)
+    path = resolve_model(model, assets_dir=assets_dir, offline=offline)
+    source = SavedSource(path) if orbax.is_orbax(path) else CheckpointSource(path)
+    if random_weights:
+        return RandomSource(
+            source.name, source.model_config(), seed, source.config, source.tokenizer()
+        )
+    return source
+
+
+class RandomSource:
+    """A config with random weights, the same ones for the same seed."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        seed: int,
+        hf_config: Mapping[str, Any] | None = None,
+        tokenizer: TokenizerSource | None = None,
+    ) -> None:
+        self.name = name
+        self.config = PRESETS[name.removeprefix(DUMMY)] if hf_config is None else hf_config
+        self._model = config
+        self._seed = seed
+        self._tokenizer = tokenizer
+
+    def model_config(self) -> ModelConfig:
+        """Returns the config that it was made with."""
+        return self._model
+
+    def tokenizer(self) -> TokenizerSource | None:
+        """Returns the checkpoint's, when only the weights are random."""
+        return self._tokenizer
+
+    def digest(self) -> str:
+        """Random weights are known by their config and seed."""
+        facts = json.dumps([dict(self.config), self._seed], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def load(
+        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
+    ) -> Params:
+        """Makes the weights on their devices."""
+        return random_params(
+            model,
+            seed=self._seed,
+            dtype=dtype,
+            stacked=stacked,
+            shardings=shardings,
+            progress=progress,
+        )
+
+    def close(self) -> None:
+        """Holds nothing open."""
+
+
+class CheckpointSource:
+    """A GGUF file or a folder of safetensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._checkpoint: Checkpoint = open_checkpoint(path)
+        self.config = self._checkpoint.config
+
+    def model_config(self) -> ModelConfig:
+        """Returns the config; refuses what is not implemented."""
+        return model_config(dict(self.config))
+
+    def tokenizer(self) -> TokenizerSource | None:
+        """Returns the checkpoint's files or metadata."""
+        return self._checkpoint.tokenizer_files()
+
+    def digest(self) -> str:
+        """Of the checkpoint's contents."""
+        return self._checkpoint.digest()
+
+    def load(
+        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
+    ) -> Params:
+        """Reads tensor by tensor, each shard by itself."""
+        return load_params(
+            model,
+            self._checkpoint,
+            dtype=dtype,
+            stacked=stacked,
+            shardings=shardings,
+            progress=progress,
+        )
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._checkpoint.close()
+
+
+class SavedSource:
+    """A directory that ``save_model`` wrote: our own tree, restored straight into its shardings."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        metadata = orbax.read_metadata(path)
+        self.config: Mapping[str, Any] = metadata["config"]
+        self._digest = str(metadata["model_digest"])
+
+    def model_config(self) -> ModelConfig:
+        """Returns the config; refuses what is not implemented."""
+        return model_config(dict(self.config))
+
+    def tokenizer(self) -> TokenizerSource | None:
+        """Returns what was saved; None for a model that had none."""
+        source = orbax.read_tokenizer(self._path)
+        return source if source.files or source.gguf is not None else None
+
+    def digest(self) -> str:
+        """That of the model it was saved from."""
+        return self._digest
+
+    def load(
+        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
+    ) -> Params:
+        """Restores every shard on its own device; stored stacked, split again when asked to."""
+        abstract = model.abstract(dtype, stacked=stacked)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        progress(0, total)
+        names = model.abstract(dtype, stacked=True)
+        if stacked:
+            names = jax.tree.map(_placed, names, shardings)
+        tree = orbax.restore(self._path, {"ends": names.ends, "layers": names.layers})
+        params = Params(tree["ends"], tree["layers"])
+        if not stacked:
+            params = jax.device_put(_unstack(params, model.config.layers), shardings)
+        progress(total, total)
+        return params
+
+    def close(self) -> None:
+        """Holds nothing open."""
+
+
+def save_model(path: Path, params: Params, source: ModelSource) -> None:
+    """Writes served weights as a directory that ``open_source`` opens again.
+
+    Raises:
+        CheckpointError: the path exists or cannot be written.
+    """
+    layers = params.layers
+    if not isinstance(layers, dict):
+        layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    metadata = {"config": dict(source.config), "model_digest": source.digest()}
+    orbax.save(path, {"ends": params.ends, "layers": layers}, metadata, source.tokenizer())
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _unstack(params: Params, layers: int) -> Params:
+    assert isinstance(params.layers, dict)
+    each = tuple(
+        {name: value[number] for name, value in params.layers.items()} for number in range(layers)
+    )
+    return Params(params.ends, each)

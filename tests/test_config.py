@@ -1,0 +1,102 @@
+"""Flags that cannot work are refused, all together, with the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
+from jaxserve.errors import ConfigError, MeshError
+from jaxserve.launch import configure_jax, resolve
+from jaxserve.models.presets import preset
+
+TINY = preset("tiny-llama")
+
+
+def config(**changes: object) -> ServeConfig:
+    settings: dict[str, object] = {
+        "model": "dummy:tiny-llama",
+        "assets_dir": Path("assets"),
+        "cache_dir": Path("cache"),
+        **changes,
+    }
+    return ServeConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "model is empty; give a path"),
+        ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32"),
+        ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
+        ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
+        ({"max_rows": 0}, "max_rows is 0; choose 1 to 4096"),
+        ({"step_tokens": 8}, "step_tokens is 8; choose 16 to 65536"),
+        ({"page_tokens": 20}, "page_tokens is 20; choose one of 8, 16"),
+        ({"kv_memory_fraction": 1.5}, "kv_memory_fraction is 1.5; choose above 0"),
+        ({"kv_memory_bytes": 0}, "kv_memory_bytes is 0; give a number of bytes"),
+        ({"max_waiting_requests": 0}, "max_waiting_requests is 0"),
+        ({"max_waiting_tokens": 0}, "max_waiting_tokens is 0"),
+        ({"watchdog_s": 0.0}, "watchdog_s is 0; give seconds"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_work_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**change)
+
+
+def test_all_problems_are_listed_together() -> None:
+    with pytest.raises(ConfigError, match=r"max_rows is 0.*page_tokens is 3"):
+        config(max_rows=0, page_tokens=3)
+
+
+def test_buckets_cover_what_was_asked_for() -> None:
+    for rows in (1, 2, 7, 16, 64, 100):
+        buckets = decode_buckets(rows, 1)
+        assert buckets[-1] == rows
+        assert list(buckets) == sorted(set(buckets))
+    assert decode_buckets(64, 16) == (16, 32, 64)
+    assert decode_buckets(8, 16) == (8,)
+    assert prefill_buckets(16) == ((1, 16),)
+    assert max(tokens for _, tokens in prefill_buckets(512)) == 512
+    assert score_buckets(prefill_buckets(16)) == ((1, 16),)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:2", "cpu:x"])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="choose auto, cpu, cpu:N"):
+        configure_jax(config(device=device))
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"device 'cuda' is not available.*try --device cpu"):
+        resolve(config(device="cuda"), TINY)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("1x64", r"needs 64 devices and \d+ are visible"),
+        ("4", "a mesh is written DATAxTENSOR"),
+        ("2x1", "data axis of 2 is not supported yet"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
+    with pytest.raises(MeshError, match=message):
+        resolve(config(mesh=mesh), TINY)
+
+
+def test_a_context_beyond_the_models_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the model's window is 512; lower --context-tokens"):
+        resolve(config(context_tokens=100_000), TINY)
+
+
+def test_a_plan_leaves_nothing_open() -> None:
+    plan = resolve(config(mesh="1x2", max_rows=4), TINY)
+    assert plan.mesh.shape == {"data": 1, "tensor": 2}
+    assert plan.context_tokens == plan.model.context_tokens
+    assert plan.step.table_width * plan.page_tokens >= plan.context_tokens
+    assert plan.step.decode_buckets == (1, 4)
+    assert plan.kv_bytes is not None
