@@ -80,7 +80,7 @@ layers: $(STAMP) ## Who may import whom
 	@$(BIN)/lint-imports --no-cache
 
 .PHONY: bench
-bench: $(STAMP) ## Run bench/BENCH=offline, serving or kernels, with flags in ARGS=
+bench: $(STAMP) ## Run bench/BENCH=offline, serving, frontend, host or kernels, with flags in ARGS=
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 ##@ The contract
@@ -106,6 +106,17 @@ proto-release: $(STAMP) ## Renew the image of the last release; needs a CHANGELO
 ##@ Longer proofs, run before a change is called done
 
 # Each prove-* target goes here: `prove-NAME: $(STAMP) ## what it proves`.
+
+.PHONY: prove-agreement
+prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunked, preempted
+	@$(BIN)/python -m jaxserve.assets smollm2
+	JAXSERVE_AGREEMENT_MODEL=smollm2 $(PYTEST) tests/agreement --timeout 3600 $(ARGS)
+
+.PHONY: prove-storm
+prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a small pool
+	@$(BIN)/python -m jaxserve.assets smollm2
+	JAXSERVE_STORM_MODEL=smollm2 JAXSERVE_STORM_OUTPUT_TOKENS=32 \
+	    $(PYTEST) tests/storm -m slow -s $(ARGS)
 
 ##@ Upkeep
 

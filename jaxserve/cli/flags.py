@@ -71,7 +71,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]) 
     add_fields(parser, "loading", ServeConfig, ("load_format", "chat_template"))
     machine = add_fields(parser, "machine", ServeConfig, MACHINE_FLAGS)
     add_tensor_alias(machine)
-    add_fields(parser, "memory", ServeConfig, ("context_tokens", "kv_memory_bytes"))
+    add_fields(parser, "steps and memory", ServeConfig, MEMORY_FLAGS, defaults)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

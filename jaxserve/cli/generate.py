@@ -34,8 +34,9 @@ EXAMPLES = """\
   jaxserve generate --chat "Why is the sky blue?" --seed 7
   cat prompt.txt | jaxserve generate - --model ./checkpoint --mesh 1x2
 """
-IN_PROCESS_ROWS = 16
-"""One request needs one row; a row costs little, and 16 are as fast as one (see BF16_CPU_ROWS)."""
+ONE_REQUEST = {"max_rows": 16, "prompt_logprobs": False}
+"""Defaults for a single request: fewer programs to compile than a server needs. Of rows, 16 are as
+fast as one (``launch.BF16_CPU_ROWS``)."""
 
 
 def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None:
@@ -53,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         "--timeout-s", type=float, metavar="SECONDS", help="with --server: deadline of the request"
     )
     add_sampling_flags(parser, max_tokens=256, temperature=1.0)
-    flags.add_engine_flags(parser, config_defaults(environment))
+    flags.add_engine_flags(parser, config_defaults(environment) | ONE_REQUEST)
 
 
 def run(options: argparse.Namespace, environment: Environment) -> int:
@@ -77,11 +78,7 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
 
 def _load(options: argparse.Namespace) -> Any:
     """Makes an LLM that compiles what one request needs."""
-    config = ServeConfig(
-        **flags.field_values(options, ServeConfig),
-        max_rows=IN_PROCESS_ROWS,
-        prompt_logprobs=False,
-    )
+    config = ServeConfig(**flags.field_values(options, ServeConfig))
     with show_progress() as progress:
         ensure_asset(config, progress)
     from jaxserve.llm import LLM

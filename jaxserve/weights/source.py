@@ -94,7 +94,9 @@ class RandomSource:
         tokenizer: TokenizerSource | None = None,
     ) -> None:
         self.name = name
-        self.config = PRESETS[name.removeprefix(DUMMY)] if hf_config is None else hf_config
+        self.config: Mapping[str, Any] = (
+            PRESETS[name.removeprefix(DUMMY)] if hf_config is None else hf_config
+        )
         self._model = config
         self._seed = seed
         self._tokenizer = tokenizer
@@ -135,7 +137,7 @@ class CheckpointSource:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._checkpoint: Checkpoint = open_checkpoint(path)
-        self.config = self._checkpoint.config
+        self.config: Mapping[str, Any] = self._checkpoint.config
 
     def model_config(self) -> ModelConfig:
         """Returns the config; refuses what is not implemented."""

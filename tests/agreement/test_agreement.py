@@ -15,6 +15,7 @@ import pytest
 from jaxserve.assets import default_directory
 from jaxserve.engine.request import Request
 from jaxserve.frontend.client import Client
+from jaxserve.frontend.client_types import GenerateOptions
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
@@ -117,18 +118,17 @@ def test_grpc_gives_the_tokens_of_the_engine(
 
 def _over_grpc(client: Client, request: Request) -> list[int]:
     sampling = request.sampling
-    seeded = {} if sampling.seed is None else {"seed": sampling.seed}
-    answer = client.generate(
-        token_ids=list(request.prompt),
-        max_tokens=OUTPUT_TOKENS,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        **seeded,
-        ignore_eos=sampling.ignore_eos,
-    )
-    return list(answer.token_ids)
+    options: GenerateOptions = {
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if sampling.seed is not None:
+        options["seed"] = sampling.seed
+    return list(client.generate(token_ids=list(request.prompt), **options).token_ids)

@@ -1,9 +1,11 @@
-"""The benchmarks' command lines over doubles: their lines have exactly the keys that are promised."""
+"""The benchmarks' command lines over doubles: lines have exactly the keys that are promised."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +78,9 @@ def check_line(line: dict[str, Any], door: str) -> None:
     assert line["output_tokens_per_s"] > 0
     for name in ("ttft_ms", "itl_ms"):
         assert tuple(line[name]) == ("p50", "p99")
-        assert 0 < line[name]["p50"] <= line[name]["p99"]
+        # Gaps are 0 when a double is so fast that an answer comes in one message.
+        assert 0 <= line[name]["p50"] <= line[name]["p99"]
+    assert line["ttft_ms"]["p50"] > 0
     assert tuple(line["phases_ms"]) == ("plan", "pack", "dispatch", "wait", "publish")
     assert 0 < line["padding_waste"] < 1
     assert line["compiles_after_ready"] == 0
@@ -388,10 +392,7 @@ def test_frontend_refuses_more_tokens_than_a_stream_takes(
     assert "is 15000 tokens a stream; at most 2046" in capsys.readouterr().err
 
 
-def test_the_listener_of_a_port_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import socket
-
+def test_the_listener_of_a_port_is_found() -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()

@@ -18,9 +18,10 @@ from jaxserve.cli import main
 MODEL = "dummy:tiny-llama"
 FLAGS = [
     *("--device", "cpu", "--dtype", "float32", "--context-tokens", "256", "--kv-memory", "4MiB"),
+    *("--max-rows", "4", "--step-tokens", "16", "--no-prompt-logprobs"),
     *("--cache-dir", os.environ["JAX_COMPILATION_CACHE_DIR"]),
 ]
-SERVER_FLAGS = [*FLAGS, "--max-rows", "4", "--step-tokens", "16", "--no-prompt-logprobs"]
+"""Four programs, the same for every command, so that they are compiled once."""
 READY_S = 240.0
 """For a machine that is busy; a cold start takes ten seconds of processor time."""
 
@@ -74,7 +75,7 @@ def launch() -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
     def start(*flags: str) -> ServerProcess:
-        started.append(ServerProcess(*SERVER_FLAGS, *flags))
+        started.append(ServerProcess(*FLAGS, *flags))
         return started[-1]
 
     yield start
@@ -103,7 +104,6 @@ class Shell:
     """Runs commands in this process, so that each costs no interpreter and no import."""
 
     capsys: Any
-    server_flags: list[str] = field(default_factory=lambda: SERVER_FLAGS)
     flags: list[str] = field(default_factory=lambda: FLAGS)
     model: str = MODEL
 

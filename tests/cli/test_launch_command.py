@@ -44,7 +44,7 @@ def test_the_facts_of_the_ready_line_are_those_of_the_server(server: Any) -> Non
 @pytest.mark.slow
 def test_stderr_tells_of_every_stage_and_of_settings_beside_their_defaults(server: Any) -> None:
     text = "".join(server.errors)
-    for stage in ("[environment] python", "[compile] 0/4", "[weights] random", "[ready]"):
+    for stage in ("[environment] python", "[compile] 0/4", "[weights] ", "[ready]"):
         assert stage in text
     assert re.search(r"max_rows +4  \[64\]", text)
     assert re.search(r"dtype +float32  \[auto\]", text)
@@ -77,7 +77,7 @@ def test_sigterm_lets_open_streams_finish_and_exits_with_0(launch: Callable[...,
 @pytest.mark.slow
 def test_a_port_in_use_is_noticed_before_anything_is_compiled(shell: Any, server: Any) -> None:
     port = server.address.rpartition(":")[2]
-    result = shell("launch", shell.model, "--port", port, *shell.server_flags)
+    result = shell("launch", shell.model, "--port", port, *shell.flags)
     assert result.status == 2
     assert result.err.endswith(
         f"error: cannot listen on 127.0.0.1:{port} (Address already in use); stop the process that "
@@ -96,7 +96,7 @@ def test_a_port_in_use_is_noticed_before_anything_is_compiled(shell: Any, server
     ],
 )
 def test_an_unknown_model_is_one_line_and_exit_2(shell: Any, model: str, message: str) -> None:
-    result = shell("launch", model, "--port", "0", *shell.server_flags)
+    result = shell("launch", model, "--port", "0", *shell.flags)
     assert result.status == 2
     assert f"error: {message}" in result.err
     assert "Traceback" not in result.err
@@ -121,13 +121,13 @@ def test_the_default_model_without_its_file_says_how_to_fetch_it(
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(shell: Any, mesh: str, message: str) -> None:
-    result = shell("launch", shell.model, "--mesh", mesh, "--port", "0", *shell.server_flags)
+    result = shell("launch", shell.model, "--mesh", mesh, "--port", "0", *shell.flags)
     assert result.status == 2
     assert f"error: {message}" in result.err
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(shell: Any) -> None:
-    result = shell("launch", TINY / "llama", "--port", "0", *shell.server_flags)
+    result = shell("launch", TINY / "llama", "--port", "0", *shell.flags)
     assert result.status == 2
     assert "has no tokenizer.json" in result.err
 
@@ -136,7 +136,7 @@ def test_a_truncated_checkpoint_is_refused(shell: Any, tmp_path: Path) -> None:
     shutil.copytree(TINY / "llama", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = shell("launch", tmp_path / "cut", "--port", "0", *shell.server_flags)
+    result = shell("launch", tmp_path / "cut", "--port", "0", *shell.flags)
     assert result.status == 2
     assert "model.safetensors" in result.err
     assert "Traceback" not in result.err
@@ -145,7 +145,7 @@ def test_a_truncated_checkpoint_is_refused(shell: Any, tmp_path: Path) -> None:
 def test_a_corrupt_gguf_is_refused(shell: Any, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + b"\xff" * 60)
-    result = shell("launch", path, "--port", "0", *shell.server_flags)
+    result = shell("launch", path, "--port", "0", *shell.flags)
     assert result.status == 2
     assert f"error: {path}" in result.err
 

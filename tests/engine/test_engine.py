@@ -92,13 +92,15 @@ def test_many_requests_at_once_get_the_answers_they_would_get_alone() -> None:
 def test_answers_are_the_same_with_the_prefix_cache_on_and_off(prefix_cache: bool) -> None:
     engine, _ = counting_engine(prefix_cache=prefix_cache)
     long = list(range(1, 14))
+    cached: list[int] = []
     for name in "abc":
         reader = submit(engine, name, long, max_tokens=5)
         run(engine)
         assert reader.tokens() == answer(long, 5)
+        assert reader.started.cached_tokens == reader.finish().cached_tokens
+        cached.append(reader.finish().cached_tokens)
 
-    cached = 12 if prefix_cache else 0
-    assert reader.started.cached_tokens == reader.finish().cached_tokens == cached
+    assert cached == ([0, 12, 12] if prefix_cache else [0, 0, 0])
     assert engine.stats().prefix_hit_rate == pytest.approx(24 / 39 if prefix_cache else 0.0)
 
 

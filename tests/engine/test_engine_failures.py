@@ -289,10 +289,13 @@ def test_a_device_that_keeps_failing_ends_the_thread() -> None:
     runner.on_dispatch = lost
     engine.start()
     waker = ThreadWaker()
+    errors: list[Exception | None] = []
     for number in range(MAX_STEP_FAILURES):
         reader = Reader(engine.submit(make_request(str(number), PROMPT), waker))
         wait_for(waker, {"r": reader})
-    assert isinstance(reader.finish().error, EngineDeadError)
+        errors.append(reader.finish().error)
+    assert isinstance(errors[-1], EngineDeadError)
+    assert all(isinstance(error, RequestFailedError) for error in errors[:-1])
     assert engine._thread is not None
     engine._thread.join()
 

@@ -1,4 +1,4 @@
-"""What a step costs the host at 64 rows, apart from the device. Figures are in bench/.
+"""What a step costs the host at 64 rows, apart from the device.
 
 A shared machine is easily several times slower for a moment, so the best of many short stretches
 counts, and it is compared with plain Python work that is timed beside it.
@@ -68,6 +68,6 @@ def test_host_work_at_64_rows_is_far_below_a_step() -> None:
 
     assert plan_us < 300
     assert total_us < 1500
-    # A thousand multiplications take about 45 us on the machine these goals were set on, where
-    # all phases together took 130 us. Six times that ratio is left for other machines.
-    assert total_us < 18 * yardstick_us
+    # A thousand multiplications took 58 us on the machine these goals were set on, and all phases
+    # together 111 us. Four times that ratio is left for other machines and moments.
+    assert total_us < 8 * yardstick_us

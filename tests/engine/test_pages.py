@@ -72,12 +72,11 @@ def test_cached_pages_are_evicted_only_when_none_is_free_and_the_oldest_first() 
     evicted: list[int] = []
     pool.on_evict = evicted.append
     first, second = pool.allocate(2), pool.allocate(1)
-    assert first == [1, 2]
-    assert second == [3]
+    assert (first, second) == ([1, 2], [3])
     for page in (1, 2, 3):
         pool.keep(page)
-    pool.release(second)
-    pool.release(first)
+    pool.release([3])
+    pool.release([1, 2])
 
     assert pool.allocate(1) == [4]
     assert evicted == []

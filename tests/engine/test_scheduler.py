@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.request import Request, SamplingParams
@@ -412,13 +412,14 @@ def test_a_finished_prompt_is_found_again_page_by_page() -> None:
 
 def test_at_least_one_token_is_computed_however_much_is_cached() -> None:
     scheduler = make(num_pages=10)
+    starts: list[int] = []
     for _ in range(2):
-        last = sequence([1, 2, 3, 4, 5, 6, 7, 8])
-        enqueue(scheduler, last)
-        plan = advance(scheduler)
-        scheduler.finish(last)
+        one = sequence([1, 2, 3, 4, 5, 6, 7, 8])
+        enqueue(scheduler, one)
+        starts += [chunk.start for chunk in advance(scheduler).chunks]
+        scheduler.finish(one)
 
-    assert chunks(plan) == [(last, 4, 4, True)]
+    assert starts == [0, 4]
 
 
 def test_another_salt_finds_nothing() -> None:
@@ -485,10 +486,10 @@ def test_scores_start_afresh_when_a_prompt_is_computed_again() -> None:
     enqueue(scheduler, scored)
     advance(scheduler)
     assert scored.prompt_logprobs == [None]
-    scored.prompt_logprobs += [None, None]
+    collected = scored.prompt_logprobs = [None, None, None]
 
     scheduler.preempt_all()
-    assert len(scored.prompt_logprobs) == 3, "what is in flight still belongs to the old ones"
+    assert scored.prompt_logprobs is collected, "what is in flight still belongs to these"
     advance(scheduler)
 
     assert scored.prompt_logprobs == [None]
@@ -636,6 +637,7 @@ def test_the_ledger_of_the_scheduler_notices_what_does_not_add_up() -> None:
         scheduler.check_integrity()
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_random_lives_keep_the_ledger_and_everyone_finishes(data: st.DataObject) -> None:
     scheduler = make(

@@ -164,6 +164,7 @@ def test_strict_mode_raises_when_something_compiles(service: Service) -> None:
 def test_an_unexpected_shape_is_an_error_that_names_the_argument(service: Service) -> None:
     runner = service.runner
     step = service.plan.step
+    assert runner._blank is not None
     with pytest.raises(TypeError, match="packed"):
         runner._call(
             ("decode", 1, 1), runner._blank, np.zeros((1, step.line_columns + 1), np.int32)

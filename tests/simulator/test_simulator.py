@@ -92,6 +92,7 @@ def test_the_simulator_runs_the_classes_that_the_server_runs() -> None:
     assert engine.pack_step is step.pack_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_planted_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     bug.plant(monkeypatch)

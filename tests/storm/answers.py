@@ -64,7 +64,9 @@ class Transcript:
         self._prompt_scores = len(response.prompt_logprobs)
         for answer in response.choices:
             choice = self.choices[answer.choice]
-            new = list(answer.token_ids)
+            # With echo the prompt comes first, in the tokens and in the text.
+            echoed = started.prompt_tokens if self.request.echo else 0
+            new = list(answer.token_ids[echoed:])
             self._check_tokens(new, answer.logprobs)
             choice.tokens += new
             choice.text = answer.text
@@ -112,7 +114,8 @@ class Transcript:
             assert finish.stop_string in request.stop
             shown = choice.text.endswith(finish.stop_string)
             assert shown or not request.include_stop, "the stop string was to be kept"
-            assert finish.stop_string not in choice.text or request.include_stop
+            # The echo of a unary answer is part of its text, and may hold the string.
+            assert finish.stop_string not in choice.text or request.include_stop or request.echo
             return
         assert finish.stop_token_id == choice.tokens[-1]
         assert finish.stop_token_id in self._ends | set(request.stop_token_ids)

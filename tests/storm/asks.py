@@ -155,8 +155,10 @@ class Asks:
                 request = self._request(number, options)
                 return Ask(number, behaviour, request, messages=rng.randint(1, 3))
             case Behaviour.DEADLINE:
-                timeout_s = 10 ** rng.uniform(-3, 0)
-                return Ask(number, behaviour, self._request(number), timeout_s)
+                # From a millisecond to seconds; going first, so that some run when it is over.
+                options = {**self._sampling(), "priority": -5}
+                timeout_s = 10 ** rng.uniform(-3, 0.5)
+                return Ask(number, behaviour, self._request(number, options), timeout_s)
             case Behaviour.LEAVE_QUEUED:
                 options = {**self._sampling(), "priority": 50}
                 return Ask(number, behaviour, self._request(number, options), messages=1)
@@ -173,7 +175,7 @@ class Asks:
         if draw < 0.85 or not self._info.has_chat_template:
             return generate_request(self._text(), None, None, sampling)
         roles = ("system", "user", "assistant", "user")[self._rng.randrange(2) :]
-        messages = [{"role": role, "content": self._text(6)} for role in roles]
+        messages = [{"role": role, "content": self._text(4)} for role in roles]
         return generate_request(None, None, messages, sampling)
 
     def _resume(self, sampling: dict[str, Any], number: int) -> None:

@@ -19,10 +19,12 @@ from tests.storm.answers import Transcript
 from tests.storm.asks import EXPECTED, LEFT, OK, OVERLOAD, Ask, Behaviour
 
 CONNECTIONS = 4
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """For anything that must come; far above what a loaded machine needs."""
 PAUSE_S = 0.5
 """A client that waits for the progress of others goes on after this, should there be none."""
+BACK_OFF_ENDINGS = 24
+"""What a refused client waits for, so that a few are refused and not most."""
 NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
 """For the deaf: windows that do not grow."""
 
@@ -98,7 +100,7 @@ class Clients:
                 self.outcomes[ask.number] = outcome
                 await self.progress.tick()
                 if outcome.ending == OVERLOAD:
-                    await self.progress.wait(8)
+                    await self.progress.wait(BACK_OFF_ENDINGS)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrent):
