@@ -115,7 +115,7 @@ class QueueFullError(RetryableError):
 
     def __init__(self, what: str, value: int, limit: int, *, retry_after_s: float) -> None:
         super().__init__(
-            f"the queue holds {value} {what} and the limit is {limit}; "
+            f"the queue is full ({value} {what}, limit {limit}); "
             f"retry in about {retry_after_s:.1f} s, or raise --max-waiting-{what}",
             retry_after_s=retry_after_s,
         )

@@ -56,7 +56,7 @@ class ProgressLines(Progress):
             if not (is_first or done_now or now - self._last_s[stage] >= LINE_INTERVAL_S):
                 return
             self._last_s[stage] = now
-            count = f"{done}/{total} " if total > 1 else ""
+            count = f"{show_count(done, total)} " if total > 1 else ""
             took = f" (done in {now - start_s:.1f} s)" if done_now and not is_first else ""
             print(f"[{stage}] {count}{detail}".rstrip() + took, file=self._file, flush=True)
 
@@ -75,7 +75,7 @@ class ProgressBars(Progress):
         self._bars = progress.Progress(
             progress.TextColumn("{task.description:12}"),
             progress.BarColumn(),
-            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[count]}"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[detail]}", markup=False),
             console=Console(file=file),
@@ -85,9 +85,10 @@ class ProgressBars(Progress):
     def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
         """Moves the stage's bar."""
         with self._lock:
+            shown: dict[str, Any] = {"detail": detail, "count": show_count(done, total)}
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, detail=detail)
-            self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail)
+                self._tasks[stage] = self._bars.add_task(stage, total=total, **shown)
+            self._bars.update(self._tasks[stage], completed=done, total=total, **shown)
 
     def close(self) -> None:
         """Draws the bars for the last time."""
@@ -121,9 +122,20 @@ def bars_html(stages: Mapping[str, tuple[int, int, str]]) -> str:
     """Returns a line with a bar for each stage: (done, total, detail)."""
     return "".join(
         f'<div><code>{html.escape(stage):12}</code> <progress value="{done}" max="{total}">'
-        f"</progress> {done}/{total} <small>{html.escape(detail)}</small></div>"
+        f"</progress> {show_count(done, total)} <small>{html.escape(detail)}</small></div>"
         for stage, (done, total, detail) in stages.items()
     )
+
+
+def show_count(done: int, total: int) -> str:
+    """Returns how far something is. Nothing but bytes comes in millions here.
+
+    >>> show_count(3, 14), show_count(2**20, 5 * 2**20)
+    ('3/14', '1/5 MiB')
+    """
+    if total < 2**20:
+        return f"{done}/{total}"
+    return f"{done / 2**20:.0f}/{total / 2**20:.0f} MiB"
 
 
 def show_progress(file: Any = None) -> Progress:

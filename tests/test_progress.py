@@ -15,6 +15,7 @@ from jaxserve.progress import (
     ProgressBars,
     ProgressLines,
     bars_html,
+    show_count,
     show_progress,
     show_to_person,
 )
@@ -39,6 +40,11 @@ def test_a_stage_has_its_first_and_last_line_and_one_every_two_seconds() -> None
         "[compile] 9/10 program 9",
         "[compile] 10/10 program 10 (done in 7.0 s)",
     ]
+
+
+def test_millions_are_bytes() -> None:
+    assert show_count(3, 14) == "3/14"
+    assert show_count(513 * 2**20, 513 * 2**20) == "513/513 MiB"
 
 
 def test_stages_do_not_silence_each_other() -> None:

@@ -118,7 +118,10 @@ class ThreadWaker:
         self._ready.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits for the next ``wake`` since the last ``wait``; False when time ran out."""
+        """Waits for the next ``wake`` since the last ``wait``; False when time ran out.
+
+        ``take`` everything first: a stream that still holds events wakes nobody.
+        """
         woken = self._ready.wait(timeout_s)
         self._ready.clear()
         return woken

@@ -56,8 +56,9 @@ class Parrot(Client):
 
 @pytest.fixture
 def parrot() -> Iterator[Parrot]:
-    with Parrot() as parrot:
-        yield parrot
+    parrot = Parrot()
+    yield parrot
+    parrot.close()
 
 
 def chat_with(

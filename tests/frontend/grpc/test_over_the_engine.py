@@ -142,7 +142,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(serve):
     for stats in client.watch_stats(0.05):
         if stats.requests_waiting == 1:
             break
-    with pytest.raises(QueueFullError, match="the queue holds 1 requests and the limit is 1") as e:
+    with pytest.raises(QueueFullError, match=r"the queue is full \(1 requests, limit 1\)") as e:
         answer(client, [5])
 
     assert e.value.retry_after_s > 0

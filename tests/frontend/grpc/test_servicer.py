@@ -437,7 +437,7 @@ def test_a_full_queue_says_when_to_come_back(engine, stubs):
     found, message = details(error)
 
     assert error.code() is Code.RESOURCE_EXHAUSTED
-    assert "the queue holds 9 requests and the limit is 9" in message
+    assert "the queue is full (9 requests, limit 9)" in message
     assert found["RetryInfo"].retry_delay.ToNanoseconds() == 1_500_000_000
     assert found["ErrorInfo"].reason == "QUEUE_FULL"
 
