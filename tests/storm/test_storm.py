@@ -31,7 +31,7 @@ from tests.agreement.ways import engine_over, make_service
 from tests.storm.asks import OK, OVERLOAD, Ask, Asks, Behaviour, sample
 from tests.storm.clients import PATIENCE_S, Clients, Outcome
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MODEL = os.environ.get("JAXSERVE_STORM_MODEL", "dummy:tiny-llama")
 REQUESTS = int(os.environ.get("JAXSERVE_STORM_REQUESTS", "2000"))
@@ -57,8 +57,6 @@ class Storm:
     taken: list[tuple[Request, TokenStream]]
     """Every request that the engine took in."""
     client_tasks: int
-    server_tasks: int
-    """Tasks of the server's event loop more than before."""
     seconds: float
     """Of the storm itself."""
     again: list[tuple[Outcome, Outcome]] = field(default_factory=list)
@@ -142,7 +140,7 @@ async def _weather(
         await clients.storm(asks, concurrent=CONCURRENT)
         seconds = time.perf_counter() - start_s
         async with asyncio.timeout(PATIENCE_S):
-            while not engine.idle or len(asyncio.all_tasks(loop)) > tasks_before:
+            while not engine.idle or _extra_tasks(loop, tasks_before):
                 await clients.stats()
         result = Storm(
             outcomes=dict(clients.outcomes),
@@ -150,7 +148,6 @@ async def _weather(
             stats=await clients.stats(),
             taken=list(ledger.taken),
             client_tasks=len(asyncio.all_tasks()) - 1,
-            server_tasks=len(asyncio.all_tasks(loop)) - tasks_before,
             seconds=seconds,
         )
         finished = [outcome for outcome in clients.outcomes.values() if outcome.ending == OK]
@@ -159,6 +156,11 @@ async def _weather(
         return result
     finally:
         await clients.close()
+
+
+def _extra_tasks(loop: asyncio.AbstractEventLoop, before: int) -> int:
+    """Tasks of the server's event loop more than before the storm."""
+    return max(0, len(asyncio.all_tasks(loop)) - before)
 
 
 def _alone(outcome: Outcome) -> Ask:
@@ -230,15 +232,22 @@ def test_nothing_was_compiled_after_ready(storm: Storm) -> None:
 
 
 def test_no_task_and_no_thread_is_left(storm: Storm) -> None:
+    """The server's tasks were waited for in the storm itself, which fails if they stay."""
     assert storm.client_tasks == 0
-    assert storm.server_tasks <= 0
     assert not storm.threads_left
 
 
 def test_a_request_of_the_storm_gets_the_same_tokens_alone(storm: Storm) -> None:
     """Which also says that the server answers the next request."""
     assert len(storm.again) >= min(ASKED_AGAIN, REQUESTS // 4)
-    for before, after in storm.again:
-        assert after.ending == OK
-        for left, right in zip(before.transcript.choices, after.transcript.choices, strict=True):
-            assert left.outcome() == right.outcome(), before.ask.request
+    differing = [
+        f"request {before.ask.number}, temperature {before.ask.request.temperature:.2f}"
+        for before, after in storm.again
+        if after.ending != OK or not _same(before, after)
+    ]
+    assert not differing, f"{len(differing)} of {len(storm.again)} differ: {differing}"
+
+
+def _same(left: Outcome, right: Outcome) -> bool:
+    pairs = zip(left.transcript.choices, right.transcript.choices, strict=True)
+    return all(a.outcome() == b.outcome() for a, b in pairs)
