@@ -5,7 +5,8 @@ It lets ``dummy:NAME`` models take and give text, so that everything but the mea
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 
 from jaxserve.frontend.tokenizer import Tokenizer
 

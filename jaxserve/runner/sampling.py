@@ -1,9 +1,9 @@
 """Every sampling parameter over a batch of logits, on the device, as data.
 
 Order: repetition, presence and frequency penalties; bias (logit bias, allowed and banned tokens);
-suppressed end tokens; temperature; min_p; top_k; top_p. Then the inverse of the cumulative
-distribution at one uniform number per row, whose key is the request's seed folded with the choice
-and the token's position, so that a row's token does not depend on its neighbours.
+suppressed end tokens; temperature; min_p; top_k; top_p. Then the argmax of what is left plus Gumbel
+noise whose key is the request's seed, the choice and the token's position, so that a row's token
+does not depend on its neighbours.
 
 Optional work stands behind ``lax.cond`` on "does any row want it": the program is the same for
 every mix of requests, and greedy batches do not pay for the rest.
@@ -28,8 +28,6 @@ from jaxserve.engine.step import (
     SEEN_IN_PROMPT,
     Column,
 )
-
-GROUP = 128  # Tokens per group of the two-level inverse: a short scan over groups, then in one.
 
 
 @dataclass(frozen=True)
@@ -169,28 +167,32 @@ def _suppress(logits: Float[Array, "B V"], tokens: Int[Array, "B E"]) -> Float[A
 
 
 def _sample(logits: Float[Array, "B V"], lines: Lines) -> Int[Array, " B"]:
+    """The Gumbel-max trick: the argmax of logits plus noise is a draw from their softmax.
+
+    Rounding in the logits changes a draw only where two candidates tie to within it. Inverting the
+    cumulative distribution would add the rounding of all tokens before a boundary instead.
+    """
     temperature = lines.floats(Column.TEMPERATURE_BITS)
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     top_k, top_p = lines.column(Column.TOP_K), lines.floats(Column.TOP_P_BITS)
     min_p = lines.floats(Column.MIN_P_BITS)
     filters = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
-    mass = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    mass = lax.cond(
+    scaled = lax.cond(
         jnp.any(filters & (temperature > 0)),
-        lambda: jnp.where(_kept(scaled, mass, top_k, top_p, min_p), mass, 0.0),
-        lambda: mass,
+        lambda: jnp.where(_kept(scaled, top_k, top_p, min_p), scaled, -jnp.inf),
+        lambda: scaled,
     )
-    return _invert(mass, _uniform(lines))
+    return jnp.argmax(scaled + _gumbel(lines, scaled.shape[-1]), axis=-1).astype(jnp.int32)
 
 
 def _kept(
     scaled: Float[Array, "B V"],
-    mass: Float[Array, "B V"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
 ) -> Bool[Array, "B V"]:
     """Which tokens min_p, then top_k, then top_p leave. Ties with the last kept token stay."""
+    mass = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     kept = mass >= min_p[:, None]
     order = jnp.where(kept, _sortable(scaled), jnp.uint32(0))
     k = jnp.where(top_k > 0, top_k, scaled.shape[-1]).astype(jnp.float32)
@@ -229,53 +231,34 @@ def _threshold(order: Array, weight: Float[Array, "B V"], wanted: Float[Array, "
     return lax.fori_loop(jnp.int32(0), jnp.int32(32), try_bit, start)
 
 
-def _uniform(lines: Lines) -> Float[Array, " B"]:
-    """One number in [0, 1) per row: Threefry-2x32 of (choice, position) under the seed as key.
+def _gumbel(lines: Lines, vocab: int) -> Float[Array, "B V"]:
+    """Gumbel noise of every token, from (seed, choice, position of the new token, token).
 
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The position is the new
-    token's. A counter-based generator needs one block per row and keeps no state.
+    Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") makes two
+    words per row; two rounds of MurmurHash3's finalizer spread them over the vocabulary at a tenth
+    of what Threefry would cost there. A token's noise does not depend on which device holds it.
     """
     seed = [_unsigned(lines.column(column)) for column in (Column.SEED_HIGH, Column.SEED_LOW)]
     position = _unsigned(lines.column(Column.START) + lines.column(Column.LENGTH))
     choice = _unsigned(lines.column(Column.CHOICE))
 
     def draw(key: Array, counter: Array) -> Array:
-        return threefry_2x32((key[0], key[1]), counter)[0]
+        return threefry_2x32((key[0], key[1]), counter)
 
     words = jax.vmap(draw)(jnp.stack(seed, axis=-1), jnp.stack([choice, position], axis=-1))
-    return (words >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    token = jnp.arange(vocab, dtype=jnp.uint32)[None] * jnp.uint32(0x9E3779B1)
+    noise = _finalize(_finalize(token ^ words[:, :1]) + words[:, 1:])
+    # All 32 bits count near zero, where the exponential variables lie that win.
+    uniform = (noise.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _finalize(words: Array) -> Array:
+    """MurmurHash3's 32-bit finalizer: every bit of a word reaches every other."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
 
 
 def _unsigned(values: Int[Array, " B"]) -> Array:
     return lax.bitcast_convert_type(values, jnp.uint32)
-
-
-def _invert(mass: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The token at which the cumulative mass passes ``uniform`` of the total.
-
-    Never a token without mass: rounding at a boundary falls to the last token that has some.
-    """
-    batch, vocab = mass.shape
-    grouped = jnp.pad(mass, ((0, 0), (0, -vocab % GROUP))).reshape(batch, -1, GROUP)
-    sums = jnp.sum(grouped, axis=-1)
-    target = uniform * jnp.sum(sums, axis=-1)
-    group, before = _first_above(sums, target)
-    chosen = jnp.take_along_axis(grouped, group[:, None, None], axis=1)[:, 0]
-    token, _ = _first_above(chosen, target - before)
-    return (group * GROUP + token).astype(jnp.int32)
-
-
-def _first_above(
-    mass: Float[Array, "B X"], target: Float[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """First place with mass whose running sum exceeds ``target``, and the sum before it."""
-    running = jnp.cumsum(mass, axis=-1)
-    some = mass > 0
-    above = (running > target[:, None]) & some
-    last = mass.shape[-1] - 1 - jnp.argmax(some[:, ::-1], axis=-1)
-    place = jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)
-    index = place[:, None]
-    before = jnp.take_along_axis(running, index, axis=-1) - jnp.take_along_axis(
-        mass, index, axis=-1
-    )
-    return place.astype(jnp.int32), before[:, 0]
