@@ -49,12 +49,12 @@ assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the test
 ##@ Check
 
 .PHONY: test
-test: $(STAMP) assets lint types layers proto-check proto-lint ## Everything but the GPU tests
-	$(PYTEST) -m "not gpu" $(ARGS)
+test: $(STAMP) assets lint types layers proto-check proto-lint ## All checks, all tests but gpu and prove-*
+	$(PYTEST) -m "not gpu and not prove" $(ARGS)
 
 .PHONY: quick
 quick: $(STAMP) ## The unmarked tests
-	$(PYTEST) -m "not gpu and not slow" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not prove" $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## The tests that need an accelerator
@@ -111,6 +111,10 @@ proto-release: $(STAMP) ## Renew the image of the last release; needs a CHANGELO
 prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunked, preempted
 	@$(BIN)/python -m jaxserve.assets smollm2
 	JAXSERVE_AGREEMENT_MODEL=smollm2 $(PYTEST) tests/agreement --timeout 3600 $(ARGS)
+
+.PHONY: prove-parity
+prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts
+	$(PYTEST) tests/agreement/test_references.py --timeout 3600 $(ARGS)
 
 .PHONY: prove-storm
 prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a small pool

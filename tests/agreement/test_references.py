@@ -19,6 +19,8 @@ from jaxserve.launch import Service
 from tests.agreement.ways import GREEDY, ask_together, engine_over, events_of, make_service
 
 pytestmark = pytest.mark.slow
+LONGER = ("moby_dick", "shakespeare", "argparse")
+"""Texts that ``make prove-parity`` adds."""
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -33,7 +35,7 @@ class Reference:
         return np.load(GOLDEN / f"{file}{self.name}.npz")
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma3", marks=pytest.mark.prove)])
 def reference(
     request: pytest.FixtureRequest, assets: Callable[[str], Path], cache_dir: Path
 ) -> Iterator[Reference]:
@@ -63,7 +65,10 @@ def test_greedy_tokens_are_those_of_transformers(reference: Reference) -> None:
     np.testing.assert_array_equal(answers, recorded["greedy_tokens"])
 
 
-@pytest.mark.parametrize("text", ["moby_dick", "shakespeare", "argparse", "gpl3"])
+@pytest.mark.parametrize(
+    "text",
+    [*(pytest.param(text, marks=pytest.mark.prove) for text in LONGER), "gpl3"],
+)
 def test_perplexity_is_within_half_a_percent(
     reference: Reference, text: str, record_property: Callable[[str, object], None]
 ) -> None:
