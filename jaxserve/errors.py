@@ -8,7 +8,8 @@
     ├── RequestNotFoundError           abort of a request that is not live
     ├── RetryableError                 the same request may succeed later or elsewhere
     │   ├── QueueFullError
-    │   └── DrainingError
+    │   ├── DrainingError
+    │   └── ShuttingDownError
     ├── DeadlineExceededError          the client's deadline passed, or cannot be met
     ├── RequestCancelledError          somebody asked for the request to stop
     ├── SlowReaderError                the client stopped reading its stream
@@ -103,6 +104,8 @@ class RequestNotFoundError(JaxserveError):
 class RetryableError(JaxserveError):
     """The same request may succeed after ``retry_after_s`` seconds, here or elsewhere."""
 
+    reason = "RETRY"
+
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -134,6 +137,20 @@ class DrainingError(RetryableError):
             "the server is draining and takes no new requests; retry on another server",
             retry_after_s=retry_after_s,
         )
+
+
+class ShuttingDownError(RetryableError):
+    """The server ended before the request did; another one can continue the answer."""
+
+    reason = "SHUTTING_DOWN"
+
+    def __init__(self, request_id: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(
+            f"the server shut down before request {request_id!r} was finished; resume it on "
+            "another server with the tokens received so far",
+            retry_after_s=retry_after_s,
+        )
+        self.request_id = request_id
 
 
 class DeadlineExceededError(JaxserveError):

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from jaxserve.version import __version__
 from jaxserve.weights.source import DUMMY, ModelSource, open_source, save_model
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.placement import bytes_per_device
+from sharding.rules import ShardingRules
 
 CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
 BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
@@ -124,22 +126,28 @@ def build(config: ServeConfig, report: Report = silent) -> Service:
     start = time.perf_counter()
     configure_jax(config)
     CompileCounter.instance()
-    source = open_source(
-        config.model,
-        assets_dir=config.assets_dir,
-        offline=config.offline,
-        random_weights=config.load_format == "dummy",
-        seed=config.seed,
-    )
-    plan = resolve(config, source.model_config())
-    tokenizer, template = _text_parts(config, source)
-    with ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
-        digest = pool.submit(source.digest)
-        runner, num_pages, params = _prepare(config, plan, source, pool, report)
+    with ExitStack() as undo:
+        source = open_source(
+            config.model,
+            assets_dir=config.assets_dir,
+            offline=config.offline,
+            random_weights=config.load_format == "dummy",
+            seed=config.seed,
+        )
+        undo.callback(source.close)
+        plan = resolve(config, source.model_config())
+        tokenizer, template = _text_parts(config, source)
+        if template is not None:
+            undo.callback(template.close)
+        with ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
+            digest = pool.submit(source.digest)
+            runner, num_pages, params = _prepare(config, plan, source, pool, report)
+        undo.callback(runner.close)
         runner.make_ready(params, strict=config.strict_compile)
         del params
-    engine = _make_engine(config, plan, runner, num_pages, _end_ids(plan.model, tokenizer))
-    info = _model_info(plan, engine, tokenizer, digest.result(), config)
+        engine = _make_engine(config, plan, runner, num_pages, _end_ids(plan.model, tokenizer))
+        info = _model_info(plan, engine, tokenizer, digest.result(), config)
+        undo.pop_all()  # From here on the service closes them.
     engine.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
@@ -258,6 +266,8 @@ def _prepare(
     keys = runner.program_keys()
     for done, key in enumerate(runner.compile(keys), start=2):
         report("compile", done, len(keys), str(key))
+        if loading.done():
+            loading.result()  # A bad weight is heard of now, not when everything is compiled.
     return runner, num_pages, loading.result()
 
 
@@ -356,6 +366,7 @@ def _model_info(
         dtype=plan.dtype.name,
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
+        sharding_summary=_sharding_summary(plan),
         max_rows=plan.step.max_rows,
         pages_total=engine.scheduler.pool.total,
         page_tokens=plan.page_tokens,
@@ -419,8 +430,27 @@ def _served_name(model: str) -> str:
 
 
 def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    ids = sorted({*model.eos_token_ids, *tokenizer.eos_ids} & set(range(model.vocab_size)))
-    return tuple(ids[:MAX_END_TOKENS])
+    """The tokenizer's end tokens, which the front end goes by too, that the model can choose."""
+    ids = tuple(sorted(number for number in tokenizer.eos_ids if number < model.vocab_size))
+    if len(ids) > MAX_END_TOKENS:
+        raise TokenizerError(
+            f"{tokenizer.source} names {len(ids)} end tokens and {MAX_END_TOKENS} are supported; "
+            "shorten eos_token_id in its generation_config.json"
+        )
+    return ids
+
+
+def _sharding_summary(plan: LaunchPlan) -> str:
+    """One line on what is split; empty on one device."""
+    if plan.mesh.size == 1:
+        return ""
+    rules = ShardingRules()
+    split = {
+        name: axis
+        for name in ("kv_heads", "q_heads", "ffn", "vocab")
+        if (axis := rules.mesh_axis(name)) is not None
+    }
+    return ", ".join(f"{name} over {axis}={plan.mesh.shape[axis]}" for name, axis in split.items())
 
 
 def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:

@@ -11,11 +11,9 @@ server adds (a socket, deadlines, several processes) is left to ``Client``.
 
 from __future__ import annotations
 
-import queue
-import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
@@ -24,18 +22,12 @@ import numpy as np
 
 from jaxserve.assets import default_directory
 from jaxserve.config import ServeConfig
-from jaxserve.engine.request import Event, FinishedEvent, Request, SamplingParams, StartedEvent
+from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.stats import EngineStats
-from jaxserve.engine.stream import TokenStream
-from jaxserve.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
-from jaxserve.frontend.client_types import Chunk, GenerateOptions, Generation, Score
-from jaxserve.frontend.generation import (
-    GenerationCall,
-    Output,
-    Started,
-    TextStream,
-)
-from jaxserve.frontend.in_process import AnswerBuilder, chunk_from, score_from
+from jaxserve.errors import ConfigError, InvalidRequestError
+from jaxserve.frontend.client_types import GenerateOptions, Generation, Score
+from jaxserve.frontend.generation import GenerationCall
+from jaxserve.frontend.in_process_calls import Batch, Stream, score
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.launch import build
@@ -45,9 +37,6 @@ from jaxserve.runner.dense import DenseForward
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | np.ndarray
-
-HEALTH_INTERVAL_S = 1.0
-"""How often a waiting call looks whether the engine is still alive."""
 
 _SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 _CALL_NAMES = {
@@ -183,7 +172,8 @@ class LLM:
         if (prompt is None) == (messages is None):
             raise InvalidRequestError("pass exactly one of a prompt and messages", field="prompt")
         given = _prompt(prompt) if prompt is not None else _conversation(messages or ())
-        return Stream(self, self._call(given, sampling, options))
+        self._check_open()
+        return Stream(self._text, self._call(given, sampling, options))
 
     def score(
         self,
@@ -199,20 +189,9 @@ class LLM:
             InvalidRequestError: also when the LLM was made with ``prompt_logprobs=False``.
         """
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_logprobs)
-        request, _ = self._text.build_request(
-            GenerationCall(text=text, token_ids=token_ids, messages=messages, sampling=sampling)
-        )
+        call = GenerationCall(text=text, token_ids=token_ids, messages=messages, sampling=sampling)
         self._check_open()
-        inbox = _Inbox()
-        stream = self._service.engine.submit(request, inbox)
-        try:
-            started = None
-            while started is None:
-                self._wait(inbox)
-                started = _started(stream.take())
-        finally:
-            stream.close()  # The one token that would come next is of no use.
-        return score_from(request.prompt, started, self.tokenizer, self.info.model_digest)
+        return score(self._text, self.info.model_digest, call)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the float32 logits ``[T, V]`` after every token, from one dense forward pass.
@@ -276,164 +255,18 @@ class LLM:
         return replace(prompt, sampling=replace(sampling or SamplingParams(), **chosen), **other)
 
     def _run(self, calls: Sequence[GenerationCall]) -> list[Generation]:
-        with show_to_person(self._progress if len(calls) > 1 else False) as report:
-            return _Batch(self, calls, report).run()
-
-    def _submit(self, call: GenerationCall, inbox: _Inbox) -> TextStream:
         self._check_open()
-        return self._text.submit(call, inbox)
+        with show_to_person(self._progress if len(calls) > 1 else False) as progress:
+            report = partial(_report, progress)
+            return Batch(self._text, self.info.model_digest, calls, report).run()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this LLM has been closed; make another")
 
-    def _wait(self, inbox: _Inbox) -> Sequence[TokenStream]:
-        """Waits for streams with something to read.
 
-        Raises:
-            EngineDeadError: nothing will come any more.
-        """
-        while True:
-            streams = inbox.wait(HEALTH_INTERVAL_S)
-            if streams:
-                return streams
-            health = self._service.engine.health()
-            if not health.serving:
-                raise EngineDeadError(health.detail)
-
-
-class Stream(Iterator[Chunk]):
-    """One answer as it is made. Close it, leave its ``with`` block or read it to the end."""
-
-    def __init__(self, llm: LLM, call: GenerationCall) -> None:
-        """Submits the request."""
-        self._llm = llm
-        self._inbox = _Inbox()
-        self._stream = llm._submit(call, self._inbox)
-        self._chunks: deque[Chunk] = deque()
-        self._started: Started | None = None
-        self._close = weakref.finalize(self, self._stream.close)
-
-    @property
-    def request_id(self) -> str | None:
-        """The id of the request; None before its first token, as everything here."""
-        return self._started.request_id if self._started else None
-
-    @property
-    def seed(self) -> int | None:
-        """The seed in use; sending it again gives the same answer."""
-        return self._started.seed if self._started else None
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self._started.prompt_tokens if self._started else 0
-
-    @property
-    def cached_tokens(self) -> int:
-        """Those that came from the prefix cache."""
-        return self._started.cached_tokens if self._started else 0
-
-    def __iter__(self) -> Stream:
-        """Returns itself."""
-        return self
-
-    def __next__(self) -> Chunk:
-        """Waits for the next chunk.
-
-        Raises:
-            JaxserveError: the request failed.
-        """
-        while not self._chunks:
-            if self._stream.finished or not self._close.alive:
-                raise StopIteration
-            self._llm._wait(self._inbox)
-            for output in self._stream.feed(self._stream.stream.take()):
-                self._take(output)
-        return self._chunks.popleft()
-
-    def close(self) -> None:
-        """Gives the request up, if it still runs. Any thread; safe to call again."""
-        self._close()
-
-    def __enter__(self) -> Stream:
-        """Returns itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes."""
-        self.close()
-
-    def _take(self, output: Output) -> None:
-        if isinstance(output, Started):
-            self._started = output
-        else:
-            self._chunks.append(chunk_from(output, self._llm.tokenizer))
-
-
-class _Inbox:
-    """A ``Waker`` that keeps what it is told, for the one thread that waits."""
-
-    def __init__(self) -> None:
-        self._woken: queue.SimpleQueue[Sequence[TokenStream]] = queue.SimpleQueue()
-
-    def wake(self, streams: Sequence[TokenStream]) -> None:
-        self._woken.put(streams)
-
-    def wait(self, timeout_s: float) -> Sequence[TokenStream]:
-        """Returns the streams of one step; none when time ran out."""
-        try:
-            return self._woken.get(timeout=timeout_s)
-        except queue.Empty:
-            return ()
-
-
-class _Batch:
-    """Requests that are computed together: as many submitted as the queue takes."""
-
-    def __init__(self, llm: LLM, calls: Sequence[GenerationCall], report: Progress) -> None:
-        self._llm = llm
-        self._report = report
-        self._inbox = _Inbox()
-        self._waiting = deque(enumerate(calls))
-        self._live: dict[TokenStream, tuple[int, TextStream, AnswerBuilder]] = {}
-        self._answers: dict[int, Generation] = {}
-        self._total = len(calls)
-
-    def run(self) -> list[Generation]:
-        """Returns the answers in the order of the calls."""
-        try:
-            while self._waiting or self._live:
-                self._submit()
-                for stream in self._llm._wait(self._inbox):
-                    if stream in self._live:
-                        self._read(stream)
-        finally:
-            for _, text_stream, _ in self._live.values():
-                text_stream.close()
-        return [self._answers[number] for number in range(self._total)]
-
-    def _submit(self) -> None:
-        while self._waiting:
-            number, call = self._waiting[0]
-            try:
-                stream = self._llm._submit(call, self._inbox)
-            except QueueFullError:
-                if not self._live:
-                    raise  # Others fill the queue; nothing of ours will make room.
-                return
-            self._waiting.popleft()
-            builder = AnswerBuilder(self._llm.tokenizer, self._llm.info.model_digest)
-            self._live[stream.stream] = (number, stream, builder)
-
-    def _read(self, stream: TokenStream) -> None:
-        number, text_stream, builder = self._live[stream]
-        for output in text_stream.feed(stream.take()):
-            builder.add(output)
-        if text_stream.finished:
-            del self._live[stream]
-            self._answers[number] = builder.generation()
-            self._report("generate", len(self._answers), self._total, "")
+def _report(progress: Progress, done: int, total: int) -> None:
+    progress("generate", done, total, "")
 
 
 def _is_prompt(prompts: object) -> bool:
@@ -453,12 +286,3 @@ def _conversation(messages: Messages | str) -> GenerationCall:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     return GenerationCall(messages=messages)
-
-
-def _started(events: Sequence[Event]) -> StartedEvent | None:
-    for event in events:
-        if isinstance(event, StartedEvent):
-            return event
-        if isinstance(event, FinishedEvent) and event.error is not None:
-            raise event.error
-    return None

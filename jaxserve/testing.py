@@ -87,6 +87,8 @@ class CountingRunner:
         """Called before a step is computed; may raise."""
         self.on_wait: Callable[[], None] | None = None
         """Called before a result is handed out; may raise, block, or move a clock."""
+        self.poison = POISONED_TOKEN
+        """What a poisoned row samples."""
         self.poison_token: int | None = None
         """A row whose context holds this token has logits that are not finite."""
         self.steps = 0
@@ -172,7 +174,7 @@ class CountingRunner:
         if head[Column.SUPPRESS_STOP] or head[Column.USES_BIAS]:
             token = self._allowed(line, token)
         if self.poison_token in context:
-            token = POISONED_TOKEN
+            token = self.poison
         self._last_token[row] = token
         self._output_counts[row] += 1
         result[row, 0] = token

@@ -156,7 +156,7 @@ def test_a_full_queue_that_is_not_our_doing_is_reported(
         raise QueueFullError("requests", 6, 6, retry_after_s=1.0)
 
     monkeypatch.setattr(llm._service.engine, "submit", refuse)
-    with pytest.raises(QueueFullError, match="holds 6 requests"):
+    with pytest.raises(QueueFullError, match="6 requests"):
         llm.generate(["a", "b"])
 
 
@@ -396,11 +396,11 @@ def test_an_engine_that_hangs_is_reported_to_whoever_waits(
 ) -> None:
     from jaxserve.engine.engine import Health
 
-    monkeypatch.setattr("jaxserve.llm.HEALTH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("jaxserve.frontend.in_process_calls.HEALTH_INTERVAL_S", 0.01)
     monkeypatch.setattr(
         llm._service.engine, "health", lambda: Health(False, "no step has finished")
     )
-    monkeypatch.setattr("jaxserve.llm._Inbox.wake", lambda self, streams: None)
+    monkeypatch.setattr("jaxserve.frontend.in_process_calls.Inbox.wake", lambda self, streams: None)
     with pytest.raises(EngineDeadError, match="no step has finished"):
         llm.generate("Hello", max_tokens=1)
 

@@ -68,11 +68,12 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
         from jaxserve.frontend.client import Client
 
         with Client(options.server, timeout_s=options.timeout_s) as client:
-            answer = _answer(partial(client.stream, **prompt, **sampling), json=options.json)
+            answer = _answer(partial(client.stream, **prompt, **sampling), quiet=options.json)
     else:
         with _load(options) as llm:
-            answer = _answer(partial(llm.stream, **prompt, **sampling), json=options.json)
-    print(json.dumps(answer.to_json()) if options.json else "", flush=True)
+            answer = _answer(partial(llm.stream, **prompt, **sampling), quiet=options.json)
+    if options.json:
+        print(json.dumps(answer.to_json()), flush=True)
     return 0
 
 
@@ -86,5 +87,10 @@ def _load(options: argparse.Namespace) -> Any:
     return LLM(progress=True, **vars(config))
 
 
-def _answer(open_stream: Callable[[], Any], *, json: bool) -> Answer:
-    return read_answer(open_stream, (lambda _: None) if json else write_now)
+def _answer(open_stream: Callable[[], Any], *, quiet: bool) -> Answer:
+    if quiet:
+        return read_answer(open_stream, lambda text: None)
+    try:
+        return read_answer(open_stream, write_now)
+    finally:
+        print(flush=True)  # The prompt of the shell, or an error, on a line of its own.

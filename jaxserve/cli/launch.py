@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     """Serves; returns 0 after a signal and 1 when the engine failed."""
     config, server_config = read_configs(options)
     check_exposure(server_config.host, insecure=options.insecure)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with show_progress() as progress:
         report_environment(progress)
         ensure_asset(config, progress)

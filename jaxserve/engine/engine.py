@@ -35,8 +35,10 @@ from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import (
     DeadlineExceededError,
     EngineDeadError,
+    InvalidRequestError,
     RequestCancelledError,
     RequestFailedError,
+    ShuttingDownError,
 )
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,7 @@ class Engine:
             context_tokens=limits.context_tokens,
             prompt_logprobs=limits.prompt_logprobs,
         )
+        self._check_stops(request.sampling)
         now = self._clock()
         if request.deadline_s is not None and request.deadline_s <= now:
             raise DeadlineExceededError(request.request_id, 0)
@@ -371,6 +374,18 @@ class Engine:
                 self._watch_deadline(live, live.request.deadline_s)
             self.scheduler.enqueue(live.sequences[0])
 
+    def _check_stops(self, sampling: SamplingParams) -> None:
+        """Refuses a request that may choose end and stop tokens only, and must not yet."""
+        if not sampling.min_tokens or not sampling.allowed_token_ids:
+            return
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._end_ids)}
+        if not {*sampling.allowed_token_ids} - {*sampling.banned_token_ids} - stops:
+            raise InvalidRequestError(
+                f"min_tokens is {sampling.min_tokens}, and every allowed token ends the answer, "
+                "so none is left before; allow another token or lower min_tokens to 0",
+                field="min_tokens",
+            )
+
     def _cancel(self, live: LiveRequest) -> None:
         error = RequestCancelledError(live.request.request_id)
         self._publisher.finish_request(live, FinishReason.CANCELLED, self._clock(), error)
@@ -438,7 +453,8 @@ class Engine:
     def _cancel_all(self) -> None:
         self._drain_inbox()
         for live in self._admission.live_requests():
-            self._cancel(live)
+            error = ShuttingDownError(live.request.request_id)
+            self._publisher.finish_request(live, FinishReason.CANCELLED, self._clock(), error)
         self._deliver()
         if self._in_flight is not None:
             # The runner is closed next, and the device must not be using it then.

@@ -12,6 +12,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 
@@ -90,6 +91,11 @@ class SamplingParams:
     """Report each chosen token's log-probability and this many alternatives; 0 to 20."""
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first; 0 to 20."""
+
+    def __post_init__(self) -> None:
+        """Takes one stop string for a list of one, not for a list of its characters."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
 
     def validate(self, *, vocab_size: int) -> None:
         """Checks every range.
@@ -190,6 +196,13 @@ class Request:
                 f"{MAX_CACHE_SALT_CHARS}; send a shorter one",
                 field="cache_salt",
             )
+        try:
+            self.cache_salt.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                "cache_salt holds half a surrogate pair, which is no character; send valid text",
+                field="cache_salt",
+            ) from None
         _check_int("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
         if not self.prompt:
             raise InvalidRequestError(
@@ -301,7 +314,14 @@ class FinishedEvent:
 Event = StartedEvent | TokenEvent | FinishedEvent
 
 
-def _check_int(name: str, value: int, low: int, high: int | None) -> None:
+def _is_int(value: object) -> bool:
+    """Whether a value is a whole number (numpy's count, True and False do not)."""
+    return type(value) is int or (isinstance(value, Integral) and type(value) is not bool)
+
+
+def _check_int(name: str, value: int | float, low: int, high: int | None) -> None:
+    if not _is_int(value):
+        raise InvalidRequestError(f"{name} must be a whole number, got {value!r}", field=name)
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"{low} to {high}"
         raise InvalidRequestError(f"{name} must be {span}, got {value}", field=name)
@@ -331,9 +351,14 @@ def _check_count(name: str, count: int, limit: int) -> None:
         )
 
 
-def _check_tokens(name: str, tokens: Sequence[int], limit: int | None, vocab_size: int) -> None:
+def _check_tokens(
+    name: str, tokens: Sequence[int | float], limit: int | None, vocab_size: int
+) -> None:
     if limit is not None:
         _check_count(name, len(tokens), limit)
+    if not all(map(_is_int, tokens)):
+        bad = next(token for token in tokens if not _is_int(token))
+        raise InvalidRequestError(f"{name} holds {bad!r}; token ids are whole numbers", field=name)
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         bad = next(token for token in tokens if not 0 <= token < vocab_size)
         raise InvalidRequestError(

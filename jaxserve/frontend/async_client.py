@@ -66,7 +66,8 @@ class AsyncStream(StreamFacts, AsyncIterator[Chunk]):
                     break
                 failure = broken_stream(self._address)
             await asyncio.sleep(self._session.after(failure))
-            self._call = self._begin()
+            if not self._closed:  # By another task, meanwhile.
+                self._call = self._begin()
         raise StopAsyncIteration
 
     def close(self) -> None:

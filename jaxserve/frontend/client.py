@@ -13,6 +13,7 @@ the same model. No accelerator runtime is imported.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
@@ -48,7 +49,7 @@ class Stream(StreamFacts, Iterator[Chunk]):
         self._open_call = open_call
         self._address = address
         self._session = session
-        self._closed = False
+        self._closing = threading.Event()
         self._call = self._begin()
 
     def __iter__(self) -> Stream:
@@ -77,13 +78,19 @@ class Stream(StreamFacts, Iterator[Chunk]):
                 if chunk is not None:
                     return chunk
                 continue
-            time.sleep(self._session.after(failure))
+            self._closing.wait(self._session.after(failure))
             self._call = self._begin()
+            if self._closed:  # By another thread, which cancelled the call before.
+                self._call.cancel()
         raise StopIteration
+
+    @property
+    def _closed(self) -> bool:
+        return self._closing.is_set()
 
     def close(self) -> None:
         """Gives the request up, if it still runs. Any thread; safe to call again."""
-        self._closed = True
+        self._closing.set()
         self._call.cancel()
 
     def __enter__(self) -> Stream:

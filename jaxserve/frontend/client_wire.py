@@ -65,6 +65,8 @@ def generate_request(
     for name, value in options.items():
         if value is None:
             continue
+        if name == "stop" and isinstance(value, str):
+            value = [value]  # Not a list of its characters.
         try:
             request.MergeFrom(_one_field(name, value))
         except (TypeError, ValueError) as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 from jaxserve.errors import CheckpointError
 
 SMOLLM2_FILE = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ALIASES: Mapping[str, str] = {"smollm2": SMOLLM2_FILE}
+GEMMA3_FILE = "gemma3/gemma-3-270m.Q4_K_M.gguf"
+ALIASES: Mapping[str, str] = {"smollm2": SMOLLM2_FILE, "gemma3": GEMMA3_FILE}
 """Short names, and the file in the assets directory that each stands for."""
 
 ALLOWED_FILES = ("*.json", "*.safetensors", "*.jinja")

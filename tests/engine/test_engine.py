@@ -8,8 +8,10 @@ import pytest
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.request import FinishReason, StartedEvent
+from jaxserve.engine.step import NO_TOKEN_LEFT
 from jaxserve.errors import (
     DeadlineExceededError,
+    InvalidRequestError,
     RequestCancelledError,
     RequestFailedError,
     RequestNotFoundError,
@@ -192,17 +194,20 @@ def test_a_row_without_finite_logits_fails_alone_and_its_pages_are_not_shared() 
     assert again.started.cached_tokens <= 4
 
 
-def test_rules_that_leave_no_token_fail_the_request() -> None:
+def test_rules_that_leave_no_token_are_refused() -> None:
     engine, _ = counting_engine()
-    reader = submit(
-        engine,
-        "a",
-        PROMPT,
-        max_tokens=4,
-        min_tokens=1,
-        allowed_token_ids=(3,),
-        stop_token_ids=(3,),
-    )
+    rules: dict[str, Any] = {"max_tokens": 4, "allowed_token_ids": (3,), "stop_token_ids": (3,)}
+    with pytest.raises(InvalidRequestError, match="every allowed token ends the answer") as caught:
+        submit(engine, "a", PROMPT, min_tokens=1, **rules)
+    assert caught.value.field == "min_tokens"
+    submit(engine, "a", PROMPT, min_tokens=0, **rules)
+
+
+def test_a_row_without_a_token_left_fails_its_request() -> None:
+    engine, runner = counting_engine()
+    reader = submit(engine, "a", PROMPT, max_tokens=4)
+    runner.poison_token = PROMPT[-1]
+    runner.poison = NO_TOKEN_LEFT
     run(engine)
 
     assert reader.finish().reason is FinishReason.ERROR

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 
+from jaxserve.engine import request as request_module
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from tests.engine.driving import make_request
@@ -123,3 +126,29 @@ def test_every_limit_itself_is_allowed(values: dict[str, Any]) -> None:
 
 def test_the_defaults_are_plain_sampling() -> None:
     SamplingParams().validate(vocab_size=2)
+
+
+def test_one_stop_string_is_not_a_list_of_its_characters() -> None:
+    assert SamplingParams(stop="three").stop == ("three",)
+
+
+def test_a_salt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="half a surrogate pair") as caught:
+        check(cache_salt="\ud800")
+    assert caught.value.field == "cache_salt"
+
+
+@pytest.mark.parametrize("value", [1.5, True, "3"])
+def test_numbers_that_count_are_whole(value: Any) -> None:
+    """Through the plain function: the tests' run-time types would refuse the call before."""
+    check_int = inspect.unwrap(request_module._check_int)
+    with pytest.raises(InvalidRequestError, match=r"seed must be a whole number, got"):
+        check_int("seed", value, 0, None)
+    check_tokens = inspect.unwrap(request_module._check_tokens)
+    with pytest.raises(InvalidRequestError, match="token ids are whole numbers"):
+        check_tokens("prompt", [1, value], None, VOCAB)
+
+
+def test_numpy_integers_count_as_whole() -> None:
+    inspect.unwrap(request_module._check_int)("seed", np.int64(3), 0, None)
+    inspect.unwrap(request_module._check_tokens)("prompt", list(np.arange(3)), None, VOCAB)

@@ -48,6 +48,7 @@ TABLE: dict[type[errors.JaxserveError], Row] = {
     errors.RetryableError: Row(C.UNAVAILABLE, retryable=True),
     errors.QueueFullError: Row(C.RESOURCE_EXHAUSTED, retryable=True),
     errors.DrainingError: Row(C.UNAVAILABLE, retryable=True, resumable=True),
+    errors.ShuttingDownError: Row(C.UNAVAILABLE, retryable=True, resumable=True),
     errors.DeadlineExceededError: Row(C.DEADLINE_EXCEEDED),
     errors.RequestCancelledError: Row(C.CANCELLED),
     errors.SlowReaderError: Row(C.ABORTED, resumable=True),

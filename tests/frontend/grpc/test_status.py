@@ -19,13 +19,14 @@ ROWS = [
     (errors.DuplicateRequestError("r"), Code.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     (errors.ModelNotFoundError("a", "b"), Code.NOT_FOUND, "MODEL_NOT_FOUND"),
     (errors.RequestNotFoundError("r"), Code.NOT_FOUND, "REQUEST_NOT_FOUND"),
-    (errors.RetryableError("later", retry_after_s=2.0), Code.UNAVAILABLE, "INTERNAL"),
+    (errors.RetryableError("later", retry_after_s=2.0), Code.UNAVAILABLE, "RETRY"),
     (
         errors.QueueFullError("tokens", 9, 8, retry_after_s=2.0),
         Code.RESOURCE_EXHAUSTED,
         "QUEUE_FULL",
     ),
     (errors.DrainingError(retry_after_s=2.0), Code.UNAVAILABLE, "DRAINING"),
+    (errors.ShuttingDownError("r"), Code.UNAVAILABLE, "SHUTTING_DOWN"),
     (errors.DeadlineExceededError("r", 3), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (errors.RequestCancelledError("r"), Code.CANCELLED, "CANCELLED"),
     (errors.SlowReaderError("r", 30.0), Code.ABORTED, "SLOW_READER"),
@@ -41,8 +42,14 @@ ROWS = [
     (errors.MemoryPlanError("secret"), Code.INTERNAL, "INTERNAL"),
     (ValueError("secret"), Code.INTERNAL, "INTERNAL"),
 ]
-RETRYABLE = {"RetryableError", "QueueFullError", "DrainingError", "EngineDeadError"}
-RESUMABLE = {"DrainingError", "SlowReaderError", "EngineDeadError"}
+RETRYABLE = {
+    "RetryableError",
+    "QueueFullError",
+    "DrainingError",
+    "ShuttingDownError",
+    "EngineDeadError",
+}
+RESUMABLE = {"DrainingError", "ShuttingDownError", "SlowReaderError", "EngineDeadError"}
 
 
 def info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo:
