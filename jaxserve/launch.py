@@ -125,7 +125,8 @@ def build(config: ServeConfig, report: Report = silent) -> Service:
     """
     start = time.perf_counter()
     configure_jax(config)
-    CompileCounter.instance()
+    # Compiling is what a launch is for, also while another service of this process is strict.
+    CompileCounter.instance().strict = False
     with ExitStack() as undo:
         source = open_source(
             config.model,
