@@ -24,7 +24,7 @@ from jaxserve.errors import (
     ModelNotFoundError,
     PromptTooLongError,
     QueueFullError,
-    RequestCancelledError,
+    ShuttingDownError,
 )
 from jaxserve.frontend.client_types import Generation
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -361,7 +361,7 @@ def test_a_closed_llm_says_so_and_its_streams_end() -> None:
     next(stream)
     llm.close()
     llm.close()
-    with pytest.raises(RequestCancelledError):
+    with pytest.raises(ShuttingDownError):
         list(stream)
     for call in (
         lambda: llm.generate("Hello"),

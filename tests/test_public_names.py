@@ -43,7 +43,8 @@ ERRORS = """
 CheckpointError ConfigError DeadlineExceededError DrainingError DuplicateRequestError
 EngineDeadError InvalidRequestError JaxserveError LaunchError MemoryPlanError MeshError
 ModelNotFoundError PromptTooLongError QueueFullError RequestCancelledError RequestFailedError
-RequestNotFoundError RetryableError SlowReaderError TokenizerError UnsupportedModelError
+RequestNotFoundError RetryableError ShuttingDownError SlowReaderError TokenizerError
+UnsupportedModelError
 """
 
 

@@ -36,7 +36,7 @@ class Behaviour(enum.Enum):
     DEADLINE = "brings a short deadline"
     TWICE = "sends its request id a second time while it runs"
     REFUSED = "asks for what no server could do"
-    POISONED = "leaves its own sampler no token"
+    CORNERED = "leaves its own sampler no token"
 
 
 COMPLETE = frozenset({OK, OVERLOAD})
@@ -52,7 +52,7 @@ EXPECTED: dict[Behaviour, frozenset[str]] = {
     Behaviour.ABORTED: COMPLETE | {"CANCELLED"},
     Behaviour.DEADLINE: COMPLETE | {"DEADLINE_EXCEEDED"},
     Behaviour.REFUSED: frozenset({"INVALID_REQUEST", "PROMPT_TOO_LONG", "MODEL_NOT_FOUND"}),
-    Behaviour.POISONED: frozenset({"REQUEST_POISONED", OVERLOAD}),
+    Behaviour.CORNERED: frozenset({"INVALID_REQUEST", OVERLOAD}),
 }
 """The endings that each may have: OK, LEFT, or the reason of a jaxserve error."""
 
@@ -68,7 +68,7 @@ WEIGHTS = {
     Behaviour.DEADLINE: 60,
     Behaviour.TWICE: 20,
     Behaviour.REFUSED: 50,
-    Behaviour.POISONED: 16,
+    Behaviour.CORNERED: 16,
 }
 
 REFUSED_FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -137,7 +137,7 @@ class Asks:
                 field, bad = rng.choice(REFUSED_FIELDS)
                 request = self._request(number, {**self._sampling(), **bad})
                 return Ask(number, behaviour, request, field=field)
-            case Behaviour.POISONED:
+            case Behaviour.CORNERED:
                 options = {"allowed_token_ids": [9], "stop_token_ids": [9], "min_tokens": 2}
                 return Ask(number, behaviour, self._request(number, options))
             case Behaviour.DEAF:

@@ -213,7 +213,7 @@ def test_the_storm_met_every_kind_of_weather(storm: Storm) -> None:
         (Behaviour.ABORTED, "CANCELLED"),
         (Behaviour.DEADLINE, "DEADLINE_EXCEEDED"),
         (Behaviour.REFUSED, "INVALID_REQUEST"),
-        (Behaviour.POISONED, "REQUEST_POISONED"),
+        (Behaviour.CORNERED, "INVALID_REQUEST"),
     ):
         assert storm.endings(behaviour)[ending], f"no {behaviour.name} ended {ending}"
     assert storm.side_endings["DUPLICATE_REQUEST_ID"]
