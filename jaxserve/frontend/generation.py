@@ -411,6 +411,16 @@ class _Choice:
         self.tail = ""
 
 
+def find_started(events: Iterable[Event]) -> StartedEvent | None:
+    """Returns the start of a request, if it is there; raises what the request failed with."""
+    for event in events:
+        if isinstance(event, StartedEvent):
+            return event
+        if isinstance(event, FinishedEvent) and event.error is not None:
+            raise event.error
+    return None
+
+
 def stop_ids(sampling: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the tokens that end an answer and whose text is not part of it."""
     ends = frozenset() if sampling.ignore_eos else tokenizer.eos_ids

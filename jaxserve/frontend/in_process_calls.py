@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from jaxserve.engine.request import Event, FinishedEvent, StartedEvent
 from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import EngineDeadError, QueueFullError
 from jaxserve.frontend.client_types import Chunk, Generation, Score
@@ -22,6 +21,7 @@ from jaxserve.frontend.generation import (
     Started,
     TextEngine,
     TextStream,
+    find_started,
 )
 from jaxserve.frontend.in_process import AnswerBuilder, chunk_from, score_from
 
@@ -193,16 +193,7 @@ def score(text: TextEngine, model_digest: str, call: GenerationCall) -> Score:
         started = None
         while started is None:
             inbox.wait(text.engine)
-            started = _started(stream.take())
+            started = find_started(stream.take())
     finally:
         stream.close()  # The one token that would come next is of no use.
     return score_from(request.prompt, started, text.tokenizer, model_digest)
-
-
-def _started(events: Sequence[Event]) -> StartedEvent | None:
-    for event in events:
-        if isinstance(event, StartedEvent):
-            return event
-        if isinstance(event, FinishedEvent) and event.error is not None:
-            raise event.error
-    return None

@@ -13,10 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
-from jaxserve.engine.request import Event, FinishedEvent, StartedEvent
 from jaxserve.engine.stream import AsyncWaker
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.generation import Finished, GenerationCall, Output, TextEngine, TextStream
+from jaxserve.frontend.generation import (
+    Finished,
+    GenerationCall,
+    Output,
+    TextEngine,
+    TextStream,
+    find_started,
+)
 from jaxserve.frontend.grpc import convert
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
 from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
@@ -88,7 +94,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             started = None
             while started is None:
                 await self._waker.wait(stream)
-                started = _started(stream.take())
+                started = find_started(stream.take())
         finally:
             stream.close()  # The one token that the engine would go on to make is of no use.
         return convert.score_response(
@@ -175,12 +181,3 @@ def _raise_failure(output: Output) -> None:
     """Raises what a choice failed with; the whole call then ends with it."""
     if type(output) is Finished and output.error is not None:
         raise output.error
-
-
-def _started(events: Sequence[Event]) -> StartedEvent | None:
-    for event in events:
-        if isinstance(event, StartedEvent):
-            return event
-        if isinstance(event, FinishedEvent) and event.error is not None:
-            raise event.error
-    return None
