@@ -54,9 +54,6 @@ class ServeConfig:
     """Share pages between requests that start alike."""
     prompt_logprobs: bool = True
     """Compile the programs that score prompts."""
-    unroll_layers: bool = False
-    """Compile every layer by itself instead of one loop body: about 12 ms a step faster on CPUs
-    (no slices of stacked weights are copied), and several times slower to compile."""
     max_waiting_requests: int = 1024
     """More are refused with RESOURCE_EXHAUSTED."""
     max_waiting_tokens: int = 1_048_576

@@ -6,7 +6,7 @@ the collectives that needs, stand in the models.
 """
 
 from sharding.mesh import AXES, MeshShape, MeshShapeError, make_mesh, parse_mesh
-from sharding.placement import bytes_per_device, place
+from sharding.placement import bytes_per_device, place, unstack_in_place
 from sharding.rules import ShardingRules
 from sharding.specs import check_divisible, named_shardings, partition_specs
 
@@ -22,4 +22,5 @@ __all__ = [
     "parse_mesh",
     "partition_specs",
     "place",
+    "unstack_in_place",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 type Index = tuple[slice, ...]
@@ -49,6 +49,34 @@ def place(
         return shards[bounds]
 
     return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def unstack_in_place(stacked: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
+    """Gives every layer of stacked weights arrays of its own that share the stacks' memory.
+
+    On CPUs only, and where a layer begins at a multiple of 64 bytes within its shard; JAX copies
+    the others, which are norms and biases of odd lengths.
+
+    Args:
+        stacked: Leading axis: layers, not sharded.
+
+    Returns:
+        One dict for each layer. Each keeps the stacks alive.
+    """
+    layers = len(next(iter(stacked.values())))
+    out = tuple[dict[str, jax.Array], ...]({} for _ in range(layers))
+    for name, array in stacked.items():
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        shards = [(np.asarray(shard.data), shard.device) for shard in array.addressable_shards]
+        for number, layer in enumerate(out):
+            parts: list[jax.Array] = [
+                jax.device_put(part[number], device)  # pyright: ignore[reportUnknownMemberType]
+                for part, device in shards
+            ]
+            layer[name] = jax.make_array_from_single_device_arrays(array.shape[1:], one, parts)
+    return out
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:

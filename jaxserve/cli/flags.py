@@ -34,7 +34,7 @@ METAVARS = {
     "host": "ADDRESS",
 }
 MODEL_FLAGS = ("served_name", "load_format", "seed", "chat_template", "offline")
-MACHINE_FLAGS = ("mesh", "device", "dtype", "unroll_layers")
+MACHINE_FLAGS = ("mesh", "device", "dtype")
 MEMORY_FLAGS = (
     "context_tokens",
     "max_rows",

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -26,7 +27,7 @@ Attend = Callable[..., tuple[Any, Any]]
 """``attend(cache, layer, q, k, v, window) -> (out, cache)``.
 
 q ``[B T N H]`` is not scaled yet; k and v ``[B T K H]`` are the new tokens'. ``layer`` and
-``window`` (0 = global) are ints when layers are unrolled and traced scalars when they are scanned.
+``window`` (0 = global) are traced scalars; when layers are unrolled, ``window`` is an int.
 """
 
 
@@ -140,8 +141,11 @@ class Model:
                 (params.layers, numbers, windows),
             )
         else:
+            # Traced and lowered once for each window: layers differ in their arrays alone.
+            run = jax.jit(run, static_argnames="window")
             for number, weights in enumerate(params.layers):
-                x, cache = run(x, cache, weights, number, self.config.windows[number])
+                window = self.config.windows[number]
+                x, cache = run(x, cache, weights, np.int32(number), window=window)
         with jax.named_scope("final_norm"):
             config, weight = self.config, params.ends["final_norm"]
             x = rms_norm(x, weight, eps=config.rms_eps, offset=config.norm_offset)

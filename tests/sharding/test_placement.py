@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding import MeshShape, bytes_per_device, make_mesh, place
+from sharding import MeshShape, bytes_per_device, make_mesh, place, unstack_in_place
 
 SOURCE = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
 
@@ -90,3 +90,26 @@ def test_bytes_per_device_count_a_sharded_axis_once_and_a_replicated_one_in_full
             if shard.device == device
         )
         assert held == bytes_per_device(abstract, shardings)
+
+
+def test_unstacked_layers_share_the_memory_of_their_stack():
+    """Two layers of [32, 16] over the tensor axis: every part is a multiple of 64 bytes."""
+    host = np.arange(2 * 32 * 16, dtype=np.float32).reshape(2, 32, 16)
+    stack = jax.device_put(host, _sharding(None, "tensor"))
+    layers = unstack_in_place({"w": stack})
+    assert len(layers) == 2
+    for number, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer["w"], host[number])
+        assert layer["w"].sharding == _sharding("tensor")
+        for whole, part in zip(
+            stack.addressable_shards, layer["w"].addressable_shards, strict=True
+        ):
+            offset = number * part.data.nbytes
+            assert part.data.unsafe_buffer_pointer() == whole.data.unsafe_buffer_pointer() + offset
+            assert part.device == whole.device
+
+
+def test_unstacked_layers_of_odd_lengths_are_copies():
+    host = np.arange(3 * 5, dtype=np.float32).reshape(3, 5)
+    layers = unstack_in_place({"w": jax.device_put(host, _sharding())})
+    np.testing.assert_array_equal(layers[1]["w"], host[1])
