@@ -11,7 +11,6 @@ The main thread only watches; the engine and the port have threads of their own.
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from jaxserve.config import ServeConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
-from jaxserve.frontend.grpc.server import ServerThread
+from jaxserve.frontend.grpc.server import ServerThread, port_problem
 from jaxserve.launch import Report, Service, build, silent
 
 POLL_S = 0.2
@@ -125,20 +124,8 @@ def check_port(config: ServerConfig) -> None:
     Raises:
         LaunchError: it cannot be listened on.
     """
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As gRPC does: connections of an earlier server that linger are no obstacle.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-            probe.listen()
-    except OSError as error:
-        raise LaunchError(
-            f"cannot listen on {config.address} ({error.strerror or error}); stop the process that "
-            "uses the port, or choose another with --port (0 takes any free one) or another --host"
-        ) from None
+    if problem := port_problem(config):
+        raise LaunchError(problem)
 
 
 def watch(engine: Engine, signals: StopSignals) -> str | None:

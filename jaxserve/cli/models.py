@@ -14,7 +14,7 @@ from jaxserve.progress import Progress
 from jaxserve.weights.hub import ALIASES
 
 DUMMY = "dummy:"
-PACKAGES = ("jax", "jaxlib", "flax", "grpcio", "transformers", "tokenizers", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "grpcio", "tokenizers", "numpy")
 
 
 def package_versions() -> dict[str, str]:

@@ -85,5 +85,5 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 def suggestion(given: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean X?``, or nothing when nothing is close."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""

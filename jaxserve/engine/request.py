@@ -219,7 +219,7 @@ class Request:
         tokens = len(self.prompt) + len(self.resume)
         if tokens >= context_tokens:
             raise PromptTooLongError(tokens, context_tokens)
-        _check_tokens("prompt", self.prompt, None, vocab_size)
+        _check_tokens("token_ids", self.prompt, None, vocab_size)
         _check_tokens("resume", self.resume, None, vocab_size)
         room = context_tokens - len(self.prompt)
         max_tokens = self.sampling.max_tokens

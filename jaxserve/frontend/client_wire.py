@@ -248,4 +248,10 @@ def _message(message: Mapping[str, str]) -> pb.ChatMessage:
             f"a message has the role {role!r}; it must be one of {', '.join(_ROLES)}",
             field="messages",
         )
-    return pb.ChatMessage(role=_ROLES[role], content=message.get("content", ""))
+    if not isinstance(message.get("content"), str):
+        raise InvalidRequestError(
+            f"a message of the role {role!r} has no text; a message looks like "
+            "{'role': 'user', 'content': 'Hello'}",
+            field="messages",
+        )
+    return pb.ChatMessage(role=_ROLES[role], content=message["content"])

@@ -232,6 +232,13 @@ class TextEngine:
             raise InvalidRequestError(
                 "chat has no messages; send at least one", field="chat.messages"
             )
+        for number, message in enumerate(messages):
+            if not isinstance(message.get("content"), str):
+                raise InvalidRequestError(
+                    f"chat.messages[{number}] has no text; a message looks like "
+                    "{'role': 'user', 'content': 'Hello'}",
+                    field=f"chat.messages[{number}].content",
+                )
         return self.template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def _check_resume(self, call: GenerationCall) -> None:

@@ -43,7 +43,8 @@ def resolve_model(
         path = assets_dir / ALIASES[model]
         if not path.is_file():
             raise CheckpointError(
-                f"model {model!r} needs {path}, which is missing; run `make assets` to fetch it"
+                f"model {model!r} needs {path}, which is missing; fetch it with "
+                f"`python -m jaxserve.assets {model}`"
             )
         return path
     path = Path(model).expanduser()

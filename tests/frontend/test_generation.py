@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from jaxserve.frontend.generation import (
     TextEngine,
     TextStream,
 )
+from jaxserve.frontend.template import ChatTemplate
 
 TOKENIZER = byte_tokenizer()
 END = 2
@@ -165,6 +167,17 @@ def test_empty_text_is_refused_here_and_may_be_encoded(recorder):
 def test_chat_needs_a_template(recorder):
     with pytest.raises(InvalidRequestError, match="this model has no chat template; send text"):
         begin(recorder, text=None, messages=[{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "text": "hi"}])
+def test_a_message_without_content_is_named(recorder, message):
+    """A template would say that something is undefined."""
+    messages = [{"role": "user", "content": "hi"}, message]
+    with closing(ChatTemplate("{{ messages[1].content }}", source="test")) as template:
+        text = TextEngine(recorder, TOKENIZER, template)
+        with pytest.raises(InvalidRequestError, match=r"chat.messages\[1\] has no text") as caught:
+            text.encode(GenerationCall(messages=messages))
+    assert caught.value.field == "chat.messages[1].content"
 
 
 def test_decoding_an_unknown_id_names_it(recorder):

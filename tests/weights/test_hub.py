@@ -26,7 +26,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 def test_the_alias_is_the_asset(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"model 'smollm2' needs .*, which is missing; run `m"
+        CheckpointError, match=r"model 'smollm2' needs .*, which is missing; fetch it"
     ):
         resolve_model("smollm2", assets_dir=tmp_path)
     path = tmp_path / SMOLLM2_FILE

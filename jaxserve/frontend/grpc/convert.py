@@ -10,7 +10,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxserve.engine.request import FinishReason, SamplingParams, StartedEvent, TokenLogprobs
+from jaxserve.engine.request import (
+    MAX_LOGPROBS,
+    FinishReason,
+    SamplingParams,
+    StartedEvent,
+    TokenLogprobs,
+)
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Started
@@ -94,13 +100,19 @@ def call_from_score(
     """Reads a ScoreRequest: a generation of which only the prompt's log-probabilities matter.
 
     Raises:
-        InvalidRequestError: an enum value that this version does not know.
+        InvalidRequestError: ``top_logprobs`` is out of range, or an enum value that this version
+            does not know.
     """
+    # The engine would refuse it too, under the name that it has in a GenerateRequest.
+    if not 0 <= request.top_logprobs <= MAX_LOGPROBS:
+        raise InvalidRequestError(
+            f"top_logprobs must be 0 to {MAX_LOGPROBS}, got {request.top_logprobs}",
+            field="top_logprobs",
+        )
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=request.top_logprobs)
     return dataclasses.replace(
         call_from_prompt(request),
-        sampling=SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=request.top_logprobs
-        ),
+        sampling=sampling,
         request_id=request_id,
         truncate_prompt_tokens=_truncation(request),
         priority=request.priority,

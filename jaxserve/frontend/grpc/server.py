@@ -71,7 +71,8 @@ class Server:
             port = self._server.add_insecure_port(config.address)
         except RuntimeError:
             self._executor.shutdown()
-            raise LaunchError(_why_not(config)) from None
+            problem = port_problem(config) or _cannot_listen(config, "gRPC gives no reason")
+            raise LaunchError(problem) from None
         await self._server.start()
         await self._health.refresh()
         self._tasks = [
@@ -170,19 +171,23 @@ def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _why_not(config: ServerConfig) -> str:
-    """Finds out why a port could not be opened; gRPC does not say."""
-    host = config.host.strip("[]")
+def port_problem(config: ServerConfig) -> str | None:
+    """Tries the address without gRPC, which does not say why it cannot listen; None is fine."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: connections of an earlier server that linger are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
+            probe.listen()
     except OSError as error:
-        reason = error.strerror or str(error)
-    else:
-        reason = "another server listens there"
+        return _cannot_listen(config, error.strerror or str(error))
+    return None
+
+
+def _cannot_listen(config: ServerConfig, reason: str) -> str:
     return (
         f"cannot listen on {config.address} ({reason}); stop the process that uses the port, or "
         "choose another with --port (0 takes any free one) or another --host"

@@ -199,6 +199,8 @@ def test_bad_arguments_are_refused_before_anything_is_sent(engine, connect):
         client.generate(token_ids=[2**40])
     with pytest.raises(InvalidRequestError, match="a message has the role 'me'; it must be one of"):
         client.chat([{"role": "me", "content": ""}])
+    with pytest.raises(InvalidRequestError, match="a message of the role 'user' has no text"):
+        client.chat([{"role": "user"}])
     assert engine.requests == []
 
 

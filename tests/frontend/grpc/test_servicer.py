@@ -340,13 +340,13 @@ BAD = [
     ({"priority": 1_000_001}, "priority", "-1000000 to 1000000, got 1000001"),
     ({"cache_salt": "s" * 129}, "cache_salt", "cache_salt has 129 characters and the limit is 128"),
     ({"request_id": "i" * 129}, "request_id", "request_id has 129 characters"),
-    ({"text": None, "token_ids": pb.TokenIds(ids=[5, 259])}, "prompt", "prompt holds token id 259"),
-    ({"text": None, "token_ids": pb.TokenIds(ids=[-1])}, "prompt", "prompt holds token id -1"),
+    ({"text": None, "token_ids": pb.TokenIds(ids=[5, 259])}, "token_ids", "holds token id 259"),
+    ({"text": None, "token_ids": pb.TokenIds(ids=[-1])}, "token_ids", "holds token id -1"),
     ({"resume": pb.Resume(token_ids=[300])}, "resume", "resume holds token id 300"),
     ({"resume": pb.Resume(token_ids=[5]), "n": 2, "seed": 1}, "resume", "resume needs n = 1"),
     ({"resume": pb.Resume(token_ids=[5])}, "seed", "needs the seed that `started` reported"),
     ({"resume": pb.Resume(token_ids=[2]), "seed": 1}, "resume", "resume ends with token 2"),
-    ({"echo": True, "text": None, "token_ids": pb.TokenIds(ids=[999])}, "prompt", "token id 999"),
+    ({"echo": True, "text": None, "token_ids": pb.TokenIds(ids=[999])}, "token_ids", "id 999"),
 ]  # fmt: skip
 
 
@@ -684,6 +684,16 @@ def test_a_score_is_the_prompts_logprobs_and_frees_the_request(engine, stubs):
     assert response.total_logprob == -2.0
     assert response.usage.prompt_tokens == 3
     engine.wait(lambda: engine.closed == ["s"])
+
+
+def test_a_score_is_refused_in_the_words_of_its_own_message(stubs):
+    with pytest.raises(grpc.RpcError) as caught:
+        stubs.generation.Score(pb.ScoreRequest(text="abc", top_logprobs=21))
+
+    assert caught.value.code() is Code.INVALID_ARGUMENT
+    assert caught.value.details() == "top_logprobs must be 0 to 20, got 21"
+    found, _ = details(caught.value)
+    assert found["BadRequest"].field_violations[0].field == "top_logprobs"
 
 
 def test_a_score_fails_with_the_engines_error(engine, stubs):
