@@ -192,7 +192,7 @@ def test_facts_of_a_stream_are_empty_before_its_first_token(llm: LLM) -> None:
 
 
 def settled(llm: LLM) -> Any:
-    """Waits until the engine has no request left; closing is asynchronous."""
+    """Waits until the engine has no request left: closing a stream is asynchronous."""
     for _ in range(1000):
         if llm._service.engine.idle:
             break
@@ -206,7 +206,7 @@ def endless(llm: LLM) -> Stream:
 
 
 def test_closing_a_stream_cancels_the_request(llm: LLM) -> None:
-    before = llm.stats().requests_finished_total["cancelled"]
+    before = settled(llm).requests_finished_total["cancelled"]
     stream = endless(llm)
     next(stream)
     stream.close()
@@ -218,7 +218,7 @@ def test_closing_a_stream_cancels_the_request(llm: LLM) -> None:
 
 
 def test_dropping_a_stream_cancels_the_request(llm: LLM) -> None:
-    before = llm.stats().requests_finished_total["cancelled"]
+    before = settled(llm).requests_finished_total["cancelled"]
     stream = endless(llm)
     next(stream)
     del stream
@@ -266,7 +266,7 @@ def test_logits_have_a_float32_row_for_every_token_whatever_the_padding(llm: LLM
 def test_logits_refuse_tokens_that_the_model_does_not_have(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         llm.logits([])
-    with pytest.raises(InvalidRequestError, match="prompt holds token id 512"):
+    with pytest.raises(InvalidRequestError, match="token_ids holds token id 512"):
         llm.logits([512])
     assert llm.logits([3] * 256).shape[0] == 256
     with pytest.raises(PromptTooLongError):

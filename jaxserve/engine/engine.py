@@ -325,12 +325,13 @@ class Engine:
         self._timed("publish", waited)
 
     def _deliver(self) -> None:
+        # The pages first: whoever sees that no request is left must see no page in use.
+        pool = self.scheduler.pool
+        self._pages_seen = (pool.free, pool.cached)
         finished = self._publisher.finished_requests
         if finished:
             self._admission.forget(finished)
             finished.clear()
-        pool = self.scheduler.pool
-        self._pages_seen = (pool.free, pool.cached)
         self._publisher.wake()
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
