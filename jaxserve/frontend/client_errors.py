@@ -36,6 +36,8 @@ class Failure:
     """Seconds after which the call may be tried again; None when that cannot help."""
     resumable: bool
     """Whether a stream that this broke may be continued elsewhere."""
+    answered: bool = True
+    """False when nobody was there, so that an earlier failure says more."""
 
 
 def read_failure(error: grpc.RpcError, address: str) -> Failure:
@@ -100,7 +102,7 @@ def _from_elsewhere(error: Any, address: str) -> Failure:
                 code.name,
                 retry_after_s=0.0,
             )
-            return Failure(raised, retry_after_s=0.0, resumable=True)
+            return Failure(raised, retry_after_s=0.0, resumable=True, answered=False)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             raised = make_error(
                 errors.DeadlineExceededError,

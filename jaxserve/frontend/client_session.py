@@ -54,6 +54,7 @@ class Attempts:
         self._clock = clock
         self._deadline_s = None if timeout_s is None else clock() + timeout_s
         self._made = 1
+        self._cause: JaxserveError | None = None
 
     @property
     def timeout_s(self) -> float | None:
@@ -61,13 +62,18 @@ class Attempts:
         return None if self._deadline_s is None else self._deadline_s - self._clock()
 
     def after(self, failure: Failure) -> float:
-        """Returns how long to wait before trying again, or raises the failure's error."""
+        """Returns how long to wait before trying again, or raises why the call failed.
+
+        A server that dies says so once, and then nobody answers: its own words are raised.
+        """
+        if failure.answered or self._cause is None:
+            self._cause = failure.error
         if failure.retry_after_s is None or self._made >= self._policy.attempts:
-            raise failure.error
+            raise self._cause
         delay_s = self._policy.delay_s(self._made, failure.retry_after_s)
         left_s = self.timeout_s
         if left_s is not None and delay_s >= left_s:
-            raise failure.error
+            raise self._cause
         self._made += 1
         return delay_s
 

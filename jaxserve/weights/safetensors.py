@@ -95,12 +95,7 @@ class SafetensorsCheckpoint:
 
     def tokenizer_files(self) -> TokenizerSource:
         """Reads the tokenizer's files, as far as they exist."""
-        files = {}
-        for name in TOKENIZER_FILES:
-            path = self._path / name
-            if path.is_file():
-                files[name] = path.read_bytes()
-        return TokenizerSource(source=self.source, files=files)
+        return read_tokenizer_files(self._path)
 
     def digest(self) -> str:
         """Hashes config, tokenizer files and every weight file: SHA-256, hex."""
@@ -242,6 +237,13 @@ def _check_entry(
             f"{data_bytes}; fetch it again"
         )
     return dtype, tuple(shape), start, end
+
+
+def read_tokenizer_files(path: Path) -> TokenizerSource:
+    """Reads those files of a directory that a tokenizer is built from, as far as they exist."""
+    files = {name: path / name for name in TOKENIZER_FILES}
+    present = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    return TokenizerSource(source=str(path), files=present)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

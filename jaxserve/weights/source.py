@@ -24,6 +24,7 @@ from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
 from jaxserve.weights.load import load_params, random_params
+from jaxserve.weights.safetensors import read_json_object, read_tokenizer_files
 
 DUMMY = "dummy:"
 Progress = Callable[[int, int], None]
@@ -67,13 +68,25 @@ def open_source(
 ) -> ModelSource:
     """Finds a model: ``dummy:NAME``, a directory that ``save_model`` wrote, or a checkpoint.
 
+    With ``random_weights`` a directory needs no more than its ``config.json``.
+
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is damaged.
-        UnsupportedModelError: there is no built-in model of that name.
+        UnsupportedModelError: no built-in model of that name, or not our architecture.
     """
     if model.startswith(DUMMY):
         return RandomSource(model, preset(model.removeprefix(DUMMY)), seed)
     path = resolve_model(model, assets_dir=assets_dir, offline=offline)
+    config_path = path / "config.json"
+    if config_path.is_file() and not any(path.glob("*.gguf")):
+        # Before weights are looked for: fetching them would not help an architecture we lack.
+        hf_config = read_json_object(config_path)
+        config = model_config(hf_config)
+        if random_weights:
+            tokenizer = read_tokenizer_files(path)
+            if not tokenizer.files.keys() - {"config.json"}:
+                tokenizer = None  # Bytes will do.
+            return RandomSource(str(path), config, seed, hf_config, tokenizer)
     source = SavedSource(path) if orbax.is_orbax(path) else CheckpointSource(path)
     if random_weights:
         return RandomSource(

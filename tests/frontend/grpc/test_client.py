@@ -307,6 +307,18 @@ def test_a_wait_that_outlasts_the_deadline_is_not_begun():
         attempts.after(failure)
 
 
+def test_a_server_that_died_is_blamed_rather_than_the_silence_after_it():
+    attempts = Attempts(RetryPolicy(attempts=3), None, Ticking())
+    silence = Failure(
+        RetryableError("none", retry_after_s=0.0), retry_after_s=0.0, resumable=True, answered=False
+    )
+    death = Failure(EngineDeadError("out of memory"), retry_after_s=0.0, resumable=True)
+    attempts.after(silence)
+    attempts.after(death)
+    with pytest.raises(EngineDeadError, match="out of memory"):
+        attempts.after(silence)
+
+
 def test_waits_grow_and_spread_and_never_undercut_the_server():
     policy = RetryPolicy(first_delay_s=0.1, max_delay_s=0.3)
     waits = [[policy.delay_s(attempt, 0.0) for _ in range(200)] for attempt in (1, 2, 3)]
