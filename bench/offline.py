@@ -171,7 +171,7 @@ def make_door(service: Service) -> Door:
         ask=lambda workload, asks, salt: _Asking(service.text, workload, asks, salt).run(),
         stats=service.engine.stats,
         model=service.info.name,
-        precision=service.info.quantization or service.info.dtype,
+        precision=service.info.precision,
         vocab_size=service.info.vocab_size,
     )
 

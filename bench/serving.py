@@ -54,7 +54,7 @@ def make_door(address: str, client: Client) -> Door:
         ask=lambda workload, asks, salt: _run(_ask_all(address, workload, asks, salt)),
         stats=client.stats,
         model=info.name,
-        precision=info.quantization or info.dtype,
+        precision=info.precision,
         vocab_size=info.vocab_size,
         process_ids=[] if process_id is None else [process_id],
         versions={"server": info.server_version},

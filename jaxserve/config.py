@@ -30,7 +30,9 @@ class ServeConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cpu:N`` (N simulated devices) or ``cuda``."""
     dtype: str = "auto"
-    """Of weights, activations and cache. auto: bfloat16 where it is fast, else float32."""
+    """Of weights and activations. auto: bfloat16 where it is fast, else float32."""
+    kv_dtype: str = "auto"
+    """Of cached keys and values. auto: as dtype; bfloat16 where dtype is auto."""
     load_format: str = "auto"
     """``dummy`` takes the checkpoint's config with random weights."""
     seed: int = 0
@@ -83,6 +85,10 @@ class ServeConfig:
             (
                 self.dtype in DTYPES,
                 f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}",
+            ),
+            (
+                self.kv_dtype in DTYPES,
+                f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(DTYPES)}",
             ),
             (
                 self.load_format in LOAD_FORMATS,

@@ -71,6 +71,7 @@ class LaunchPlan:
     mesh: Mesh
     platform: str
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
     unrolled_rows: int
     """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
     context_tokens: int
@@ -222,6 +223,7 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         mesh=mesh,
         platform=platform,
         dtype=dtype,
+        kv_dtype=_kv_dtype(config, dtype),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu else 0,
         context_tokens=context,
         step=step,
@@ -318,7 +320,7 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
         num_pages=num_pages,
         page_tokens=plan.page_tokens,
         max_rows=plan.step.max_rows,
-        dtype=plan.dtype,
+        dtype=plan.kv_dtype,
     )
     runner_config = RunnerConfig(
         step=plan.step,
@@ -367,6 +369,7 @@ def _model_info(
         context_tokens=engine.limits.context_tokens,
         vocab_size=plan.model.vocab_size,
         dtype=plan.dtype.name,
+        kv_dtype=plan.kv_dtype.name,
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
         sharding_summary=_sharding_summary(plan),
@@ -410,6 +413,14 @@ def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
         return jnp.dtype(jnp.bfloat16)
     # Without AMX, XLA's float32 products are as fast as its bfloat16 ones, and exact.
     return jnp.dtype(jnp.float32)
+
+
+def _kv_dtype(config: ServeConfig, dtype: jnp.dtype) -> jnp.dtype:
+    if config.kv_dtype != "auto":
+        return jnp.dtype(config.kv_dtype)
+    # Whoever names a precision gets it everywhere. Where float32 was chosen for the speed of its
+    # products, pages are still what a step waits for: half the bytes.
+    return jnp.dtype(jnp.bfloat16) if config.dtype == "auto" else dtype
 
 
 def _cpu_has_amx() -> bool:
@@ -463,6 +474,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         str(plan.mesh.shape),
         plan.platform,
         plan.dtype.name,
+        plan.kv_dtype.name,
         asdict(replace(plan.step)),
         plan.page_tokens,
         config.kv_memory_bytes,

@@ -29,6 +29,7 @@ def config(**changes: object) -> ServeConfig:
     [
         ({"model": ""}, "model is empty; give a path"),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32"),
+        ({"kv_dtype": "int3"}, "kv_dtype is 'int3'; choose one of auto, float32"),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
         ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
         ({"max_rows": 0}, "max_rows is 0; choose 1 to 4096"),
@@ -100,3 +101,22 @@ def test_a_plan_leaves_nothing_open() -> None:
     assert plan.step.table_width * plan.page_tokens >= plan.context_tokens
     assert plan.step.decode_buckets == (1, 4)
     assert plan.kv_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "amx", "got"),
+    [
+        ({}, False, ("float32", "bfloat16")),
+        ({}, True, ("bfloat16", "bfloat16")),
+        ({"dtype": "float32"}, True, ("float32", "float32")),
+        ({"dtype": "float16"}, False, ("float16", "float16")),
+        ({"kv_dtype": "float32"}, False, ("float32", "float32")),
+        ({"dtype": "float32", "kv_dtype": "bfloat16"}, False, ("float32", "bfloat16")),
+    ],
+)
+def test_a_named_precision_holds_for_the_cache_and_auto_halves_its_bytes(
+    asked: dict[str, str], amx: bool, got: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxserve.launch._cpu_has_amx", lambda: amx)
+    plan = resolve(config(device="cpu", **asked), TINY)
+    assert (plan.dtype.name, plan.kv_dtype.name) == got

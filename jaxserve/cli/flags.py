@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jaxserve.config import DTYPES, LOAD_FORMATS, ServeConfig
 
-CHOICES = {"dtype": DTYPES, "load_format": LOAD_FORMATS}
+CHOICES = {"dtype": DTYPES, "kv_dtype": DTYPES, "load_format": LOAD_FORMATS}
 NAMES = {"kv_memory_bytes": "kv-memory"}
 """Flags whose name is not the field's."""
 METAVARS = {
@@ -34,7 +34,7 @@ METAVARS = {
     "host": "ADDRESS",
 }
 MODEL_FLAGS = ("served_name", "load_format", "seed", "chat_template", "offline")
-MACHINE_FLAGS = ("mesh", "device", "dtype")
+MACHINE_FLAGS = ("mesh", "device", "dtype", "kv_dtype")
 MEMORY_FLAGS = (
     "context_tokens",
     "max_rows",

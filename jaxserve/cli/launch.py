@@ -181,6 +181,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
         "mesh": info.mesh,
         "device": info.platform,
         "dtype": info.dtype,
+        "kv_dtype": info.kv_dtype,
         "context_tokens": info.context_tokens,
         "kv_memory_bytes": plan.kv_bytes,
     }

@@ -22,6 +22,8 @@ class ModelInfo:
     vocab_size: int = 0
     dtype: str = ""
     """Of activations and unquantized weights, such as ``bfloat16``."""
+    kv_dtype: str = ""
+    """Of cached keys and values."""
     quantization: str = ""
     """Number format of quantized weights; empty when none are."""
     parameters: int = 0
@@ -46,6 +48,12 @@ class ModelInfo:
         """Refuses a model without a name."""
         if not self.name:
             raise ValueError("ModelInfo.name is empty; give the name that requests will use")
+
+    @property
+    def precision(self) -> str:
+        """Number format of the weights, and of the cache where it has another."""
+        weights = self.quantization or self.dtype
+        return weights if self.kv_dtype in ("", weights) else f"{weights}, {self.kv_dtype} cache"
 
     def check_name(self, name: str) -> None:
         """Accepts this model's name and the empty one.
