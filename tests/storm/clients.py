@@ -21,7 +21,7 @@ from tests.storm.asks import EXPECTED, LEFT, OK, OVERLOAD, Ask, Behaviour
 CONNECTIONS = 4
 PATIENCE_S = 300.0
 """For anything that must come; far above what a loaded machine needs."""
-PAUSE_S = 0.5
+PAUSE_S = 2.0
 """A client that waits for the progress of others goes on after this, should there be none."""
 BACK_OFF_ENDINGS = 24
 """What a refused client waits for, so that a few are refused and not most."""
@@ -47,7 +47,7 @@ class Progress:
         self._changed = asyncio.Condition()
 
     async def tick(self) -> None:
-        """One request has ended."""
+        """One request that was taken in has ended."""
         async with self._changed:
             self._ended += 1
             self._changed.notify_all()
@@ -98,9 +98,10 @@ class Clients:
                 outcome = await self.ask(ask)
                 assert ask.number not in self.outcomes
                 self.outcomes[ask.number] = outcome
-                await self.progress.tick()
                 if outcome.ending == OVERLOAD:
                     await self.progress.wait(BACK_OFF_ENDINGS)
+                else:
+                    await self.progress.tick()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrent):

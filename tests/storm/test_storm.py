@@ -41,8 +41,8 @@ CONCURRENT = 96
 MAX_WAITING = 88
 CONTEXT_TOKENS = 256
 PAGE_TOKENS = 8
-NUM_PAGES = 57
-"""56 pages, and 16 rows that would like 2 to 32 each."""
+NUM_PAGES = 1 + OUTPUT_TOKENS
+"""56 or 32 pages, and 16 rows that would like 2 to 32 each."""
 STALL_S = 1.0
 ASKED_AGAIN = 40
 
