@@ -110,7 +110,7 @@ proto-release: $(STAMP) ## Renew the image of the last release; needs a CHANGELO
 .PHONY: prove-agreement
 prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunked, preempted
 	@$(BIN)/python -m jaxserve.assets smollm2
-	JAXSERVE_AGREEMENT_MODEL=smollm2 $(PYTEST) tests/agreement --timeout 3600 $(ARGS)
+	JAXSERVE_AGREEMENT_MODEL=smollm2 $(PYTEST) tests/agreement/test_agreement.py --timeout 3600 -s $(ARGS)
 
 .PHONY: prove-parity
 prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts

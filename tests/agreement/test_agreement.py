@@ -34,11 +34,13 @@ from tests.agreement.ways import (
 
 pytestmark = pytest.mark.slow
 MODEL = os.environ.get("JAXSERVE_AGREEMENT_MODEL", "dummy:tiny-llama")
+BOUNDS: dict[str, object] = {"context_tokens": 256, "kv_memory_bytes": 256 * 2**20}
+"""Room for 16 rows of the longest prompt with its answer, whichever the model."""
 
 
 @pytest.fixture(scope="module")
 def service(cache_dir: Path) -> Iterator[Service]:
-    with make_service(MODEL, cache_dir, default_directory(os.environ)) as ready:
+    with make_service(MODEL, cache_dir, default_directory(os.environ), **BOUNDS) as ready:
         yield ready
 
 
@@ -141,7 +143,7 @@ def test_in_bfloat16_few_requests_part_from_their_batched_answers(
 
     One request at a time runs in 16 rows, all 50 at once in 32; prompts meet other buckets too.
     """
-    options = {"dtype": "bfloat16", "max_rows": 32}
+    options = {**BOUNDS, "dtype": "bfloat16", "max_rows": 32}
     with make_service(MODEL, cache_dir, default_directory(os.environ), **options) as service:
         for style, sampling in sorted(STYLES.items()):
             batch = requests(service.plan.model.vocab_size, sampling)
