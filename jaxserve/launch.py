@@ -258,7 +258,7 @@ def _prepare(
     report: Report,
 ) -> tuple[Runner, int, Params]:
     """Compiles everything while the weights stream in."""
-    model = Model(plan.model)
+    model = Model(plan.model, plan.mesh.shape["tensor"])
     runner, num_pages = _size_pool(config, plan, model, report)
     loading: Future[Params] = pool.submit(
         source.load,
@@ -290,9 +290,9 @@ def _size_pool(
         budget = MemoryBudget(
             free_bytes=_free_bytes(plan),
             weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
-            row_state_bytes=shape.row_bytes(plan.model),
+            row_state_bytes=shape.row_bytes(model.config) // tensor,
             temporary_bytes=temporary_bytes,
-            page_bytes=shape.page_bytes(plan.model) // tensor,
+            page_bytes=shape.page_bytes(model.config) // tensor,
             fraction=config.kv_memory_fraction,
             kv_bytes=plan.kv_bytes,
         )

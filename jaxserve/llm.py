@@ -86,7 +86,7 @@ class LLM:
         with show_to_person(progress) as report:
             self._service = build(asked, report)
         self._text = self._service.text
-        self._dense: DenseForward | None = DenseForward(Model(self._service.plan.model))
+        self._dense: DenseForward | None = DenseForward(self._service.runner.model)
         self._closed = False
 
     @property

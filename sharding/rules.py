@@ -25,8 +25,7 @@ class ShardingRules:
     kv_heads: str | None = "tensor"
     group: str | None = None
     head_dim: str | None = None
-    vocab: str | None = None
-    """Replicated: sampling then needs no exchange of candidates between devices."""
+    vocab: str | None = "tensor"
     page: str | None = None
     page_token: str | None = None
     table: str | None = None

@@ -20,7 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import project, rms_norm, rope_frequencies, rope_table, softcap
+from jaxserve.models.layers import (
+    all_reduce,
+    project,
+    rms_norm,
+    rope_frequencies,
+    rope_table,
+    softcap,
+)
+from jaxserve.models.layout import choose_layout
 from jaxserve.models.modules import Axes, Ends, Layer
 
 Attend = Callable[..., tuple[Any, Any]]
@@ -45,19 +53,26 @@ class Params:
 class Model:
     """A decoder of one configuration: what is computed, without any weights."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, tensor: int = 1) -> None:
+        """Lays the model out.
+
+        Args:
+            config: as the checkpoint has it.
+            tensor: devices that share one copy of the model.
+        """
+        self.layout = choose_layout(config, tensor)
+        self.config = config = self.layout.stretched
         self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, jax.random.key(0)))
         self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, jax.random.key(0)))
         self._layer_graph, _ = nnx.split(self._layer)
 
     def init_ends(self, key: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of the ends."""
-        return _weights(Ends(self.config, dtype, key))
+        return self._stretched(Ends(self.layout.config, dtype, key))
 
     def init_layer(self, key: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of one layer."""
-        return _weights(Layer(self.config, dtype, key))
+        return self._stretched(Layer(self.layout.config, dtype, key))
 
     def init_layers(self, keys: Array, dtype: Any) -> dict[str, Array]:
         """Returns random weights of all layers, stacked."""
@@ -120,13 +135,13 @@ class Model:
             positions: each token's place in its sequence, from 0.
             cache: any pytree; handed from layer to layer through ``attend``.
             attend: attention of new tokens over the cache and themselves.
-            tensor_axis: mesh axis that heads and ffn are split over, None without a mesh.
+            tensor_axis: mesh axis that heads, ffn and vocabulary are split over; None: none is.
 
         Returns:
             What the head sees (after the final norm), and the cache.
         """
         with jax.named_scope("embed"):
-            x = params.ends["embed"][tokens]
+            x = _embed(params.ends["embed"], tokens, tensor_axis)
             # Rounded to the activations' dtype first, as the reference implementation does.
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         with jax.named_scope("rope_table"):
@@ -156,7 +171,10 @@ class Model:
         return params.ends["embed" if self.config.tie_embeddings else "head"]
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns one float32 logit per token of the vocabulary, from what ``forward`` returned."""
+        """Returns one float32 logit per token of this shard, from what ``forward`` returned.
+
+        Tokens that the layout added to the vocabulary are among them.
+        """
         return self.partial_logits(self.head_weight(params), hidden)
 
     def partial_logits(
@@ -170,10 +188,15 @@ class Model:
     def target_logits(
         self, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
     ) -> Float[Array, " T"]:
-        """Returns one float32 logit per place: that of its own target token."""
+        """Returns one float32 logit per place: that of its own target, an index in this shard."""
         rows = self.head_weight(params)[targets]
         logits = jnp.einsum("TD,TD->T", hidden, rows, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.logit_softcap)
+
+    def _stretched(self, module: nnx.Module) -> dict[str, Array]:
+        axes = _logical_axes(module)
+        weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return {name: self.layout.stretch(array, axes[name]) for name, array in weights.items()}
 
     def _ropes(self, positions: Int[Array, "B T"]) -> Float[Array, "bases 2 B T half"]:
         """One table per rope base: that of the global layers, then that of the local ones."""
@@ -212,8 +235,17 @@ class Model:
         return int(window > 0) if isinstance(window, int) else jnp.int32(window > 0)
 
 
-def _weights(module: nnx.Module) -> dict[str, Any]:
-    return dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+def _embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], tensor_axis: str | None
+) -> Float[Array, "B T D"]:
+    """Looks tokens up; each is in the table of one shard, and the others add zeros to it."""
+    if tensor_axis is None:
+        return table[tokens]
+    size = table.shape[0]
+    local = tokens - jax.lax.axis_index(tensor_axis) * size
+    here = (local >= 0) & (local < size)
+    rows = jnp.where(here[..., None], table[jnp.clip(local, 0, size - 1)], 0)
+    return all_reduce(rows, tensor_axis)
 
 
 def _logical_axes(module: nnx.Module) -> dict[str, Axes]:

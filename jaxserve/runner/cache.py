@@ -85,14 +85,14 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
 
 
 def state_specs(state: DeviceState, rules: ShardingRules) -> DeviceState:
-    """Where each part lives: the pools by KV head, the per-row state on every device."""
+    """Where each part lives: the pools by KV head, dense per-row state with the vocabulary."""
     pool = partition_specs((None, "kv_heads", None, None), rules)
-    everywhere = PartitionSpec()
+    dense = partition_specs((None, "vocab"), rules)
     return DeviceState(
         pools=Pools(k=pool, v=pool, pages=state.pools.pages),
-        last_token=everywhere,  # pyright: ignore[reportArgumentType]
-        counts=everywhere,  # pyright: ignore[reportArgumentType]
-        bias=everywhere,  # pyright: ignore[reportArgumentType]
+        last_token=PartitionSpec(),  # pyright: ignore[reportArgumentType]
+        counts=dense,  # pyright: ignore[reportArgumentType]
+        bias=dense,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -39,7 +39,8 @@ class DenseForward:
         places = max(SMALLEST_PLACES, 1 << (len(token_ids) - 1).bit_length())
         tokens = np.zeros((1, places), np.int32)
         tokens[0, : len(token_ids)] = token_ids
-        return np.asarray(self._program(params, tokens)[: len(token_ids)])
+        vocab_size = self._model.layout.config.vocab_size
+        return np.asarray(self._program(params, tokens)[: len(token_ids), :vocab_size])
 
     @cached_property
     def _program(self) -> Any:

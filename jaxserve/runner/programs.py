@@ -19,7 +19,8 @@ from jaxserve.engine.request import MAX_LOGPROBS
 from jaxserve.engine.step import COLUMNS, RESULT_COLUMNS, Column
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import DeviceState
-from jaxserve.runner.sampling import Lines, bits, choose
+from jaxserve.runner.sampling import Lines, bits, choose, merge_top
+from jaxserve.runner.vocab import VocabShard
 from pallas_kernels.paged_attention import Pools, append, paged_attention
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
@@ -32,6 +33,12 @@ class StepPrograms:
     model: Model
     table_width: int
     tensor_axis: str | None
+    """Mesh axis that heads, feed-forward and vocabulary are split over; None: one device has all."""
+
+    @property
+    def vocab(self) -> VocabShard:
+        """This shard's part of the vocabulary."""
+        return VocabShard(self.model.layout.config.vocab_size, self.tensor_axis)
 
     def decode(
         self,
@@ -136,14 +143,15 @@ class StepPrograms:
         with jax.named_scope("head"):
             logits = self.model.logits(params, hidden)
         with jax.named_scope("sample"):
-            chosen = choose(logits, lines, state.counts, state.bias)
+            chosen = choose(logits, lines, state.counts, state.bias, self.vocab)
         null_row = result.shape[0] - 1
         row = jnp.where(lines.column(Column.SAMPLES) > 0, lines.column(Column.ROW), null_row)
         token = jnp.maximum(chosen[:, 0], 0)
+        place = self.vocab.local(token, state.counts.shape[1])
         state = replace(
             state,
             last_token=state.last_token.at[row].set(token),
-            counts=state.counts.at[row, token].add(1),
+            counts=state.counts.at[row, place].add(1, mode="drop"),
         )
         return state, result.at[row].set(chosen)
 
@@ -153,22 +161,26 @@ class StepPrograms:
         """Log-probability, rank and likeliest tokens of each target, in vocabulary chunks.
 
         The target's own logit is computed first, from its row of the head alone, so that one pass
-        over the chunks can count how many tokens are above it.
+        over the chunks can count how many tokens are above it. Every shard passes over its part.
         """
-        vocab = self.model.config.vocab_size
-        size = min(SCORE_VOCAB_CHUNK, vocab)
-        head = self.model.head_weight(params)
-        starts = jnp.arange(0, vocab, size, dtype=jnp.int32)
+        vocab, head = self.vocab, self.model.head_weight(params)
+        here = head.shape[0]
+        size = min(SCORE_VOCAB_CHUNK, here)
+        all_ids = vocab.ids(here)
+        starts = jnp.arange(0, here, size, dtype=jnp.int32)
 
         def chunk_logits(start: Array) -> tuple[Array, Array]:
             # The last chunk starts early enough to be whole; what it repeats is masked.
-            begin = jnp.minimum(start, vocab - size)
+            begin = jnp.minimum(start, here - size)
             rows = lax.dynamic_slice_in_dim(head, begin, size)
             logits = self.model.partial_logits(rows, hidden)
-            ids = begin + jnp.arange(size, dtype=jnp.int32)
-            return jnp.where((ids >= start)[None], logits, -jnp.inf), ids
+            ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
+            new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)
+            return jnp.where(new[None], logits, -jnp.inf), ids
 
-        own = self.model.target_logits(params, hidden, targets)
+        place = vocab.local(targets, here)
+        own = self.model.target_logits(params, hidden, jnp.minimum(place, here - 1))
+        own = vocab.sum(jnp.where(place < here, own, 0.0))
 
         def merge(carry: tuple[Array, Array, Array, Array], start: Array) -> tuple[tuple, None]:
             normaliser, rank, top, top_ids = carry
@@ -185,11 +197,14 @@ class StepPrograms:
         places = hidden.shape[0]
         carry = (
             jnp.full((places,), -jnp.inf, jnp.float32),
-            jnp.ones((places,), jnp.int32),
+            jnp.zeros((places,), jnp.int32),
             jnp.full((places, MAX_LOGPROBS), -jnp.inf, jnp.float32),
             jnp.zeros((places, MAX_LOGPROBS), jnp.int32),
         )
         (normaliser, rank, top, top_ids), _ = lax.scan(merge, carry, starts)
+        normaliser = vocab.logsumexp(normaliser[:, None])
+        rank = 1 + vocab.sum(rank)
+        top, top_ids = merge_top(top, top_ids, vocab)
         columns = [
             targets[:, None],
             bits(own - normaliser)[:, None],

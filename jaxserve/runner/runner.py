@@ -126,6 +126,11 @@ class Runner:
     # -- before ready --------------------------------------------------------------------------
 
     @property
+    def model(self) -> Model:
+        """What is computed, laid out for the mesh."""
+        return self._model
+
+    @property
     def config(self) -> RunnerConfig:
         """What is compiled."""
         return self._config
@@ -249,23 +254,26 @@ class Runner:
         return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
     def _lower_set_row(self) -> Any:
-        vocab = self._config.step.vocab_size
+        vocab = partition_specs(("vocab",), self._config.rules)
+        size = self._model.config.vocab_size
         mapped = jax.shard_map(
             self._programs.set_row,
             mesh=self._mesh,
-            in_specs=(self._state_specs, EVERYWHERE, EVERYWHERE, EVERYWHERE),
+            in_specs=(self._state_specs, EVERYWHERE, vocab, vocab),
             out_specs=self._state_specs,
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=(0,)).lower(
             self._with_shardings(self._abstract_state, self._state_specs),
             self._host_array((), jnp.int32),
-            self._host_array((vocab,), jnp.int32),
-            self._host_array((vocab,), jnp.float32),
+            self._host_array((size,), jnp.int32, vocab),
+            self._host_array((size,), jnp.float32, vocab),
         )
 
-    def _host_array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, EVERYWHERE))
+    def _host_array(
+        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = EVERYWHERE
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
     def _with_shardings(self, tree: Any, specs: Any) -> Any:
         def shard(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -325,6 +333,8 @@ class Runner:
 
     def _set_row(self, row: int, counts: np.ndarray, bias: np.ndarray) -> None:
         program = self._compiled["set_row", 1, 0]
+        padding = (0, self._model.config.vocab_size - counts.size)
+        counts, bias = np.pad(counts, padding), np.pad(bias, padding)
         self._state = program(self._state, np.int32(row), counts, bias)
 
 

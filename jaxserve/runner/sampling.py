@@ -5,6 +5,9 @@ suppressed end tokens; temperature; min_p; top_k; top_p. Then the argmax of what
 noise whose key is the request's seed, the choice and the token's position, so that a row's token
 does not depend on its neighbours.
 
+The vocabulary may be split over the mesh (``vocab.py``): then every shard finds the best of its own
+tokens, and one exchange of a few numbers per row decides between them.
+
 Optional work stands behind ``lax.cond`` on "does any row want it": the program is the same for
 every mix of requests, and greedy batches do not pay for the rest.
 """
@@ -28,6 +31,7 @@ from jaxserve.engine.step import (
     SEEN_IN_PROMPT,
     Column,
 )
+from jaxserve.runner.vocab import VocabShard
 
 
 @dataclass(frozen=True)
@@ -60,56 +64,84 @@ def choose(
     lines: Lines,
     counts: Int[Array, "R V"],
     bias: Float[Array, "R V"],
+    vocab: VocabShard,
 ) -> Int[Array, "B C"]:
     """Chooses one token per row.
 
     Args:
-        logits: float32, of the model.
+        logits: float32, of the model, for this shard's part of the vocabulary.
         lines: the rows' parameters; ``lines.table`` may be empty.
-        counts: ``DeviceState.counts``.
-        bias: ``DeviceState.bias``.
+        counts: ``DeviceState.counts``, this shard's part.
+        bias: ``DeviceState.bias``, this shard's part.
+        vocab: which part it is.
 
     Returns:
         Result lines (``engine.step.RESULT_COLUMNS``): token, log-probability bits, rank,
         alternatives. Log-probabilities are zero where they were not asked for.
     """
-    temperature = lines.floats(Column.TEMPERATURE_BITS)
-    adjusted = _adjust(logits, lines, counts, bias)
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
-    token = lax.cond(
-        jnp.any(temperature > 0),
-        lambda: jnp.where(temperature > 0, _sample(adjusted, lines), greedy),
-        lambda: greedy,
-    )
-    details = lax.cond(
-        jnp.any(lines.column(Column.LOGPROBS) >= 0),
-        lambda: logprob_columns(logits, token),
-        lambda: jnp.zeros((token.shape[0], 2 + 2 * MAX_LOGPROBS), jnp.int32),
-    )
     # One NaN or infinity poisons the sum of a row; finite logits cannot overflow it, because
     # they are scaled down by far more than the vocabulary first.
     healthy = jnp.isfinite(jnp.sum(logits * jnp.float32(2.0**-40), axis=-1))
-    token = jnp.where(jnp.max(adjusted, axis=-1) == -jnp.inf, NO_TOKEN_LEFT, token)
-    token = jnp.where(healthy, token, POISONED_TOKEN)
+    is_token = vocab.is_token(logits.shape[-1])
+    if is_token is not None:
+        logits = jnp.where(is_token[None], logits, -jnp.inf)
+    temperature = lines.floats(Column.TEMPERATURE_BITS)
+    adjusted = _adjust(logits, lines, counts, bias, vocab)
+    scores = lax.cond(
+        jnp.any(temperature > 0),
+        lambda: jnp.where((temperature > 0)[:, None], _noisy(adjusted, lines, vocab), adjusted),
+        lambda: adjusted,
+    )
+    token = _best(scores, healthy, vocab)
+    details = lax.cond(
+        jnp.any(lines.column(Column.LOGPROBS) >= 0),
+        lambda: logprob_columns(logits, token, vocab),
+        lambda: jnp.zeros((token.shape[0], 2 + 2 * MAX_LOGPROBS), jnp.int32),
+    )
     return jnp.concatenate([token[:, None], details], axis=1)
 
 
-def logprob_columns(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Int[Array, "B C"]:
+def _best(
+    scores: Float[Array, "B V"], healthy: Bool[Array, " B"], vocab: VocabShard
+) -> Int[Array, " B"]:
+    """The token with the highest score of the whole vocabulary; of equals the lowest id."""
+    place = jnp.argmax(scores, axis=-1)
+    best = jnp.take_along_axis(scores, place[:, None], axis=-1)[:, 0]
+    token = vocab.ids(scores.shape[-1])[place]
+    candidates = vocab.gather(jnp.stack([bits(best), token, healthy.astype(jnp.int32)], axis=-1))
+    best = lax.bitcast_convert_type(candidates[:, :, 0], jnp.float32)
+    winner = jnp.argmax(best, axis=1)[:, None]
+    token = jnp.take_along_axis(candidates[:, :, 1], winner, axis=1)[:, 0]
+    token = jnp.where(jnp.max(best, axis=1) == -jnp.inf, NO_TOKEN_LEFT, token)
+    return jnp.where(jnp.all(candidates[:, :, 2] > 0, axis=1), token, POISONED_TOKEN)
+
+
+def logprob_columns(
+    logits: Float[Array, "B V"], token: Int[Array, " B"], vocab: VocabShard
+) -> Int[Array, "B C"]:
     """Log-probability bits and rank of ``token``, then the likeliest tokens and theirs."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
-    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    pad = ((0, 0), (0, MAX_LOGPROBS - top.shape[-1]))
+    normaliser = vocab.logsumexp(logits)[:, None]
+    own = vocab.pick(logits, token)[:, None]
+    rank = 1 + vocab.sum(jnp.sum(logits > own, axis=-1, dtype=jnp.int32))
+    top, places = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, ids = merge_top(top, vocab.ids(logits.shape[-1])[places], vocab)
     return jnp.concatenate(
-        [
-            bits(own - normaliser[:, None]),
-            rank[:, None],
-            jnp.pad(ids.astype(jnp.int32), pad),
-            jnp.pad(bits(top - normaliser[:, None]), pad),
-        ],
-        axis=1,
+        [bits(own - normaliser), rank[:, None], ids, bits(top - normaliser)], axis=1
     )
+
+
+def merge_top(
+    top: Float[Array, "B C"], ids: Int[Array, "B C"], vocab: VocabShard
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"]]:
+    """The ``MAX_LOGPROBS`` likeliest of every shard's likeliest; padded when there are fewer."""
+    candidates = vocab.gather(jnp.concatenate([bits(top), ids], axis=1))
+    shards, width = candidates.shape[1], top.shape[1]
+    values = lax.bitcast_convert_type(candidates[:, :, :width], jnp.float32)
+    values = values.reshape(-1, shards * width)
+    best, order = lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
+    ids = jnp.take_along_axis(candidates[:, :, width:].reshape(values.shape), order, axis=1)
+    pad = ((0, 0), (0, MAX_LOGPROBS - best.shape[1]))
+    return jnp.pad(best, pad), jnp.pad(ids, pad)
 
 
 def bits(values: Float[Array, "*B"]) -> Int[Array, "*B"]:
@@ -122,6 +154,7 @@ def _adjust(
     lines: Lines,
     counts: Int[Array, "R V"],
     bias: Float[Array, "R V"],
+    vocab: VocabShard,
 ) -> Float[Array, "B V"]:
     """Penalties, bias and suppressed end tokens, where any row uses them."""
     row = lines.column(Column.ROW)
@@ -140,7 +173,7 @@ def _adjust(
     )
     return lax.cond(
         jnp.any(suppress),
-        lambda: _suppress(logits, jnp.where(suppress[:, None], lines.suppressed, -1)),
+        lambda: _suppress(logits, jnp.where(suppress[:, None], lines.suppressed, -1), vocab),
         lambda: logits,
     )
 
@@ -158,15 +191,16 @@ def _penalise(
     return logits - frequency - presence
 
 
-def _suppress(logits: Float[Array, "B V"], tokens: Int[Array, "B E"]) -> Float[Array, "B V"]:
-    batch, vocab = logits.shape
-    # Padding (-1) goes to an index past the end, which the scatter drops.
-    index = jnp.where(tokens < 0, vocab, tokens)
+def _suppress(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B E"], vocab: VocabShard
+) -> Float[Array, "B V"]:
+    batch, size = logits.shape
+    # Padding (-1) and other shards' tokens go to a place past the end, which the scatter drops.
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    return logits.at[rows, index].set(-jnp.inf, mode="drop")
+    return logits.at[rows, vocab.local(tokens, size)].set(-jnp.inf, mode="drop")
 
 
-def _sample(logits: Float[Array, "B V"], lines: Lines) -> Int[Array, " B"]:
+def _noisy(logits: Float[Array, "B V"], lines: Lines, vocab: VocabShard) -> Float[Array, "B V"]:
     """The Gumbel-max trick: the argmax of logits plus noise is a draw from their softmax.
 
     Rounding in the logits changes a draw only where two candidates tie to within it. Inverting the
@@ -179,10 +213,10 @@ def _sample(logits: Float[Array, "B V"], lines: Lines) -> Int[Array, " B"]:
     filters = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
     scaled = lax.cond(
         jnp.any(filters & (temperature > 0)),
-        lambda: jnp.where(_kept(scaled, top_k, top_p, min_p), scaled, -jnp.inf),
+        lambda: jnp.where(_kept(scaled, top_k, top_p, min_p, vocab), scaled, -jnp.inf),
         lambda: scaled,
     )
-    return jnp.argmax(scaled + _gumbel(lines, scaled.shape[-1]), axis=-1).astype(jnp.int32)
+    return scaled + _gumbel(lines, vocab.ids(scaled.shape[-1]))
 
 
 def _kept(
@@ -190,19 +224,21 @@ def _kept(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    vocab: VocabShard,
 ) -> Bool[Array, "B V"]:
     """Which tokens min_p, then top_k, then top_p leave. Ties with the last kept token stay."""
-    mass = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    mass = jnp.exp(scaled - vocab.max(jnp.max(scaled, axis=-1))[:, None])
     kept = mass >= min_p[:, None]
     order = jnp.where(kept, _sortable(scaled), jnp.uint32(0))
-    k = jnp.where(top_k > 0, top_k, scaled.shape[-1]).astype(jnp.float32)
+    k = jnp.where(top_k > 0, top_k, vocab.total).astype(jnp.float32)
     ones = kept.astype(jnp.float32)
-    kept &= order >= _threshold(order, ones, jnp.minimum(k, jnp.sum(ones, axis=-1)))[:, None]
+    wanted = jnp.minimum(k, vocab.sum(jnp.sum(ones, axis=-1)))
+    kept &= order >= _threshold(order, ones, wanted, vocab)[:, None]
     left = jnp.where(kept, mass, 0.0)
-    wanted = top_p * jnp.sum(left, axis=-1)
+    wanted = top_p * vocab.sum(jnp.sum(left, axis=-1))
     threshold = lax.cond(
         jnp.any(top_p < 1.0),
-        lambda: _threshold(order, left, wanted),
+        lambda: _threshold(order, left, wanted, vocab),
         lambda: jnp.zeros(scaled.shape[0], jnp.uint32),
     )
     return kept & ((order >= threshold[:, None]) | (top_p >= 1.0)[:, None])
@@ -215,7 +251,9 @@ def _sortable(values: Float[Array, "B V"]) -> Array:
     return jnp.where(negative, ~raw, raw | jnp.uint32(1 << 31))
 
 
-def _threshold(order: Array, weight: Float[Array, "B V"], wanted: Float[Array, " B"]) -> Array:
+def _threshold(
+    order: Array, weight: Float[Array, "B V"], wanted: Float[Array, " B"], vocab: VocabShard
+) -> Array:
     """The largest key t, uint32 [B], for which tokens with key >= t weigh at least ``wanted``.
 
     Built bit by bit from the top: 32 reductions instead of a sort, and exact.
@@ -224,14 +262,14 @@ def _threshold(order: Array, weight: Float[Array, "B V"], wanted: Float[Array, "
     def try_bit(index: Int[Array, ""], found: Array) -> Array:
         bit = jnp.uint32(1) << (jnp.uint32(31) - index.astype(jnp.uint32))
         candidate = found | bit
-        weighs = jnp.sum(jnp.where(order >= candidate[:, None], weight, 0.0), axis=-1)
+        weighs = vocab.sum(jnp.sum(jnp.where(order >= candidate[:, None], weight, 0.0), axis=-1))
         return jnp.where(weighs >= wanted, candidate, found)
 
     start = jnp.zeros(order.shape[0], jnp.uint32)
     return lax.fori_loop(jnp.int32(0), jnp.int32(32), try_bit, start)
 
 
-def _gumbel(lines: Lines, vocab: int) -> Float[Array, "B V"]:
+def _gumbel(lines: Lines, ids: Int[Array, " V"]) -> Float[Array, "B V"]:
     """Gumbel noise of every token, from (seed, choice, position of the new token, token).
 
     Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") makes two
@@ -246,7 +284,7 @@ def _gumbel(lines: Lines, vocab: int) -> Float[Array, "B V"]:
         return threefry_2x32((key[0], key[1]), counter)
 
     words = jax.vmap(draw)(jnp.stack(seed, axis=-1), jnp.stack([choice, position], axis=-1))
-    token = jnp.arange(vocab, dtype=jnp.uint32)[None] * jnp.uint32(0x9E3779B1)
+    token = ids.astype(jnp.uint32)[None] * jnp.uint32(0x9E3779B1)
     noise = _finalize(_finalize(token ^ words[:, :1]) + words[:, 1:])
     # All 32 bits count near zero, where the exponential variables lie that win.
     uniform = (noise.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)

@@ -11,7 +11,7 @@ among devices that of ``sharding``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -59,17 +59,23 @@ def load_params(
     Raises:
         CheckpointError: naming the tensors that are missing, misshapen or unknown.
     """
-    sources = weight_sources(model.config)
+    sources = weight_sources(model.layout.config)
     check_tensors(sources, model.config.layers, checkpoint)
     abstract = model.abstract(dtype, stacked=stacked)
     placed = _reporter(abstract, progress)
 
-    def load(weight: _Weight, target: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        read = partial(_read_weight, checkpoint, weight, target.dtype)
+    def load(
+        weight: _Weight, target: jax.ShapeDtypeStruct, axes: _Axes, sharding: Any
+    ) -> jax.Array:
+        boxes = partial(model.layout.boxes, axes.words)
+        read = partial(_read_weight, checkpoint, weight, target.dtype, boxes)
         return placed(place(read, target.shape, target.dtype, sharding))
 
     weights = _weights(sources, model.config.layers, stacked)
-    return jax.tree.map(load, weights, abstract, shardings)
+    axes = jax.tree.map(_Axes, model.logical_axes(stacked=False), is_leaf=_is_axes)
+    if stacked:
+        axes = Params(axes.ends, axes.layers[0])
+    return jax.tree.map(load, weights, abstract, axes, shardings)
 
 
 def random_params(
@@ -178,15 +184,34 @@ def _weights(sources: WeightSources, layers: int, stacked: bool) -> Params:
     )
 
 
-def _read_weight(checkpoint: Checkpoint, weight: _Weight, dtype: Any, index: Index) -> np.ndarray:
-    """Reads the box ``index`` of one weight."""
+@dataclass(frozen=True)
+class _Axes:
+    """The words of one weight's axes; a leaf, where the tuple itself would be a branch."""
+
+    words: tuple[str | None, ...]
+
+
+def _is_axes(node: object) -> bool:
+    return isinstance(node, tuple) and all(word is None or isinstance(word, str) for word in node)
+
+
+def _read_weight(
+    checkpoint: Checkpoint,
+    weight: _Weight,
+    dtype: Any,
+    boxes: Callable[[Index], Iterable[tuple[Index, Index]]],
+    index: Index,
+) -> np.ndarray:
+    """Reads the box ``index`` of one weight, as the layout has stretched it."""
     wanted = weight.sources
     if weight.stacked:
         wanted, index = wanted[index[0]], index[1:]
     shape = (part.stop - part.start for part in index)
-    out = np.empty((len(wanted), *shape), dtype)
+    # Zeros cost nothing where the whole is written afterwards: their pages are not touched before.
+    out = np.zeros((len(wanted), *shape), dtype)
     for layer, source in enumerate(wanted):
-        _fill(out[layer], checkpoint, source, index)
+        for into, box in boxes(index):
+            _fill(out[layer][into], checkpoint, source, box)
     return out if weight.stacked else out[0]
 
 
