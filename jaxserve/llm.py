@@ -31,7 +31,6 @@ from jaxserve.frontend.in_process_calls import Batch, Stream, score
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.launch import build
-from jaxserve.models.decoder import Model
 from jaxserve.progress import Progress, show_to_person
 from jaxserve.runner.dense import DenseForward
 

@@ -1,4 +1,4 @@
-"""How a model's axes are stretched until a mesh divides them, and where each stretched part is from.
+"""How a model's axes are stretched until a mesh divides them, and where each part comes from.
 
 Three axes are split over the mesh's tensor axis. The feed-forward and the vocabulary are padded
 with zeros at their end. Key/value heads travel with their query heads as one group, and either
@@ -14,6 +14,7 @@ padded channels of the feed-forward. Padded tokens have logit 0, which sampling 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -216,6 +217,6 @@ def _runs(sources: np.ndarray) -> Iterator[tuple[int, ...]]:
         line = sources[outer]
         breaks = np.flatnonzero(np.diff(line) != 1) + 1
         edges = [0, *breaks.tolist(), line.size]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             if line[start] >= 0:
                 yield (*outer, start, stop)

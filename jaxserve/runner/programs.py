@@ -33,7 +33,7 @@ class StepPrograms:
     model: Model
     table_width: int
     tensor_axis: str | None
-    """Mesh axis that heads, feed-forward and vocabulary are split over; None: one device has all."""
+    """Mesh axis that heads, ffn and vocabulary are split over; None: one device has all."""
 
     @property
     def vocab(self) -> VocabShard:
@@ -74,7 +74,8 @@ class StepPrograms:
         """``prefill`` for one line that also scores the token after each place."""
         hidden, state, lines = self._prompt(params, state, packed)
         targets = packed[0, COLUMNS + self.table_width + 1 :]
-        scores = self._score(params, hidden[0], targets)
+        with jax.named_scope("score"):
+            scores = self._score(params, hidden[0], targets)
         state, result = self._sample(params, state, result, lines, _last(hidden, lines))
         return state, result, scores
 

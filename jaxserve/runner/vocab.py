@@ -63,4 +63,3 @@ class VocabShard:
 
     def _first(self, size: int) -> Int[Array, ""] | int:
         return 0 if self.axis is None else lax.axis_index(self.axis) * size
-

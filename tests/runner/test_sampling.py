@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.engine.request import MAX_LOGPROBS, SamplingParams
 from jaxserve.engine.step import (
@@ -18,11 +22,41 @@ from jaxserve.engine.step import (
     Column,
 )
 from jaxserve.runner.sampling import Lines, choose
+from jaxserve.runner.vocab import VocabShard
 
 WORDS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 """A vocabulary of four words with known probabilities."""
 
-chosen = jax.jit(lambda logits, packed, counts, bias: choose(logits, Lines(packed), counts, bias))
+
+SHARDS = 1
+"""Devices that the vocabulary is split over: every test runs with one and with three."""
+
+
+@pytest.fixture(params=[1, 3], ids=["whole", "split"], autouse=True)
+def shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SHARDS", request.param)
+
+
+@cache
+def program(shards: int, vocab: int) -> Any:
+    """``choose`` over a vocabulary that is split evenly, and padded if need be."""
+    axis = "tensor" if shards > 1 else None
+    split = PartitionSpec(None, axis)
+
+    def choose_here(
+        logits: jax.Array, packed: jax.Array, counts: jax.Array, bias: jax.Array
+    ) -> jax.Array:
+        return choose(logits, Lines(packed), counts, bias, VocabShard(vocab, axis))
+
+    return jax.jit(
+        jax.shard_map(
+            choose_here,
+            mesh=Mesh(np.array(jax.devices()[:shards]), ("tensor",)),
+            in_specs=(split, PartitionSpec(), split, split),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
 
 
 def line(
@@ -60,16 +94,21 @@ def run(
     counts: np.ndarray | None = None,
     bias: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Chooses for every line; rows are padded to one of two sizes, so that little is compiled."""
+    """Chooses for every line; rows are padded to one of two sizes, so that little is compiled.
+
+    What pads the vocabulary has logit 0, as rows of zeros in the head give it.
+    """
     rows, vocab = len(lines), logits.shape[-1]
-    padding = ((0, (64 if rows <= 64 else 2048) - rows), (0, 0))
-    arrays = (
+    more_rows = (0, (64 if rows <= 64 else 2048) - rows)
+    more_vocab = (0, -vocab % SHARDS)
+    dense = (
         logits,
-        np.stack(lines),
         np.zeros((rows, vocab), np.int32) if counts is None else counts,
         np.zeros((rows, vocab), np.float32) if bias is None else bias,
     )
-    return np.asarray(chosen(*(jnp.asarray(np.pad(array, padding)) for array in arrays)))[:rows]
+    scores, seen, added = (jnp.asarray(np.pad(x, (more_rows, more_vocab))) for x in dense)
+    packed = jnp.asarray(np.pad(np.stack(lines), (more_rows, (0, 0))))
+    return np.asarray(program(SHARDS, vocab)(scores, packed, seen, added))[:rows]
 
 
 def draws(sampling: SamplingParams, count: int = 2000) -> np.ndarray:
