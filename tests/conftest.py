@@ -3,7 +3,8 @@
 JAX reads its settings from the environment when it is first imported, so they are set here before
 anything of jaxserve is: the run-time type checks (`--jaxtyping-packages`) import JAX together with
 the first module they check. Processes that tests start inherit the settings.
-`make test-gpu` sets JAX_PLATFORMS itself, which is kept.
+`make test-gpu` sets JAX_PLATFORMS itself and the proofs on real weights JAX_NUM_CPU_DEVICES; both
+are kept.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if "jax" in sys.modules:
 COMPILATION_CACHE = tempfile.mkdtemp(prefix="jaxserve-compiled-")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.update(
-    JAX_NUM_CPU_DEVICES="8",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_COMPILATION_CACHE_DIR=COMPILATION_CACHE,

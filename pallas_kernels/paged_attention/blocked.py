@@ -118,8 +118,12 @@ def paged_attention_blocked(
 
 
 def _pad_table(table: Int[Array, "B W"], block_pages: int) -> Int[Array, "B W2"]:
-    """Widens the table to whole blocks, so that the last block reads the null page, not outside."""
-    missing = -table.shape[1] % block_pages
+    """Widens the table to whole blocks, so that the last block reads the null page, not outside.
+
+    And to two at least: XLA inlines a loop of one turn, and then, with one query, copies the pools.
+    """
+    width = table.shape[1]
+    missing = max(-width % block_pages, 2 * block_pages - width)
     return jnp.pad(table, ((0, 0), (0, missing)), constant_values=NULL_PAGE)
 
 
