@@ -129,10 +129,12 @@ class ServeConfig:
 
 
 def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:
-    """Row counts that get a decode program: factors of 4 while small, then doublings.
+    """Row counts that get a decode program: factors of 4 while small, then two for each doubling.
+
+    A step costs what its bucket costs, and with doublings alone a quarter of it would be padding.
 
     >>> decode_buckets(64, 1)
-    (1, 4, 16, 32, 64)
+    (1, 4, 16, 24, 32, 48, 64)
     >>> decode_buckets(10, 1)
     (1, 4, 10)
     """
@@ -140,7 +142,11 @@ def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:
     size = smallest
     while size < max_rows:
         buckets.append(size)
-        size *= 4 if size < 16 else 2
+        if size < 16:
+            size *= 4
+        else:
+            power_of_two = size.bit_count() == 1
+            size = size * 3 // 2 if power_of_two else size * 4 // 3
     return (*buckets, max_rows)
 
 

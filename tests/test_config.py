@@ -58,7 +58,7 @@ def test_buckets_cover_what_was_asked_for() -> None:
         buckets = decode_buckets(rows, 1)
         assert buckets[-1] == rows
         assert list(buckets) == sorted(set(buckets))
-    assert decode_buckets(64, 16) == (16, 32, 64)
+    assert decode_buckets(64, 16) == (16, 24, 32, 48, 64)
     assert decode_buckets(8, 16) == (8,)
     assert prefill_buckets(16) == ((1, 16),)
     assert max(tokens for _, tokens in prefill_buckets(512)) == 512
