@@ -40,6 +40,7 @@ from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
+from jaxserve.models.layout import choose_layout
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
@@ -101,7 +102,7 @@ class Service:
             CheckpointError: the path exists or cannot be written.
         """
         assert self.runner.params is not None, "the service is closed"
-        save_model(path, self.runner.params, self.source)
+        save_model(path, self.runner.model, self.runner.params, self.source)
 
     def close(self) -> None:
         """Stops the engine and drops every array. Safe to call again."""
@@ -264,7 +265,6 @@ def _prepare(
         source.load,
         model,
         dtype=plan.dtype,
-        stacked=True,
         shardings=runner.param_shardings,
         progress=lambda done, total: report("weights", done, total, source.name),
     )
@@ -328,10 +328,7 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
         dtype=plan.dtype,
         unrolled_rows=plan.unrolled_rows,
     )
-    try:
-        return Runner(model, runner_config, plan.mesh)
-    except MeshShapeError as error:
-        raise MeshError(f"--mesh {config.mesh} does not suit this model: {error}") from error
+    return Runner(model, runner_config, plan.mesh)
 
 
 def _make_engine(
@@ -455,7 +452,7 @@ def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _sharding_summary(plan: LaunchPlan) -> str:
-    """One line on what is split; empty on one device."""
+    """One line on what is split, and what that pads or copies; empty on one device."""
     if plan.mesh.size == 1:
         return ""
     rules = ShardingRules()
@@ -464,7 +461,10 @@ def _sharding_summary(plan: LaunchPlan) -> str:
         for name in ("kv_heads", "q_heads", "ffn", "vocab")
         if (axis := rules.mesh_axis(name)) is not None
     }
-    return ", ".join(f"{name} over {axis}={plan.mesh.shape[axis]}" for name, axis in split.items())
+    parts = [f"{name} over {axis}={plan.mesh.shape[axis]}" for name, axis in split.items()]
+    return "; ".join(
+        [", ".join(parts), *choose_layout(plan.model, plan.mesh.shape["tensor"]).notes()]
+    )
 
 
 def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:

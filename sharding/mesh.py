@@ -42,7 +42,7 @@ class MeshShape:
     data: int = 1
     """Copies of the model, each with rows and pages of its own."""
     tensor: int = 1
-    """Devices that share one copy of the model; must divide its key/value heads."""
+    """Devices that share one copy of the model."""
 
     def __post_init__(self) -> None:
         """Refuses an empty axis."""
@@ -96,9 +96,10 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
         MeshShapeError: The shape needs more devices than there are.
     """
     if shape.devices > len(devices):
+        there = len(devices)
         raise MeshShapeError(
-            f"mesh {shape} needs {shape.devices} devices and {len(devices)} are visible; "
-            f"use a mesh of at most {len(devices)}, for example 1x{len(devices)}"
+            f"mesh {shape} needs {shape.devices} devices, {there} are visible: use one of at most "
+            f"{there}, for example 1x{there}, or --device cpu:{shape.devices} to simulate"
         )
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered[: shape.devices], dtype=object).reshape(shape.data, shape.tensor)

@@ -79,7 +79,7 @@ def test_a_device_that_is_not_there_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("1x64", r"needs 64 devices and \d+ are visible"),
+        ("1x64", r"needs 64 devices, \d+ are visible"),
         ("4", "a mesh is written DATAxTENSOR"),
         ("2x1", "data axis of 2 is not supported yet"),
     ],

@@ -65,17 +65,35 @@ def load_params(
     placed = _reporter(abstract, progress)
 
     def load(
-        weight: _Weight, target: jax.ShapeDtypeStruct, axes: _Axes, sharding: Any
+        weight: _Weight, target: jax.ShapeDtypeStruct, axes: AxisNames, sharding: Any
     ) -> jax.Array:
         boxes = partial(model.layout.boxes, axes.words)
         read = partial(_read_weight, checkpoint, weight, target.dtype, boxes)
         return placed(place(read, target.shape, target.dtype, sharding))
 
     weights = _weights(sources, model.config.layers, stacked)
-    axes = jax.tree.map(_Axes, model.logical_axes(stacked=False), is_leaf=_is_axes)
+    # A stacked weight is read layer by layer.
+    axes = axis_names(model, stacked=False)
     if stacked:
+        assert isinstance(axes.layers, tuple)
         axes = Params(axes.ends, axes.layers[0])
     return jax.tree.map(load, weights, abstract, axes, shardings)
+
+
+@dataclass(frozen=True)
+class AxisNames:
+    """The words of one weight's axes; a leaf, where the tuple itself would be a branch."""
+
+    words: tuple[str | None, ...]
+
+
+def axis_names(model: Model, *, stacked: bool) -> Params:
+    """Returns ``model.logical_axes`` as a tree that can be walked beside the weights."""
+
+    def is_axes(node: object) -> bool:
+        return isinstance(node, tuple) and all(isinstance(word, str | None) for word in node)
+
+    return jax.tree.map(AxisNames, model.logical_axes(stacked=stacked), is_leaf=is_axes)
 
 
 def random_params(
@@ -182,17 +200,6 @@ def _weights(sources: WeightSources, layers: int, stacked: bool) -> Params:
             for name, source in sources.layer.items()
         },
     )
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """The words of one weight's axes; a leaf, where the tuple itself would be a branch."""
-
-    words: tuple[str | None, ...]
-
-
-def _is_axes(node: object) -> bool:
-    return isinstance(node, tuple) and all(word is None or isinstance(word, str) for word in node)
 
 
 def _read_weight(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
@@ -23,8 +24,10 @@ from jaxserve.tokenizer_source import TokenizerSource
 from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
-from jaxserve.weights.load import load_params, random_params
+from jaxserve.weights.load import AxisNames, axis_names, load_params, random_params
+from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import read_json_object, read_tokenizer_files
+from sharding.placement import place
 
 DUMMY = "dummy:"
 Progress = Callable[[int, int], None]
@@ -52,10 +55,8 @@ class ModelSource(Protocol):
         """SHA-256 (hex) of weights, config and tokenizer."""
         ...
 
-    def load(
-        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
-    ) -> Params:
-        """Puts the weights onto their devices."""
+    def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
+        """Puts the weights onto their devices, layers stacked."""
         ...
 
     def close(self) -> None:
@@ -127,15 +128,13 @@ class RandomSource:
         facts = json.dumps([dict(self.config), self._seed], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
-    def load(
-        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
-    ) -> Params:
+    def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Makes the weights on their devices."""
         return random_params(
             model,
             seed=self._seed,
             dtype=dtype,
-            stacked=stacked,
+            stacked=True,
             shardings=shardings,
             progress=progress,
         )
@@ -164,15 +163,13 @@ class CheckpointSource:
         """Of the checkpoint's contents."""
         return self._checkpoint.digest()
 
-    def load(
-        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
-    ) -> Params:
+    def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Reads tensor by tensor, each shard by itself."""
         return load_params(
             model,
             self._checkpoint,
             dtype=dtype,
-            stacked=stacked,
+            stacked=True,
             shardings=shardings,
             progress=progress,
         )
@@ -205,20 +202,32 @@ class SavedSource:
         """That of the model it was saved from."""
         return self._digest
 
-    def load(
-        self, model: Model, *, dtype: Any, stacked: bool, shardings: Params, progress: Progress
-    ) -> Params:
-        """Restores every shard on its own device; stored stacked, split again when asked to."""
-        abstract = model.abstract(dtype, stacked=stacked)
+    def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
+        """Restores every shard on its own device.
+
+        A weight that the mesh does not divide comes by way of the host, which stretches it.
+        """
+        abstract = model.abstract(dtype, stacked=True)
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         progress(0, total)
-        names = model.abstract(dtype, stacked=True)
-        if stacked:
-            names = jax.tree.map(_placed, names, shardings)
-        tree = orbax.restore(self._path, {"ends": names.ends, "layers": names.layers})
-        params = Params(tree["ends"], tree["layers"])
-        if not stacked:
-            params = jax.device_put(_unstack(params, model.config.layers), shardings)
+        stored = Model(model.layout.config).abstract(dtype, stacked=True)
+
+        def wanted(true: jax.ShapeDtypeStruct, here: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+            if true.shape == here.shape:
+                return jax.ShapeDtypeStruct(true.shape, true.dtype, sharding=sharding)
+            return np.zeros(true.shape, true.dtype)
+
+        tree = jax.tree.map(wanted, stored, abstract, shardings)
+        restored = orbax.restore(self._path, {"ends": tree.ends, "layers": tree.layers})
+
+        def placed(axes: AxisNames, value: Any, here: jax.ShapeDtypeStruct, to: Any) -> jax.Array:
+            if isinstance(value, jax.Array):
+                return value
+            return place(partial(_box_of, value, model, axes), here.shape, here.dtype, to)
+
+        params = Params(restored["ends"], restored["layers"])
+        axes = axis_names(model, stacked=True)
+        params = jax.tree.map(placed, axes, params, abstract, shardings)
         progress(total, total)
         return params
 
@@ -226,26 +235,25 @@ class SavedSource:
         """Holds nothing open."""
 
 
-def save_model(path: Path, params: Params, source: ModelSource) -> None:
-    """Writes served weights as a directory that ``open_source`` opens again.
+def save_model(path: Path, model: Model, params: Params, source: ModelSource) -> None:
+    """Writes served weights as a directory that ``open_source`` opens again, for any mesh.
 
     Raises:
         CheckpointError: the path exists or cannot be written.
     """
-    layers = params.layers
-    if not isinstance(layers, dict):
-        layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+    def true(axes: AxisNames, array: jax.Array) -> jax.Array:
+        return model.layout.shrink(array, axes.words)
+
+    params = jax.tree.map(true, axis_names(model, stacked=True), params)
     metadata = {"config": dict(source.config), "model_digest": source.digest()}
-    orbax.save(path, {"ends": params.ends, "layers": layers}, metadata, source.tokenizer())
+    tree = {"ends": params.ends, "layers": params.layers}
+    orbax.save(path, tree, metadata, source.tokenizer())
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _unstack(params: Params, layers: int) -> Params:
-    assert isinstance(params.layers, dict)
-    each = tuple(
-        {name: value[number] for name, value in params.layers.items()} for number in range(layers)
-    )
-    return Params(params.ends, each)
+def _box_of(stored: np.ndarray, model: Model, axes: AxisNames, index: Index) -> np.ndarray:
+    """A box of a stretched weight, from the whole as it was saved."""
+    out = np.zeros([part.stop - part.start for part in index], stored.dtype)
+    for into, box in model.layout.boxes(axes.words, index):
+        out[into] = stored[box]
+    return out

@@ -115,7 +115,7 @@ def test_the_default_model_without_its_file_says_how_to_fetch_it(
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("1x64", r"--mesh 1x64: mesh data=1,tensor=64 needs 64 devices and 8 are visible"),
+        ("1x64", r"--mesh 1x64: mesh data=1,tensor=64 needs 64 devices, 8 are visible"),
         ("8x8", r"--mesh 8x8: "),
         ("8", r"--mesh 8: a mesh is written DATAxTENSOR"),
     ],

@@ -242,7 +242,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
 
 
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "1x3"])
 def test_a_saved_model_serves_the_same_tokens(
     service: Service, cache_dir: Path, tmp_path: Path, mesh: str
 ) -> None:

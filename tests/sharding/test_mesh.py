@@ -62,6 +62,6 @@ def test_a_small_mesh_takes_the_first_devices():
 def test_a_mesh_over_more_devices_than_visible_says_what_would_fit():
     with pytest.raises(
         MeshShapeError,
-        match=r"mesh data=4,tensor=4 needs 16 devices and 8 are visible; .* for example 1x8",
+        match=r"mesh data=4,tensor=4 needs 16 devices, 8 are visible: .* 1x8, or --device cpu:16",
     ):
         make_mesh(MeshShape(data=4, tensor=4), jax.devices())
