@@ -47,11 +47,11 @@ class ServeConfig:
     meanwhile."""
     page_tokens: int = 32
     """Tokens in one page. Small wastes table space; large the tail of every sequence."""
-    kv_memory_fraction: float = 0.9
-    """Share of the memory free after weights and temporaries that becomes pages."""
+    kv_memory_fraction: float | None = None
+    """Share of the memory free after weights and temporaries that becomes pages. None is 0.9, and
+    on a CPU at most the lesser of 2 GiB and a quarter of free memory."""
     kv_memory_bytes: int | None = None
-    """Bytes of pages per device; overrides the fraction. None on a CPU: the lesser of 2 GiB and a
-    quarter of free memory."""
+    """Bytes of pages per device; overrides the fraction."""
     prefix_cache: bool = True
     """Share pages between requests that start alike."""
     prompt_logprobs: bool = True
@@ -109,8 +109,8 @@ class ServeConfig:
                 f"{', '.join(map(str, PAGE_TOKENS))}",
             ),
             (
-                0 < self.kv_memory_fraction <= 1,
-                f"kv_memory_fraction is {self.kv_memory_fraction:g}; choose above 0, at most 1",
+                self.kv_memory_fraction is None or 0 < self.kv_memory_fraction <= 1,
+                f"kv_memory_fraction is {self.kv_memory_fraction}; choose above 0, at most 1",
             ),
             (
                 self.kv_memory_bytes is None or self.kv_memory_bytes > 0,

@@ -10,7 +10,7 @@
     │   ├── QueueFullError
     │   ├── DrainingError
     │   └── ShuttingDownError
-    ├── DeadlineExceededError          the client's deadline passed, or cannot be met
+    ├── DeadlineExceededError          the client's deadline passed
     ├── RequestCancelledError          somebody asked for the request to stop
     ├── SlowReaderError                the client stopped reading its stream
     ├── RequestFailedError             this request failed inside the engine; others go on

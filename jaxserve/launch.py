@@ -51,6 +51,7 @@ from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.placement import bytes_per_device
 from sharding.rules import ShardingRules
 
+KV_FRACTION = 0.9  # The rest is for fragmentation and for what XLA does not report.
 CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
 CPU_UNROLLED_ROWS = 4  # One stream took 36 ms a step instead of 50, four 67 instead of 80.
 BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
@@ -79,6 +80,11 @@ class LaunchPlan:
     step: StepShape
     page_tokens: int
     kv_bytes: int | None
+    """Of pages on each device, when asked for outright."""
+    kv_fraction: float
+    """Of what is free after weights and temporaries, otherwise."""
+    most_kv_bytes: int | None
+    """What the fraction may come to."""
 
 
 @dataclass(eq=False)
@@ -215,9 +221,9 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         prefill_buckets=prefill,
         score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
     )
-    kv_bytes = config.kv_memory_bytes
-    if kv_bytes is None and on_cpu:
-        kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
+    most_kv_bytes = None
+    if config.kv_memory_fraction is None and on_cpu:
+        most_kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
     return LaunchPlan(
         name=config.served_name or _served_name(config.model),
         model=model,
@@ -229,7 +235,9 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         context_tokens=context,
         step=step,
         page_tokens=config.page_tokens,
-        kv_bytes=kv_bytes,
+        kv_bytes=config.kv_memory_bytes,
+        kv_fraction=config.kv_memory_fraction or KV_FRACTION,
+        most_kv_bytes=most_kv_bytes,
     )
 
 
@@ -293,8 +301,9 @@ def _size_pool(
             row_state_bytes=shape.row_bytes(model.config) // tensor,
             temporary_bytes=temporary_bytes,
             page_bytes=shape.page_bytes(model.config) // tensor,
-            fraction=config.kv_memory_fraction,
+            fraction=plan.kv_fraction,
             kv_bytes=plan.kv_bytes,
+            most_kv_bytes=plan.most_kv_bytes,
         )
         return plan_memory(budget, least_pages=least, most_pages=most)
 

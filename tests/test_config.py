@@ -100,7 +100,9 @@ def test_a_plan_leaves_nothing_open() -> None:
     assert plan.context_tokens == plan.model.context_tokens
     assert plan.step.table_width * plan.page_tokens >= plan.context_tokens
     assert plan.step.decode_buckets == (1, 4)
-    assert plan.kv_bytes is not None
+    assert (plan.kv_bytes, plan.kv_fraction) == (None, 0.9)
+    assert plan.most_kv_bytes is not None
+    assert resolve(config(device="cpu", kv_memory_fraction=0.5), TINY).most_kv_bytes is None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jaxserve.config import DTYPES, LOAD_FORMATS, ServeConfig
+from jaxserve.errors import ConfigError
 
 CHOICES = {"dtype": DTYPES, "kv_dtype": DTYPES, "load_format": LOAD_FORMATS}
 NAMES = {"kv_memory_bytes": "kv-memory"}
@@ -93,6 +94,35 @@ def field_values(options: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {field.name: parsed[field.name] for field in fields(cls) if field.name in parsed}
 
 
+def server_for(
+    options: argparse.Namespace, from_environment: str | None, defaults: dict[str, Any]
+) -> str | None:
+    """Decides between a server and this process, for commands that can use either.
+
+    Args:
+        options: with ``server``, and fields of ``ServeConfig``, which only this process uses.
+        from_environment: the server that JAXSERVE_SERVER names; flags win over it.
+        defaults: of the fields, where they are not the dataclass's own.
+
+    Raises:
+        ConfigError: a server was named together with flags that it would not hear of.
+    """
+    standard = {field.name: field.default for field in fields(ServeConfig)} | defaults
+    parsed = field_values(options, ServeConfig)
+    given = [name for name, value in parsed.items() if value != standard[name]]
+    if options.server is None:
+        return None if given else from_environment
+    if not options.server:
+        raise ConfigError("--server is empty; write HOST:PORT, or leave it out to compute here")
+    if given:
+        names = ", ".join(_flag(name) for name in given)
+        raise ConfigError(
+            f"{names}: a server decides that for itself; leave the flag out, or leave --server out "
+            "to compute here"
+        )
+    return options.server
+
+
 def parse_bytes(text: str) -> int:
     """Reads a number of bytes, with a unit if need be.
 
@@ -124,7 +154,7 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
     (field,) = (field for field in fields(cls) if field.name == name)
     default = defaults.get(name, field.default)
     assert default is not MISSING, f"{name} needs a default"
-    flag = f"--{NAMES.get(name, name.replace('_', '-'))}"
+    flag = _flag(name)
     text = _help(name, cls)
     if default is not None:
         shown = ("on" if default else "off") if isinstance(default, bool) else default
@@ -145,6 +175,10 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
         metavar=None if name in CHOICES else METAVARS.get(name, _metavar(name, kind)),
         help=text,
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{NAMES.get(name, name.replace('_', '-'))}"
 
 
 def _help(name: str, cls: type = ServeConfig) -> str:

@@ -1,6 +1,7 @@
 """Continue a prompt, on a server or in this process, and print the text as it comes.
 
-With --server (or JAXSERVE_SERVER) the request goes there; otherwise the model is loaded here.
+With --server the request goes there, and with JAXSERVE_SERVER when no flag names a model or a
+machine; otherwise the model is loaded here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jaxserve.cli.environment import Environment
 from jaxserve.cli.launch import config_defaults
 from jaxserve.cli.models import ensure_asset
 from jaxserve.config import ServeConfig
+from jaxserve.errors import ConfigError
 from jaxserve.progress import show_progress
 
 SUMMARY = "continue a prompt, on a server or in this process"
@@ -46,7 +48,6 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument(
         "--server",
-        default=environment.server,
         metavar="ADDRESS",
         help=f"server to ask (default: {environment.server or 'none, compute here'})",
     )
@@ -54,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         "--timeout-s", type=float, metavar="SECONDS", help="with --server: deadline of the request"
     )
     add_sampling_flags(parser, max_tokens=256, temperature=1.0)
-    flags.add_engine_flags(parser, config_defaults(environment) | ONE_REQUEST)
+    flags.add_engine_flags(parser, _defaults(environment))
 
 
 def run(options: argparse.Namespace, environment: Environment) -> int:
@@ -64,10 +65,13 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     if options.chat:
         prompt = {"messages": [{"role": "user", "content": text}]}
     sampling = sampling_options(options)
-    if options.server:
+    server = flags.server_for(options, environment.server, _defaults(environment))
+    if server is None and options.timeout_s is not None:
+        raise ConfigError("--timeout-s needs --server: nothing limits a request of this process")
+    if server is not None:
         from jaxserve.frontend.client import Client
 
-        with Client(options.server, timeout_s=options.timeout_s) as client:
+        with Client(server, timeout_s=options.timeout_s) as client:
             answer = _answer(partial(client.stream, **prompt, **sampling), quiet=options.json)
     else:
         with _load(options) as llm:
@@ -75,6 +79,10 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     if options.json:
         print(json.dumps(answer.to_json()), flush=True)
     return 0
+
+
+def _defaults(environment: Environment) -> dict[str, Any]:
+    return config_defaults(environment) | ONE_REQUEST
 
 
 def _load(options: argparse.Namespace) -> Any:

@@ -6,7 +6,6 @@ The first line on stdout says `ready address=... model=...`; everything before i
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import signal
@@ -66,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
 def run(options: argparse.Namespace, environment: Environment) -> int:
     """Serves; returns 0 after a signal and 1 when the engine failed."""
     config, server_config = read_configs(options)
-    check_exposure(server_config.host, insecure=options.insecure)
+    check_exposure(server_config, insecure=options.insecure)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with show_progress() as progress:
         report_environment(progress)
@@ -123,21 +122,17 @@ def read_configs(options: argparse.Namespace) -> tuple[ServeConfig, ServerConfig
     return config, server
 
 
-def check_exposure(host: str, *, insecure: bool) -> None:
+def check_exposure(config: ServerConfig, *, insecure: bool) -> None:
     """Refuses to open an unencrypted port to other machines by accident.
 
     Raises:
         ConfigError: the host is not this machine's loopback and --insecure is not given.
     """
-    name = host.strip("[]")
-    try:
-        loopback = ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        loopback = name == "localhost"
-    if not loopback and not insecure:
+    if not config.is_local and not insecure:
         raise ConfigError(
-            f"--host {host} opens the server to other machines, without encryption or password; "
-            "add --insecure if the network is trusted, or listen on 127.0.0.1 behind a proxy"
+            f"--host {config.host} opens the server to other machines, without encryption or "
+            "password; add --insecure if the network is trusted, or listen on 127.0.0.1 behind a "
+            "proxy"
         )
 
 
@@ -147,7 +142,7 @@ def _announce(
     progress.close()
     print(describe_plan(service, server_config), file=sys.stderr, flush=True)
     print(ready_line(service, address), flush=True)
-    print(how_to_talk(address, server_config.host), flush=True)
+    print(how_to_talk(address, server_config), flush=True)
 
 
 def ready_line(service: Service, address: str) -> str:
@@ -160,16 +155,17 @@ def ready_line(service: Service, address: str) -> str:
     )
 
 
-def how_to_talk(address: str, host: str) -> str:
-    """Returns commands that reach the server."""
-    if host.strip("[]") in ("0.0.0.0", "::"):
-        address = address.replace(host, "127.0.0.1")
+def how_to_talk(address: str, config: ServerConfig) -> str:
+    """Returns commands that reach the server from this machine."""
+    if here := {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host.strip("[]")):
+        address = f"{here}:{address.rpartition(':')[2]}"
     code = f"from jaxserve import Client; c = Client({address!r}); print(c.chat('Hello').text)"
+    curl = f"""
+  buf curl --protocol grpc --http2-prior-knowledge -d '{{"text": "The sky is", "max_tokens": 8}}' \\
+      http://{address}/jaxserve.v1.GenerationService/Generate"""
     return f"""\
   jaxserve chat --server {address}
-  python -c "{code}"
-  buf curl --protocol grpc --http2-prior-knowledge -d '{{"text": "The sky is", "max_tokens": 8}}' \\
-      http://{address}/jaxserve.v1.GenerationService/Generate
+  python -c "{code}"{curl if config.is_local else ""}
 Ctrl-C stops it: running requests may finish, a second Ctrl-C gives them up."""
 
 

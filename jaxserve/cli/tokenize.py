@@ -40,7 +40,6 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     )
     parser.add_argument(
         "--server",
-        default=environment.server,
         metavar="ADDRESS",
         help=f"server to ask (default: {environment.server or 'none, load the tokenizer here'})",
     )
@@ -51,12 +50,13 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     """Prints the tokens."""
     text = sys.stdin.read() if options.text == "-" else options.text
     special = not options.no_special_tokens
-    if options.server:
+    server = flags.server_for(options, environment.server, config_defaults(environment))
+    if server is not None:
         from jaxserve.frontend.client import Client
 
-        with Client(options.server, timeout_s=30.0) as client:
-            ids = client.tokenize(text, add_special_tokens=special)
-            texts = [client.detokenize([token]) for token in ids]
+        with Client(server, timeout_s=30.0) as client:
+            tokens = client.tokens_of(text, add_special_tokens=special)
+        ids, texts = [token for token, _ in tokens], [piece for _, piece in tokens]
     else:
         tokenizer = load_tokenizer_only(options)
         ids = tokenizer.encode(text, add_special_tokens=special)
@@ -78,11 +78,13 @@ def load_tokenizer_only(options: argparse.Namespace) -> Tokenizer:
     """
     from jaxserve.frontend.byte_tokenizer import byte_tokenizer
     from jaxserve.frontend.tokenizer import load_tokenizer
+    from jaxserve.models.presets import preset
     from jaxserve.weights.checkpoint import open_checkpoint
     from jaxserve.weights.hub import resolve_model
 
     config = ServeConfig(**flags.field_values(options, ServeConfig))
     if config.model.startswith(DUMMY):
+        preset(config.model.removeprefix(DUMMY))  # A name that does not exist has no tokenizer.
         return byte_tokenizer()
     with show_progress() as progress:
         ensure_asset(config, progress)

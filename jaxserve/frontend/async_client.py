@@ -202,6 +202,15 @@ class AsyncClient:
             (await self._call(self._stubs.generation.Tokenize, request, timeout_s)).token_ids
         )
 
+    async def tokens_of(
+        self, text: str, *, add_special_tokens: bool = True, timeout_s: float | None = None
+    ) -> list[tuple[int, str]]:
+        """Returns the tokens of a text: id, and what it stands for."""
+        request = generation_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
+        wire.set_prompt(request, text)
+        response = await self._call(self._stubs.generation.Tokenize, request, timeout_s)
+        return list(zip(response.token_ids, response.token_texts, strict=True))
+
     async def detokenize(
         self,
         token_ids: Sequence[int],

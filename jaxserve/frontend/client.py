@@ -216,6 +216,15 @@ class Client:
         wire.set_prompt(request, text, None, messages)
         return list(self._call(self._stubs.generation.Tokenize, request, timeout_s).token_ids)
 
+    def tokens_of(
+        self, text: str, *, add_special_tokens: bool = True, timeout_s: float | None = None
+    ) -> list[tuple[int, str]]:
+        """Returns the tokens of a text: id, and what it stands for."""
+        request = generation_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
+        wire.set_prompt(request, text)
+        response = self._call(self._stubs.generation.Tokenize, request, timeout_s)
+        return list(zip(response.token_ids, response.token_texts, strict=True))
+
     def detokenize(
         self,
         token_ids: Sequence[int],

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import InvalidRequestError, JaxserveError
 from jaxserve.frontend.client_errors import Failure, make_error
 from jaxserve.frontend.client_types import Chunk
 from jaxserve.frontend.client_wire import chunk_from
@@ -49,7 +49,16 @@ class Attempts:
         timeout_s: float | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins the first attempt; the caller's time runs from here."""
+        """Begins the first attempt; the caller's time runs from here.
+
+        Raises:
+            InvalidRequestError: no time is left from the start.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise InvalidRequestError(
+                f"timeout_s must be above 0, got {timeout_s:g}; leave it out to wait for ever",
+                field="timeout_s",
+            )
         self._policy = policy
         self._clock = clock
         self._deadline_s = None if timeout_s is None else clock() + timeout_s

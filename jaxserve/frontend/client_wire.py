@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from google.protobuf.descriptor import FieldDescriptor
+
 from jaxserve.engine.request import FinishReason, Timing
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import InvalidRequestError
@@ -70,7 +72,8 @@ def generate_request(
         try:
             request.MergeFrom(_one_field(name, value))
         except (TypeError, ValueError) as error:
-            raise InvalidRequestError(f"{name} cannot be sent: {error}", field=name) from None
+            text = f"{name} cannot be sent: {error}{_range_of(name)}"
+            raise InvalidRequestError(text, field=name) from None
     return request
 
 
@@ -92,7 +95,10 @@ def set_prompt(
             field="prompt",
         )
     if prompt is not None:
-        request.text = prompt
+        try:
+            request.text = prompt
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"prompt cannot be sent: {error}", field="prompt") from None
     elif token_ids is not None:
         try:
             request.token_ids.ids.extend(token_ids)
@@ -239,6 +245,18 @@ def _one_field(name: str, value: object) -> pb.GenerateRequest:
     if name == "resume_token_ids":
         return pb.GenerateRequest(resume=pb.Resume(token_ids=cast(Sequence[int], value)))
     return pb.GenerateRequest(**{name: value})  # pyright: ignore[reportArgumentType]
+
+
+def _range_of(name: str) -> str:
+    """What a number may be, as the end of a sentence."""
+    field = pb.GenerateRequest.DESCRIPTOR.fields_by_name.get(name)
+    match field and field.cpp_type:
+        case FieldDescriptor.CPPTYPE_INT32:
+            return "; choose at most 2147483647"
+        case FieldDescriptor.CPPTYPE_UINT64:
+            return "; choose 0 to 18446744073709551615"
+        case _:
+            return ""
 
 
 def _message(message: Mapping[str, str]) -> pb.ChatMessage:

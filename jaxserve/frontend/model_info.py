@@ -16,7 +16,7 @@ class ModelInfo:
     model_digest: str
     """SHA-256 (hex) of weights, config and tokenizer."""
     architecture: str = ""
-    """Its name in the checkpoint, such as ``LlamaForCausalLM``."""
+    """Its family, such as ``llama``."""
     context_tokens: int = 0
     """Tokens that prompt and answer may have together."""
     vocab_size: int = 0

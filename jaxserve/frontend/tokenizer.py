@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxserve.errors import TokenizerError
+from jaxserve.errors import InvalidRequestError, TokenizerError
 from jaxserve.frontend.tokenizer_gguf import SPACE_MARK, Vocabulary, build_from_gguf
 from jaxserve.tokenizer_source import TokenizerSource
 
@@ -92,7 +92,17 @@ class Tokenizer:
             text: any string.
             add_special_tokens: put the model's start token in front, where it has one. Rendered
                 chat templates carry their own and are encoded without.
+
+        Raises:
+            InvalidRequestError: half a character, which bytes that are not UTF-8 become in Python.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"prompt is not Unicode at character {error.start}; send text that is valid UTF-8",
+                field="prompt",
+            ) from None
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:

@@ -33,6 +33,8 @@ class MemoryBudget:
     """Of what is left, how much becomes pages."""
     kv_bytes: int | None
     """Bytes of pages asked for outright; overrides ``fraction``."""
+    most_kv_bytes: int | None = None
+    """What ``fraction`` may come to at most."""
 
 
 def plan_memory(budget: MemoryBudget, *, least_pages: int, most_pages: int) -> int:
@@ -48,7 +50,11 @@ def plan_memory(budget: MemoryBudget, *, least_pages: int, most_pages: int) -> i
     """
     fixed = budget.weight_bytes + budget.row_state_bytes + budget.temporary_bytes
     left = budget.free_bytes - fixed
-    room = int(left * budget.fraction) if budget.kv_bytes is None else budget.kv_bytes
+    room = int(left * budget.fraction)
+    if budget.most_kv_bytes is not None:
+        room = min(room, budget.most_kv_bytes)
+    if budget.kv_bytes is not None:
+        room = budget.kv_bytes
     arithmetic = (
         f"{_mib(budget.free_bytes)} free - {_mib(budget.weight_bytes)} weights - "
         f"{_mib(budget.row_state_bytes)} row state - {_mib(budget.temporary_bytes)} temporaries "

@@ -104,7 +104,7 @@ class GetHealthDetailResponse(_message.Message):
     serving: _builtins.bool
     """What grpc.health.v1 answers: true is SERVING."""
     detail: _builtins.str
-    """One sentence for people on why; empty when nothing is wrong."""
+    """A word or a sentence for people on why."""
     draining: _builtins.bool
     """Whether new requests are refused because the server is shutting down."""
     last_step_age_seconds: _builtins.float

@@ -126,7 +126,9 @@ class ChatMessage(_message.Message):
     role: Global___ChatRole.ValueType
     """Required."""
     content: _builtins.str
-    """Required by most templates; may be empty. Special tokens written here are plain text."""
+    """Required by most templates; may be empty. Special tokens written here count as such:
+    check text that comes from others before sending it.
+    """
     def __init__(
         self,
         *,

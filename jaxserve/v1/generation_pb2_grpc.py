@@ -28,7 +28,7 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """
@@ -79,7 +79,7 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """
@@ -210,7 +210,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """

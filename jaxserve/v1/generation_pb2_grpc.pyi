@@ -33,7 +33,7 @@ GRPC_VERSION: str
 class GenerationServiceStub:
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """
@@ -96,7 +96,7 @@ class GenerationServiceStub:
 class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """
@@ -155,7 +155,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text, scores text and converts between text and tokens.
 
-    Every error carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
+    Every error but that of a message that is too large carries google.rpc.ErrorInfo (domain "jaxserve", a stable reason; metadata
     resumable = "true" when a broken stream can be continued with GenerateRequest.resume). Errors that
     may go away carry google.rpc.RetryInfo; bad requests carry google.rpc.BadRequest with the field.
     """

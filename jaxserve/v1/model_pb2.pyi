@@ -48,7 +48,7 @@ class Model(_message.Message):
     model_digest: _builtins.str
     """SHA-256 of weights, config and tokenizer, in hexadecimal."""
     architecture: _builtins.str
-    """The architecture's name in its checkpoint, such as LlamaForCausalLM."""
+    """The architecture's family, such as llama."""
     context_tokens: _builtins.int
     """Tokens that prompt and answer may have together."""
     vocab_size: _builtins.int
@@ -296,11 +296,11 @@ class GetStatsResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     rows_running: _builtins.int
-    """Requests with a row in the current step."""
+    """Sequences with a row in the current step; each choice of a request (n) is one."""
     rows_max: _builtins.int
     """Rows at most."""
     requests_waiting: _builtins.int
-    """Requests accepted and not yet scheduled."""
+    """Requests accepted and not yet scheduled, or preempted sequences if those are more."""
     tokens_waiting: _builtins.int
     """Prompt tokens of the waiting requests."""
     pages_total: _builtins.int

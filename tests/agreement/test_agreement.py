@@ -20,6 +20,8 @@ from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
 from jaxserve.launch import Service
+from jaxserve.llm import LLM
+from jaxserve.runner.compiling import CompileCounter
 from tests.agreement.ways import (
     OUTPUT_TOKENS,
     PROMPTS,
@@ -118,7 +120,26 @@ def test_grpc_gives_the_tokens_of_the_engine(
     assert not differing(answers, batched)
 
 
+def test_the_notebook_gives_the_tokens_of_the_engine(
+    batch: list[Request], batched: list[list[int]], cache_dir: Path
+) -> None:
+    """And so those of gRPC: both are held to the same answers."""
+    settings = {"dtype": "float32", "device": "cpu", "max_rows": 16, "step_tokens": 64}
+    places = {"assets_dir": default_directory(os.environ), "cache_dir": cache_dir}
+    CompileCounter.instance().strict = False
+    with LLM(MODEL, page_tokens=16, progress=False, **settings, **BOUNDS, **places) as llm:  # pyright: ignore[reportArgumentType]
+        answers = [
+            list(llm.generate(list(request.prompt), **_options(request)).token_ids)
+            for request in batch
+        ]
+    assert not differing(answers, batched)
+
+
 def _over_grpc(client: Client, request: Request) -> list[int]:
+    return list(client.generate(token_ids=list(request.prompt), **_options(request)).token_ids)
+
+
+def _options(request: Request) -> GenerateOptions:
     sampling = request.sampling
     options: GenerateOptions = {
         "max_tokens": OUTPUT_TOKENS,
@@ -133,7 +154,7 @@ def _over_grpc(client: Client, request: Request) -> list[int]:
     }
     if sampling.seed is not None:
         options["seed"] = sampling.seed
-    return list(client.generate(token_ids=list(request.prompt), **options).token_ids)
+    return options
 
 
 def test_in_bfloat16_few_requests_part_from_their_batched_answers(

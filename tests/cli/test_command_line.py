@@ -201,6 +201,29 @@ def test_a_bad_value_is_the_servers_sentence_and_exit_2(shell: Any, server: Any)
     assert result.err == "error: temperature must be a finite number, 0 to 100, got -1\n"
 
 
+def test_a_deadline_needs_a_server(shell: Any) -> None:
+    result = shell("generate", "x", "--timeout-s", "2", *shell.flags)
+    assert result.status == 2
+    assert "--timeout-s needs --server" in result.err
+
+
+@pytest.mark.parametrize("command", [["generate"], ["tokenize"]])
+def test_input_that_is_not_utf_8_is_refused(shell: Any, command: list[str]) -> None:
+    """Python reads a byte that is not UTF-8 as half a character."""
+    result = shell(*command, "caf\udce9", "--server", "127.0.0.1:1")
+    assert result.status == 2
+    assert result.err.startswith("error: prompt cannot be sent: ")
+    result = shell("tokenize", "caf\udce9", "--model", "dummy:tiny-llama")
+    assert result.status == 2
+    assert result.err.startswith("error: prompt is not Unicode at character 3; send text that is")
+
+
+def test_a_model_that_does_not_exist_has_no_tokenizer(shell: Any) -> None:
+    result = shell("tokenize", "x", "--model", "dummy:nope")
+    assert result.status == 2
+    assert "no built-in" in result.err
+
+
 def test_generate_without_its_server_says_so(shell: Any) -> None:
     result = shell("generate", "x", "--server", "127.0.0.1:1", "--timeout-s", "2")
     assert result.status == 1

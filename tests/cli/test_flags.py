@@ -11,8 +11,11 @@ import pytest
 
 from jaxserve.cli import flags
 from jaxserve.cli.environment import Environment
+from jaxserve.cli.generate import ONE_REQUEST
+from jaxserve.cli.launch import config_defaults
 from jaxserve.cli.parser import build_parser, parse
 from jaxserve.config import ServeConfig
+from jaxserve.errors import ConfigError
 from jaxserve.frontend.grpc.config import ServerConfig
 
 ENVIRONMENT = Environment.read({"XDG_CACHE_HOME": "/cache"})
@@ -123,11 +126,35 @@ def test_the_environment_decides_defaults_and_flags_win() -> None:
     )
     parser = build_parser(environment)
     options = parse(parser, ["generate", "x"])
-    assert (options.server, options.offline) == ("far:1", True)
+    assert (server_of(options, environment), options.offline) == ("far:1", True)
     assert (options.assets_dir, options.cache_dir) == (Path("/a"), Path("/c"))
     assert parse(parser, ["chat"]).server == "far:1"
     options = parse(parser, ["generate", "x", "--server", "near:2", "--no-offline"])
     assert (options.server, options.offline) == ("near:2", False)
+    options = parse(parser, ["generate", "x", "--server", "near:2"])
+    assert server_of(options, environment) == "near:2"
+
+
+def server_of(options: argparse.Namespace, environment: Environment) -> str | None:
+    defaults = config_defaults(environment) | ONE_REQUEST
+    return flags.server_for(options, environment.server, defaults)
+
+
+def test_a_flag_for_this_process_wins_over_the_environments_server() -> None:
+    environment = Environment.read({"JAXSERVE_SERVER": "far:1"})
+    parser = build_parser(environment)
+    for given in (["--model", "./checkpoint"], ["--mesh", "1x2"], ["--kv-memory", "1GiB"]):
+        assert server_of(parse(parser, ["generate", "x", *given]), environment) is None
+
+
+def test_a_named_server_and_flags_that_it_would_not_hear_of_are_refused_together() -> None:
+    def server_with(*given: str) -> str | None:
+        return server_of(parse(build_parser(ENVIRONMENT), ["generate", "x", *given]), ENVIRONMENT)
+
+    with pytest.raises(ConfigError, match=r"--model, --mesh: a server decides that for itself"):
+        server_with("--server", "near:2", "--model", "foo", "--mesh", "9x9")
+    with pytest.raises(ConfigError, match=r"--server is empty; write HOST:PORT"):
+        server_with("--server", "")
 
 
 def test_without_environment_variables_there_are_defaults() -> None:

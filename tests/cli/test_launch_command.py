@@ -16,6 +16,7 @@ from jaxserve import Client
 from jaxserve.cli.launch import check_exposure, how_to_talk
 from jaxserve.engine.request import FinishReason
 from jaxserve.errors import ConfigError
+from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.serve import Ended
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
@@ -167,14 +168,14 @@ def test_debug_shows_where_an_error_was_raised(shell: Any) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
 def test_loopback_addresses_need_no_permission(host: str) -> None:
-    check_exposure(host, insecure=False)
+    check_exposure(ServerConfig(host=host), insecure=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "10.0.0.7", "example.org"])
 def test_other_addresses_need_insecure(host: str) -> None:
     with pytest.raises(ConfigError, match=r"opens the server to other machines.*add --insecure"):
-        check_exposure(host, insecure=False)
-    check_exposure(host, insecure=True)
+        check_exposure(ServerConfig(host=host), insecure=False)
+    check_exposure(ServerConfig(host=host), insecure=True)
 
 
 def test_launch_refuses_an_open_host(shell: Any) -> None:
@@ -184,13 +185,16 @@ def test_launch_refuses_an_open_host(shell: Any) -> None:
 
 
 def test_commands_shown_for_an_open_host_name_an_address_that_can_be_reached() -> None:
-    text = how_to_talk("0.0.0.0:50051", "0.0.0.0")
-    assert "0.0.0.0" not in text
-    assert "jaxserve chat --server 127.0.0.1:50051" in text
+    for host, here in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("[::]", "[::1]")):
+        config = ServerConfig(host=host)
+        text = how_to_talk(config.address, config)
+        assert config.address not in text
+        assert f"jaxserve chat --server {here}:50051" in text
+        assert "buf curl" not in text, "there is no reflection for it"
 
 
 def test_the_data_in_the_shown_buf_command_is_json() -> None:
-    text = how_to_talk("127.0.0.1:1", "127.0.0.1")
+    text = how_to_talk("127.0.0.1:1", ServerConfig())
     match = re.search(r"-d '([^']*)'", text)
     assert match is not None
     assert json.loads(match[1]) == {"text": "The sky is", "max_tokens": 8}

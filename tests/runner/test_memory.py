@@ -41,6 +41,15 @@ def test_bytes_asked_for_override_the_fraction() -> None:
     assert plan_memory(budget, least_pages=2, most_pages=10_000) == 96
 
 
+def test_a_fraction_can_have_a_bound_that_is_no_demand() -> None:
+    """What is not there is not asked for: the default of a CPU must start on a small machine."""
+    budget = replace(BUDGET, most_kv_bytes=96 * MIB)
+    assert plan_memory(budget, least_pages=2, most_pages=10_000) == 96
+    assert (
+        plan_memory(replace(budget, most_kv_bytes=900 * MIB), least_pages=2, most_pages=999) == 384
+    )
+
+
 def test_more_pages_than_all_rows_could_use_are_not_taken() -> None:
     assert plan_memory(BUDGET, least_pages=2, most_pages=100) == 100
 

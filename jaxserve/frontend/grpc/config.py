@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
+
+MOST = 2_000_000.0
+"""Of any number here: gRPC takes milliseconds and bytes as 32-bit integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +16,7 @@ class ServerConfig:
     """What the server listens on and what it puts up with."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. ``0.0.0.0`` or ``[::]`` opens it to the network, unencrypted."""
+    """Address to listen on. ``0.0.0.0`` or ``::`` opens it to the network, unencrypted."""
     port: int = 50051
     """0 lets the system choose a free one; ``Server.start`` says which."""
     max_message_bytes: int = 4 * 1024 * 1024
@@ -28,6 +32,11 @@ class ServerConfig:
     small loses clients that pause; too large keeps rows for machines that are gone."""
     min_ping_interval_s: float = 10.0
     """Clients that ping more often than this are sent away (``too_many_pings``)."""
+    max_connection_age_s: float = 1800.0
+    """Then a client is asked to connect anew, so that a load balancer can move it. Small costs
+    handshakes; large keeps clients where they are when servers are added."""
+    max_connection_age_grace_s: float = 3600.0
+    """How long calls may go on after that; longer than the longest answer."""
     stall_timeout_s: float = 30.0
     """A stream whose client accepts nothing for this long ends with ABORTED, reason SLOW_READER.
     Too small ends clients that pause to think; too large keeps rows busy for nobody."""
@@ -44,32 +53,53 @@ class ServerConfig:
         problems = []
         if not 0 <= self.port <= 65_535:
             problems.append(f"port must be 0 to 65535, got {self.port}")
+        if not 0 < self.max_message_bytes < 2**31:
+            problems.append(
+                f"max_message_bytes must be above 0 and below 2 GiB, got {self.max_message_bytes}"
+            )
         if not self.host:
             problems.append("host is empty; use 127.0.0.1 for this machine only")
         positive = (
-            "max_message_bytes",
             "max_concurrent_streams",
             "keepalive_time_s",
             "keepalive_timeout_s",
             "min_ping_interval_s",
+            "max_connection_age_s",
+            "max_connection_age_grace_s",
             "stall_timeout_s",
             "health_interval_s",
             "tokenizer_threads",
         )
         problems += [
-            f"{name} must be above 0, got {getattr(self, name):g}"
+            f"{name} must be above 0 and at most {MOST:g}, got {getattr(self, name):g}"
             for name in positive
-            if not getattr(self, name) > 0
+            if not 0 < getattr(self, name) <= MOST
         ]
-        if self.grace_s < 0:
-            problems.append(f"grace_s must be at least 0, got {self.grace_s:g}")
+        if not 0 <= self.grace_s <= MOST:
+            problems.append(
+                f"grace_s must be at least 0 and at most {MOST:g}, got {self.grace_s:g}"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
 
     @property
     def address(self) -> str:
         """Host and port as gRPC takes them."""
-        return f"{self.host}:{self.port}"
+        return self.address_of(self.port)
+
+    def address_of(self, port: int) -> str:
+        """The host with another port; IPv6 addresses in brackets."""
+        bare_ipv6 = ":" in self.host and not self.host.startswith("[")
+        return f"[{self.host}]:{port}" if bare_ipv6 else f"{self.host}:{port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        host = self.host.strip("[]")
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
     def channel_options(self) -> list[tuple[str, int]]:
         """Returns these limits under gRPC's own names."""
@@ -82,6 +112,8 @@ class ServerConfig:
             ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.max_connection_age_ms", round(self.max_connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(self.max_connection_age_grace_s * 1000)),
             (
                 "grpc.http2.min_ping_interval_without_data_ms",
                 round(self.min_ping_interval_s * 1000),

@@ -54,11 +54,13 @@ class Server:
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(text.engine, info, self._calls), self._server
         )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(text.engine, info, self._calls, drain=self.drain), self._server
-        )
         self._health.add_to(self._server)
-        add_reflection(self._server)
+        if config.is_local:
+            # Strangers must not drain the server or look around; there are no keys to tell them by.
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(
+                AdminServicer(text.engine, info, self._calls, drain=self.drain), self._server
+            )
+            add_reflection(self._server)
 
     async def start(self) -> str:
         """Opens the port and returns the bound address, such as ``127.0.0.1:50051``.
@@ -79,7 +81,7 @@ class Server:
             asyncio.create_task(self._health.watch()),
             asyncio.create_task(self._calls.watch_stalls()),
         ]
-        return f"{config.host}:{port}"
+        return config.address_of(port)
 
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on. Loop's thread only."""

@@ -18,9 +18,12 @@ from jaxserve import errors
 
 DOMAIN = "jaxserve"
 """``google.rpc.ErrorInfo.domain`` of every error raised on purpose."""
-MAX_TEXT_CHARS = 1024
-"""Longest message and longest single fact. Statuses travel as HTTP/2 headers, which peers limit to
-8 KiB or so in all, and a message may quote what a client sent."""
+MAX_TEXT_BYTES = 512
+"""Longest message, in UTF-8. Statuses travel as HTTP/2 headers, which peers limit to 8 KiB in all;
+a message may quote what a client sent, stands in the status three times, and once percent-encoded,
+where a byte takes three."""
+MAX_FACT_BYTES = 256
+"""Longest single fact."""
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +82,12 @@ def to_rich_status(error: BaseException, *, request_id: str = "") -> status_pb2.
         request_id: "" when there is none.
     """
     row = row_of(error)
+    request_id = _clip(request_id, MAX_FACT_BYTES)
     metadata = {"request_id": request_id} if request_id else {}
     details: list[message.Message] = []
     if row.shown and isinstance(error, errors.JaxserveError):
-        text, reason = _clip(str(error)), error.reason
-        metadata |= {name: _clip(str(value)) for name, value in vars(error).items()}
+        text, reason = _clip(str(error), MAX_TEXT_BYTES), error.reason
+        metadata |= {name: _clip(str(value), MAX_FACT_BYTES) for name, value in vars(error).items()}
         details = _typed_details(error, text)
     else:
         text = f"internal error; tell the operator request id {request_id or 'unknown'}"
@@ -123,7 +127,7 @@ def _typed_details(error: errors.JaxserveError, text: str) -> list[message.Messa
             return []
     return [
         error_details_pb2.ResourceInfo(
-            resource_type=kind, resource_name=_clip(name), description=text
+            resource_type=kind, resource_name=_clip(name, MAX_FACT_BYTES), description=text
         )
     ]
 
@@ -144,5 +148,8 @@ def _pack(item: message.Message) -> any_pb2.Any:
     return packed
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 1] + "…"
+def _clip(text: str, limit: int) -> str:
+    encoded = text.encode("utf-8", errors="replace")
+    if len(encoded) <= limit:
+        return encoded.decode()
+    return encoded[: limit - 3].decode("utf-8", errors="ignore") + "…"

@@ -190,9 +190,19 @@ def test_bad_arguments_are_refused_before_anything_is_sent(engine, connect):
     client = connect(engine)
     with pytest.raises(TypeError, match="unknown option temprature; there are allowed_token_ids"):
         client.generate("hi", temprature=1.0)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(InvalidRequestError, match="seed cannot be sent") as caught:
+    with pytest.raises(
+        InvalidRequestError, match=r"seed cannot be sent.*choose 0 to 1844"
+    ) as caught:
         client.generate("hi", seed=-1)
     assert caught.value.field == "seed"
+    with pytest.raises(InvalidRequestError, match=r"max_tokens cannot be .* at most 2147483647"):
+        client.generate("hi", max_tokens=99_999_999_999)
+    for timeout_s in (0.0, -3.0, float("nan")):
+        with pytest.raises(InvalidRequestError, match="timeout_s must be above 0") as caught:
+            client.generate("hi", timeout_s=timeout_s)
+        assert caught.value.field == "timeout_s"
+    with pytest.raises(InvalidRequestError, match="prompt cannot be sent"):
+        client.generate("\ud800")
     with pytest.raises(InvalidRequestError, match=r"pass exactly one of a text prompt.*got 2"):
         client.generate("hi", token_ids=[1])
     with pytest.raises(InvalidRequestError, match="token_ids cannot be sent"):

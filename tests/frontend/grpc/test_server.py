@@ -69,9 +69,12 @@ def test_a_port_is_free_again_after_stop(engine, serving):
     [
         ({"port": 65_536}, "port must be 0 to 65535, got 65536"),
         ({"host": ""}, "host is empty"),
-        ({"max_message_bytes": 0}, "max_message_bytes must be above 0, got 0"),
-        ({"stall_timeout_s": -1.0}, "stall_timeout_s must be above 0, got -1"),
-        ({"grace_s": -1.0}, "grace_s must be at least 0, got -1"),
+        ({"max_message_bytes": 0}, "max_message_bytes must be above 0 and below 2 GiB, got 0"),
+        ({"max_message_bytes": 10**11}, "below 2 GiB, got 100000000000"),
+        ({"stall_timeout_s": -1.0}, r"stall_timeout_s must be above 0 and at most 2e\+06, got -1"),
+        ({"keepalive_time_s": float("inf")}, "keepalive_time_s must be above 0 and .*, got inf"),
+        ({"grace_s": -1.0}, "grace_s must be at least 0 and .*, got -1"),
+        ({"grace_s": float("nan")}, "grace_s must be at least 0 and .*, got nan"),
         ({"port": -1, "grace_s": -1.0}, "port must be 0 to 65535, got -1; grace_s must be"),
     ],
 )
@@ -88,6 +91,31 @@ def test_the_documented_limits_are_what_grpc_gets():
     assert options["grpc.keepalive_time_ms"] == 20_000
     assert options["grpc.keepalive_timeout_ms"] == 10_000
     assert options["grpc.http2.min_ping_interval_without_data_ms"] == 10_000
+    assert options["grpc.max_connection_age_ms"] == 1_800_000
+    assert options["grpc.max_connection_age_grace_ms"] == 3_600_000
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "local"),
+    [
+        ("127.0.0.1", "127.0.0.1:7", True),
+        ("localhost", "localhost:7", True),
+        ("::1", "[::1]:7", True),
+        ("[::1]", "[::1]:7", True),
+        ("::", "[::]:7", False),
+        ("0.0.0.0", "0.0.0.0:7", False),
+        ("example.org", "example.org:7", False),
+    ],
+)
+def test_hosts_are_written_as_grpc_takes_them(host, address, local):
+    config = ServerConfig(host=host, port=7)
+    assert (config.address, config.is_local) == (address, local)
+
+
+def test_an_ipv6_address_can_be_listened_on(engine, serving):
+    address = serving.start(engine, host="::1")
+    assert address.startswith("[::1]:")
+    assert serving.stubs(address).model.GetModel(model_pb2.GetModelRequest()).model.name
 
 
 # -- health and reflection -------------------------------------------------------------------------
@@ -140,6 +168,18 @@ def test_reflection_lists_services_and_describes_them(stubs, version):
     }
     (file,) = described.file_descriptor_response.file_descriptor_proto
     assert b"GenerateRequest" in file
+
+
+def test_other_machines_are_offered_neither_reflection_nor_administration(engine, serving):
+    address = serving.start(engine, host="0.0.0.0").replace("0.0.0.0", "127.0.0.1")
+    stubs = serving.stubs(address)
+    with pytest.raises(grpc.RpcError) as caught:
+        stubs.admin.Drain(admin_pb2.DrainRequest())
+    assert caught.value.code() is Code.UNIMPLEMENTED
+    with pytest.raises(grpc.RpcError) as caught:
+        test_reflection_lists_services_and_describes_them(stubs, "v1")
+    assert caught.value.code() is Code.UNIMPLEMENTED
+    assert not engine.draining
 
 
 # -- facts and counters ----------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+from urllib.parse import quote
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from jaxserve import errors
-from jaxserve.frontend.grpc.status import MAX_TEXT_CHARS, row_of, to_grpc_status, to_rich_status
+from jaxserve.frontend.grpc.status import MAX_TEXT_BYTES, row_of, to_grpc_status, to_rich_status
 
 Code = grpc.StatusCode
 
@@ -113,12 +115,16 @@ def test_the_time_to_come_back_is_exact():
     assert retry.retry_delay.ToNanoseconds() == 250_000_000
 
 
-def test_text_that_quotes_a_client_is_cut_to_fit_a_header():
-    status = to_rich_status(errors.ModelNotFoundError("m" * 100_000, "served"))
+@pytest.mark.parametrize("letter", ["m", "я", "中", "😀"])
+def test_text_that_quotes_a_client_is_cut_to_fit_a_header(letter):
+    quoted = letter * 100_000
+    status = to_rich_status(errors.ModelNotFoundError(quoted, "served"), request_id=quoted)
 
-    assert len(status.message) == MAX_TEXT_CHARS
+    assert MAX_TEXT_BYTES - 4 < len(status.message.encode()) <= MAX_TEXT_BYTES
     assert status.message.endswith("…")
-    assert len(status.SerializeToString()) < 8192
+    message_header = quote(status.message)
+    details_header = base64.b64encode(status.SerializeToString())
+    assert len(message_header) + len(details_header) < 7000
 
 
 def test_a_defect_is_logged_once_and_a_refusal_never(caplog):
