@@ -32,7 +32,7 @@ class ServeConfig:
     dtype: str = "auto"
     """Of weights and activations. auto: bfloat16 where it is fast, else float32."""
     kv_dtype: str = "auto"
-    """Of cached keys and values. auto: as dtype; bfloat16 where dtype is auto."""
+    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens."""
     load_format: str = "auto"
     """``dummy`` takes the checkpoint's config with random weights."""
     seed: int = 0

@@ -230,7 +230,7 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         mesh=mesh,
         platform=platform,
         dtype=dtype,
-        kv_dtype=_kv_dtype(config, dtype),
+        kv_dtype=dtype if config.kv_dtype == "auto" else jnp.dtype(config.kv_dtype),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu else 0,
         context_tokens=context,
         step=step,
@@ -419,14 +419,6 @@ def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
         return jnp.dtype(jnp.bfloat16)
     # Without AMX, XLA's float32 products are as fast as its bfloat16 ones, and exact.
     return jnp.dtype(jnp.float32)
-
-
-def _kv_dtype(config: ServeConfig, dtype: jnp.dtype) -> jnp.dtype:
-    if config.kv_dtype != "auto":
-        return jnp.dtype(config.kv_dtype)
-    # Whoever names a precision gets it everywhere. Where float32 was chosen for the speed of its
-    # products, pages are still what a step waits for: half the bytes.
-    return jnp.dtype(jnp.bfloat16) if config.dtype == "auto" else dtype
 
 
 def _cpu_has_amx() -> bool:

@@ -108,15 +108,15 @@ def test_a_plan_leaves_nothing_open() -> None:
 @pytest.mark.parametrize(
     ("asked", "amx", "got"),
     [
-        ({}, False, ("float32", "bfloat16")),
+        ({}, False, ("float32", "float32")),
         ({}, True, ("bfloat16", "bfloat16")),
         ({"dtype": "float32"}, True, ("float32", "float32")),
         ({"dtype": "float16"}, False, ("float16", "float16")),
-        ({"kv_dtype": "float32"}, False, ("float32", "float32")),
+        ({"kv_dtype": "bfloat16"}, False, ("float32", "bfloat16")),
         ({"dtype": "float32", "kv_dtype": "bfloat16"}, False, ("float32", "bfloat16")),
     ],
 )
-def test_a_named_precision_holds_for_the_cache_and_auto_halves_its_bytes(
+def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     asked: dict[str, str], amx: bool, got: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jaxserve.launch._cpu_has_amx", lambda: amx)
