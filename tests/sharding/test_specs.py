@@ -53,15 +53,15 @@ def test_words_become_mesh_axes_by_the_table():
         "w_down": PartitionSpec(None, "tensor"),
     }
     assert specs == {
-        "ends": {"embed": PartitionSpec(None, None), "norm": PartitionSpec(None)},
+        "ends": {"embed": PartitionSpec("tensor", None), "norm": PartitionSpec(None)},
         "layers": (layer, layer),
         "scale": PartitionSpec(),
     }
 
 
 def test_another_layout_is_another_table():
-    specs = partition_specs(AXES, replace(ShardingRules(), vocab="tensor", ffn=None))
-    assert specs["ends"]["embed"] == PartitionSpec("tensor", None)
+    specs = partition_specs(AXES, replace(ShardingRules(), vocab=None, ffn=None))
+    assert specs["ends"]["embed"] == PartitionSpec(None, None)
     assert specs["layers"][0]["w_down"] == PartitionSpec(None, None)
 
 
