@@ -235,7 +235,7 @@ def test_a_tensor_mesh_gives_the_logits_of_one_device(tensor, stacked, dense_log
 
 @pytest.mark.parametrize(("stacked", "bodies"), [(True, 1), (False, 2)])
 def test_a_layer_has_exactly_two_all_reduces(stacked, bodies, dense_attend):
-    """A scanned body stands once in the program, unrolled layers one by one; the embedding adds 1."""
+    """A scanned body stands in the program once, unrolled layers one by one; the ends add one."""
     config = preset("tiny-llama")
     model = Model(config)
     run = sharded_logits(model, dense_attend(config), 2, stacked)
