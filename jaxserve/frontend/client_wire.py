@@ -86,7 +86,8 @@ def set_prompt(
     """Sets the ``prompt`` oneof of any message that has one.
 
     Raises:
-        InvalidRequestError: not exactly one prompt, an unknown role, or an id that is no int32.
+        InvalidRequestError: not exactly one prompt, an unknown role, an id that is no int32, or
+            text that is no Unicode.
     """
     given = [value for value in (prompt, token_ids, messages) if value is not None]
     if len(given) != 1:
@@ -94,22 +95,18 @@ def set_prompt(
             f"pass exactly one of a text prompt, token_ids and messages, got {len(given)}",
             field="prompt",
         )
-    if prompt is not None:
-        try:
+    field = "prompt" if prompt is not None else "messages" if token_ids is None else "token_ids"
+    try:
+        if prompt is not None:
             request.text = prompt
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(f"prompt cannot be sent: {error}", field="prompt") from None
-    elif token_ids is not None:
-        try:
+        elif token_ids is not None:
             request.token_ids.ids.extend(token_ids)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"token_ids cannot be sent: {error}", field="token_ids"
-            ) from None
-        request.token_ids.SetInParent()
-    else:
-        request.chat.messages.extend(_message(message) for message in messages or ())
-        request.chat.SetInParent()
+            request.token_ids.SetInParent()
+        else:
+            request.chat.messages.extend(_message(message) for message in messages or ())
+            request.chat.SetInParent()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{field} cannot be sent: {error}", field=field) from None
 
 
 def chunk_from(response: pb.GenerateResponse) -> Chunk:

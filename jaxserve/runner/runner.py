@@ -333,8 +333,8 @@ class Runner:
 
     def _set_row(self, row: int, counts: np.ndarray, bias: np.ndarray) -> None:
         program = self._compiled["set_row", 1, 0]
-        padding = (0, self._model.config.vocab_size - counts.size)
-        counts, bias = np.pad(counts, padding), np.pad(bias, padding)
+        if missing := self._model.config.vocab_size - counts.size:
+            counts, bias = np.pad(counts, (0, missing)), np.pad(bias, (0, missing))
         self._state = program(self._state, np.int32(row), counts, bias)
 
 

@@ -87,12 +87,15 @@ def choose(
         logits = jnp.where(is_token[None], logits, -jnp.inf)
     temperature = lines.floats(Column.TEMPERATURE_BITS)
     adjusted = _adjust(logits, lines, counts, bias, vocab)
-    scores = lax.cond(
+    # The branches return two numbers a row: handing on the scores would copy them all.
+    best, own = lax.cond(
         jnp.any(temperature > 0),
-        lambda: jnp.where((temperature > 0)[:, None], _noisy(adjusted, lines, vocab), adjusted),
-        lambda: adjusted,
+        lambda: _best(
+            jnp.where((temperature > 0)[:, None], _noisy(adjusted, lines, vocab), adjusted), vocab
+        ),
+        lambda: _best(adjusted, vocab),
     )
-    token = _best(scores, healthy, vocab)
+    token = _decide(best, own, healthy, vocab)
     details = lax.cond(
         jnp.any(lines.column(Column.LOGPROBS) >= 0),
         lambda: logprob_columns(logits, token, vocab),
@@ -102,12 +105,21 @@ def choose(
 
 
 def _best(
-    scores: Float[Array, "B V"], healthy: Bool[Array, " B"], vocab: VocabShard
-) -> Int[Array, " B"]:
-    """The token with the highest score of the whole vocabulary; of equals the lowest id."""
+    scores: Float[Array, "B V"], vocab: VocabShard
+) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """The highest score of this shard's tokens, and whose it is; of equals the lowest id."""
     place = jnp.argmax(scores, axis=-1)
     best = jnp.take_along_axis(scores, place[:, None], axis=-1)[:, 0]
-    token = vocab.ids(scores.shape[-1])[place]
+    return best, vocab.ids(scores.shape[-1])[place]
+
+
+def _decide(
+    best: Float[Array, " B"],
+    token: Int[Array, " B"],
+    healthy: Bool[Array, " B"],
+    vocab: VocabShard,
+) -> Int[Array, " B"]:
+    """The best of all shards' best tokens, or what is wrong with the row."""
     candidates = vocab.gather(jnp.stack([bits(best), token, healthy.astype(jnp.int32)], axis=-1))
     best = lax.bitcast_convert_type(candidates[:, :, 0], jnp.float32)
     winner = jnp.argmax(best, axis=1)[:, None]

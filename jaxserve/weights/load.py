@@ -216,8 +216,9 @@ def _read_weight(
     shape = (part.stop - part.start for part in index)
     # Zeros cost nothing where the whole is written afterwards: their pages are not touched before.
     out = np.zeros((len(wanted), *shape), dtype)
+    pieces = list(boxes(index))
     for layer, source in enumerate(wanted):
-        for into, box in boxes(index):
+        for into, box in pieces:
             _fill(out[layer][into], checkpoint, source, box)
     return out if weight.stacked else out[0]
 

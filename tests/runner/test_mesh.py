@@ -9,10 +9,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxserve.engine.request import Request
 from jaxserve.launch import Service
+from jaxserve.models.decoder import Model
+from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.dense import DenseForward
+from jaxserve.weights.load import axis_names
 from tests.agreement.ways import STYLES, ask_together, engine_over, make_service, requests
 
 pytestmark = pytest.mark.slow
@@ -67,6 +73,26 @@ def test_a_mesh_answers_what_one_device_answers(
     service: Service, alone: Callable[[str], list[list[int]]]
 ) -> None:
     assert answers(service) == alone(service.plan.name.removeprefix("dummy:"))
+
+
+def test_dense_logits_are_those_of_one_device(service: Service) -> None:
+    """The same weights with their true shapes; sums over shards have another order."""
+    CompileCounter.instance().strict = False
+    laid_out, one_device = service.runner.model, Model(service.plan.model)
+    params = service.runner.params
+    assert params is not None
+    true = jax.tree.map(
+        lambda axes, array: jax.device_put(
+            laid_out.layout.shrink(array, axes.words), jax.devices()[0]
+        ),
+        axis_names(laid_out, stacked=True),
+        params,
+    )
+    tokens = list(range(3, 40))
+    expected = DenseForward(one_device)(true, tokens)
+    logits = DenseForward(laid_out)(params, tokens)
+    assert logits.shape == (len(tokens), service.plan.model.vocab_size)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * expected.std())
 
 
 COLLECTIVE = re.compile(

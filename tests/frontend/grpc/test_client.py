@@ -137,6 +137,8 @@ def test_a_stream_can_be_closed_by_another_thread(engine, connect):
 def test_score_tokenize_detokenize_and_count(engine, connect):
     client = connect(engine)
     ids = client.tokenize("né")
+    assert [token for token, _ in client.tokens_of("né")] == ids
+    assert client.tokens_of("n", add_special_tokens=False)[0][1] == "n"
 
     assert ids == engine.ids("né")
     assert client.detokenize([*ids, 2]) == "né<|im_end|>"
@@ -203,6 +205,9 @@ def test_bad_arguments_are_refused_before_anything_is_sent(engine, connect):
         assert caught.value.field == "timeout_s"
     with pytest.raises(InvalidRequestError, match="prompt cannot be sent"):
         client.generate("\ud800")
+    with pytest.raises(InvalidRequestError, match="messages cannot be sent") as caught:
+        client.chat("\ud800")
+    assert caught.value.field == "messages"
     with pytest.raises(InvalidRequestError, match=r"pass exactly one of a text prompt.*got 2"):
         client.generate("hi", token_ids=[1])
     with pytest.raises(InvalidRequestError, match="token_ids cannot be sent"):
@@ -518,6 +523,7 @@ def test_the_async_client_does_the_same(scripted, serving):
             async with client.stream("hi", max_tokens=2) as stream:
                 assert "".join([chunk.text async for chunk in stream]) == "ab"
             ids = await client.tokenize("né")
+            assert [token for token, _ in await client.tokens_of("né")] == ids
             assert await client.detokenize(ids) == "né"
             assert await client.count_tokens("né") == 3
             assert (await client.model()).name == (await client.models())[0].name == "scripted"
