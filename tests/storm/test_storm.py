@@ -43,7 +43,8 @@ CONTEXT_TOKENS = 256
 PAGE_TOKENS = 8
 NUM_PAGES = 1 + OUTPUT_TOKENS
 """56 or 32 pages, and 16 rows that would like 2 to 32 each."""
-STALL_S = 1.0
+STALL_S = 4.0
+"""Far above what clients in this same process may be held up on a busy machine."""
 ASKED_AGAIN = 40
 
 

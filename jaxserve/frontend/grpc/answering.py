@@ -99,13 +99,13 @@ async def abort(context: Context, error: BaseException, request_id: str) -> NoRe
 
 async def write(context: Context, call: OpenCall, message: object) -> None:
     """Sends one message under the eye of the stall timer."""
-    call.write_started_s = time.monotonic()
+    call.sweeps_waited = 0
     try:
         await context.write(message)
     except grpc.aio.InternalError:
         # How gRPC tells that the connection broke before it had cancelled this task.
         raise asyncio.CancelledError from None
-    call.write_started_s = None
+    call.sweeps_waited = None
 
 
 def deadline_of(context: Context) -> float | None:

@@ -1,35 +1,36 @@
 """The RPCs that are being answered: who is open, who has stalled, and how to end them.
 
 An open call can be ended from outside (the reader stalled, the server stops) with the error that
-its client shall see. Stalls are found by one timer that looks at timestamps, because a timer per
-message would cost as much as sending it.
+its client shall see. Stalls are found by one timer that counts how often it has met the same
+unfinished write: a timer per message would cost as much as sending it, and a clock would blame
+the clients for time in which this process itself stood still (a paused machine, a stopped
+process).
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxserve.errors import JaxserveError, SlowReaderError
 
 SWEEPS_PER_STALL = 8
-"""A stalled reader is noticed at most this part of the stall limit late."""
+"""A stalled reader is noticed at most this part of the stall limit, or two, late."""
 
 
 class OpenCall:
     """One RPC whose handler is running."""
 
-    __slots__ = ("_task", "counts", "error", "request_id", "write_started_s")
+    __slots__ = ("_task", "counts", "error", "request_id", "sweeps_waited")
 
     def __init__(self, request_id: str, task: asyncio.Task[object], *, counts: bool) -> None:
         """Remembers the handler's task, by which the call can be ended."""
         self.request_id = request_id
         self.counts = counts
         """Whether a drain waits for it."""
-        self.write_started_s: float | None = None
-        """When the message that the client has not accepted yet was given to gRPC."""
+        self.sweeps_waited: int | None = None
+        """How many sweeps have met the message that gRPC has not accepted yet; None without one."""
         self.error: JaxserveError | None = None
         """Why it was ended from outside, once it was."""
         self._task = task
@@ -82,16 +83,18 @@ class OpenCalls:
             return False
         return True
 
-    def end_stalled(self, now_s: float) -> None:
+    def sweep(self) -> None:
         """Ends the calls whose client has accepted nothing for the stall limit."""
-        limit = self._stall_timeout_s
         for call in list(self._calls):
-            started = call.write_started_s
-            if started is not None and now_s - started >= limit:
-                call.end(SlowReaderError(call.request_id, limit))
+            if call.sweeps_waited is None:
+                continue
+            call.sweeps_waited += 1
+            # The first one came somewhere within an interval.
+            if call.sweeps_waited > SWEEPS_PER_STALL:
+                call.end(SlowReaderError(call.request_id, self._stall_timeout_s))
 
     async def watch_stalls(self) -> None:
         """Looks for stalled readers until cancelled."""
         while True:
             await asyncio.sleep(self._stall_timeout_s / SWEEPS_PER_STALL)
-            self.end_stalled(time.monotonic())
+            self.sweep()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from jaxserve.errors import (
     RequestCancelledError,
     RequestFailedError,
 )
+from jaxserve.frontend.grpc.calls import SWEEPS_PER_STALL, OpenCalls
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.v1 import generation_pb2 as pb
 
@@ -637,6 +639,27 @@ def test_a_client_that_does_not_read_is_ended_and_others_are_not_slowed(scripted
     assert "the client of request 'deaf' read nothing for 0.3 s; read the stream as" in message
     assert found["ErrorInfo"].reason == "SLOW_READER"
     assert found["ErrorInfo"].metadata["resumable"] == "true"
+
+
+def test_a_server_that_stood_still_does_not_blame_its_clients():
+    """However long the process was stopped, the timer meets an unfinished write once after it."""
+
+    async def stand_still() -> tuple[int | None, Exception | None]:
+        calls = OpenCalls(stall_timeout_s=0.8)
+        watch = asyncio.create_task(calls.watch_stalls())
+        with calls.open("r") as call:
+            call.sweeps_waited = 0
+            await asyncio.sleep(0.15)
+            asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+            await asyncio.sleep(0.01)
+            watch.cancel()
+            return call.sweeps_waited, call.error
+
+    met, error = asyncio.run(stand_still())
+
+    assert error is None
+    assert met is not None
+    assert 1 <= met < SWEEPS_PER_STALL
 
 
 # -- the other calls -------------------------------------------------------------------------------
