@@ -20,9 +20,9 @@ import numpy as np
 from bench import common, machine
 from bench.common import PHASES, quantile
 from jaxserve.engine.engine import Engine, EngineLimits
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.publish import StepResult
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.engine.scheduler import SchedulerConfig
 from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, StepShape
 from jaxserve.engine.stream import TokenStream
 
@@ -45,7 +45,7 @@ class InstantRunner:
 
     def __init__(self, shape: StepShape, *, token: int, step_s: float = 0.0) -> None:
         """Makes it; ``step_s`` are the seconds that a step takes."""
-        rows = np.zeros((shape.max_rows + 1, RESULT_COLUMNS), np.int32)
+        rows = np.zeros((shape.all_rows, RESULT_COLUMNS), np.int32)
         rows[:, 0] = token
         self._rows = rows
         self._step_s = step_s

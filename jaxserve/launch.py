@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.engine.engine import Engine, EngineLimits
-from jaxserve.engine.scheduler import SchedulerConfig
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import MAX_END_TOKENS, StepShape
 from jaxserve.errors import ConfigError, MeshError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
@@ -220,6 +220,7 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         decode_buckets=decode_buckets(config.max_rows, smallest),
         prefill_buckets=prefill,
         score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
+        data_shards=mesh.shape["data"],
     )
     most_kv_bytes = None
     if config.kv_memory_fraction is None and on_cpu:
@@ -330,6 +331,7 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
         page_tokens=plan.page_tokens,
         max_rows=plan.step.max_rows,
         dtype=plan.kv_dtype,
+        data_shards=plan.step.data_shards,
     )
     runner_config = RunnerConfig(
         step=plan.step,
@@ -352,6 +354,7 @@ def _make_engine(
         max_chunks=16,
         page_tokens=plan.page_tokens,
         num_pages=num_pages,
+        data_shards=plan.step.data_shards,
         prefix_cache=config.prefix_cache,
     )
     limits = EngineLimits(
@@ -379,8 +382,8 @@ def _model_info(
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
         sharding_summary=_sharding_summary(plan),
-        max_rows=plan.step.max_rows,
-        pages_total=engine.scheduler.pool.total,
+        max_rows=plan.step.max_rows * plan.step.data_shards,
+        pages_total=engine.stats().pages_total,
         page_tokens=plan.page_tokens,
         eos_token_ids=_end_ids(plan.model, tokenizer),
         has_chat_template=tokenizer.chat_template is not None or config.chat_template is not None,
@@ -396,11 +399,6 @@ def _model_info(
 def _mesh(config: ServeConfig) -> Mesh:
     try:
         shape = parse_mesh(config.mesh)
-        if shape.data > 1:
-            raise MeshShapeError(
-                f"a data axis of {shape.data} is not supported yet; use data=1, for example "
-                f"--mesh 1x{shape.devices}"
-            )
         backend = {"cpu": "cpu", "cuda": "cuda"}.get(config.device.partition(":")[0])
         return make_mesh(shape, jax.devices(backend))
     except MeshShapeError as error:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.engine import Engine, EngineLimits, Runner
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.publish import StepResult
 from jaxserve.engine.request import MAX_LOGPROBS
-from jaxserve.engine.scheduler import SchedulerConfig
 from jaxserve.engine.step import (
     COLUMNS,
     MAX_SUPPRESSED,
@@ -95,7 +95,7 @@ class CountingRunner:
         self.resets = 0
         self.compiles_after_ready = 0
         self._num_pages = num_pages
-        self._bias = np.zeros((shape.max_rows + 1, shape.vocab_size), np.float32)
+        self._bias = np.zeros((shape.all_rows, shape.vocab_size), np.float32)
         self._weights = range(1, shape.table_width * page_tokens + 1)
         self._buckets: dict[str, Container[tuple[int, int]]] = {
             "decode": {(rows, 1) for rows in shape.decode_buckets},
@@ -106,9 +106,10 @@ class CountingRunner:
 
     def _clear(self) -> None:
         # Lists, because single places are read and written: numpy would be slower.
-        self._pool = [[JUNK] * self.page_tokens for _ in range(self._num_pages)]
-        self._last_token = [JUNK] * (self.shape.max_rows + 1)
-        self._output_counts = [JUNK] * (self.shape.max_rows + 1)
+        pages = self._num_pages * self.shape.data_shards
+        self._pool = [[JUNK] * self.page_tokens for _ in range(pages)]
+        self._last_token = [JUNK] * self.shape.all_rows
+        self._output_counts = [JUNK] * self.shape.all_rows
 
     def reset(self) -> None:
         """Loses the contents of the pool and of the rows."""
@@ -123,22 +124,36 @@ class CountingRunner:
         for setup in inputs.setups:
             self._output_counts[setup.row] = int((setup.counts & (SEEN_IN_PROMPT - 1)).sum())
             self._bias[setup.row] = setup.bias
-        result = np.zeros((self.shape.max_rows + 1, RESULT_COLUMNS), np.int32)
+        result = np.zeros((self.shape.all_rows, RESULT_COLUMNS), np.int32)
         scores = [self._call(call, result) for call in inputs.calls]
         return CountingHandle(StepResult(result, scores), self)
 
     def _call(self, call: ProgramCall, result: np.ndarray) -> np.ndarray | None:
         decode = call.kind == "decode"
-        columns = self.shape.line_columns
-        size = (call.bucket[0], columns + (0 if decode else call.bucket[1] + 1))
+        rows, tokens = call.bucket
+        shards, columns = self.shape.data_shards, self.shape.line_columns
+        size = (shards * rows, columns + (0 if decode else tokens + 1))
         assert call.buffer.shape == size, f"{call.buffer.shape} is not a compiled shape"
         assert call.bucket in self._buckets[call.kind], f"{call.bucket} is not a {call.kind} bucket"
-        heads: list[list[int]] = call.buffer[:, : Column.SUPPRESSED].tolist()
+        parts = call.buffer.reshape(shards, rows, -1)
+        for shard, lines in enumerate(parts):
+            self._call_shard(shard, lines, result, decode=decode)
+        if call.kind != "score":
+            return None
+        return np.stack([_scores(lines[0, columns + 1 :]) for lines in parts])
+
+    def _call_shard(
+        self, shard: int, buffer: np.ndarray, result: np.ndarray, *, decode: bool
+    ) -> None:
+        columns = self.shape.line_columns
+        heads: list[list[int]] = buffer[:, : Column.SUPPRESSED].tolist()
         heads = [head for head in heads if head[Column.LENGTH]]
-        assert not call.buffer[len(heads) :, Column.LENGTH].any(), "padding among the lines"
-        lines = call.buffer[: len(heads)]
-        tables = lines[:, COLUMNS:columns].tolist()
+        assert not buffer[len(heads) :, Column.LENGTH].any(), "padding among the lines"
+        lines = buffer[: len(heads)]
+        # A shard counts its rows and pages from 0; here one list holds those of all.
+        tables = (lines[:, COLUMNS:columns] + shard * self._num_pages).tolist()
         for head, table, line in zip(heads, tables, lines, strict=True):
+            head[Column.ROW] += shard * self.shape.shard_rows
             start, length = head[Column.START], head[Column.LENGTH]
             if decode:
                 self._append(table, start, [self._last_token[head[Column.ROW]]])
@@ -149,7 +164,6 @@ class CountingRunner:
             context = self._read(table, head[Column.START] + head[Column.LENGTH])
             if head[Column.SAMPLES]:
                 self._sample(head, line, context, result)
-        return _scores(lines[0, columns + 1 :]) if call.kind == "score" else None
 
     def _append(self, table: list[int], start: int, tokens: list[int]) -> None:
         size = self.page_tokens
@@ -172,7 +186,7 @@ class CountingRunner:
             total += self._output_counts[row]
         token = total % self.shape.vocab_size
         if head[Column.SUPPRESS_STOP] or head[Column.USES_BIAS]:
-            token = self._allowed(line, token)
+            token = self._allowed(line, row, token)
         if self.poison_token in context:
             token = self.poison
         self._last_token[row] = token
@@ -181,14 +195,14 @@ class CountingRunner:
         if head[Column.LOGPROBS] >= 0:
             result[row] = _scores(np.array([token]))
 
-    def _allowed(self, line: np.ndarray, token: int) -> int:
+    def _allowed(self, line: np.ndarray, row: int, token: int) -> int:
         """Returns the first token from ``token`` on, cyclically, that the row may choose."""
         vocab = self.shape.vocab_size
         banned = set[int]()
         if line[Column.SUPPRESS_STOP]:
             banned.update(line[Column.SUPPRESSED : Column.SUPPRESSED + MAX_SUPPRESSED].tolist())
         if line[Column.USES_BIAS]:
-            banned.update(np.flatnonzero(np.isneginf(self._bias[line[Column.ROW]])).tolist())
+            banned.update(np.flatnonzero(np.isneginf(self._bias[row])).tolist())
         free = (number % vocab for number in range(token, token + vocab))
         return next((number for number in free if number not in banned), NO_TOKEN_LEFT)
 
@@ -248,7 +262,7 @@ class PacedRunner:
         self.step_s = step_s
         self.steps = 0
         self.compiles_after_ready = 0
-        self._rows = shape.max_rows + 1
+        self._rows = shape.all_rows
         self._busy_until_s = 0.0
 
     def reset(self) -> None:
@@ -315,6 +329,7 @@ class EngineSizes:
     step_tokens: int = 16
     max_chunks: int = 4
     prefix_cache: bool = True
+    data_shards: int = 1
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> EngineSizes:
@@ -333,6 +348,7 @@ class EngineSizes:
             decode_buckets=tuple(sorted({1, half, self.max_rows})),
             prefill_buckets=((1, self.step_tokens), (self.max_chunks, self.step_tokens)),
             score_buckets=((1, self.step_tokens),),
+            data_shards=self.data_shards,
         )
 
     def engine(self, runner: Runner, clock: Callable[[], float], limits: dict[str, Any]) -> Engine:
@@ -346,6 +362,7 @@ class EngineSizes:
                 page_tokens=self.page_tokens,
                 num_pages=self.num_pages,
                 prefix_cache=self.prefix_cache,
+                data_shards=self.data_shards,
             ),
             shape=self.shape,
             limits=EngineLimits(

@@ -26,7 +26,7 @@ class ShardingRules:
     group: str | None = None
     head_dim: str | None = None
     vocab: str | None = "tensor"
-    page: str | None = None
+    page: str | None = "data"
     page_token: str | None = None
     table: str | None = None
 

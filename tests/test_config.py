@@ -81,7 +81,6 @@ def test_a_device_that_is_not_there_is_refused_with_the_way_out() -> None:
     [
         ("1x64", r"needs 64 devices, \d+ are visible"),
         ("4", "a mesh is written DATAxTENSOR"),
-        ("2x1", "data axis of 2 is not supported yet"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:

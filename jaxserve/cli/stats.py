@@ -11,7 +11,7 @@ from jaxserve.cli.chat import check_server
 from jaxserve.cli.environment import Environment
 
 if TYPE_CHECKING:
-    from jaxserve.engine.stats import EngineStats
+    from jaxserve.engine.stats import EngineStats, ShardStats
 
 SUMMARY = "show what a server is doing"
 USAGE = "[FLAGS]"
@@ -62,7 +62,11 @@ def table(stats: EngineStats) -> str:
     for name, value in asdict(stats).items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {_number(item)}" for key, item in value.items()) or "none"
-        lines.append(f"{name:26} {_number(value)}")
+        if name != "data_shards":
+            lines.append(f"{name:26} {_number(value)}")
+    if len(stats.data_shards) > 1:
+        for number, shard in enumerate(stats.data_shards):
+            lines.append(f"{f'data_shard {number}':26} {_shard(shard)}")
     return "\n".join(lines)
 
 
@@ -75,6 +79,14 @@ def line(stats: EngineStats) -> str:
         f"{stats.output_tokens_per_second:.1f} tokens/s  "
         f"prefix hits {stats.prefix_hit_rate:.0%}  "
         f"{'healthy' if stats.healthy else 'NOT SERVING'}"
+    )
+
+
+def _shard(shard: ShardStats) -> str:
+    hits = shard.prefix_hit_tokens / max(1, shard.prefix_lookup_tokens)
+    return (
+        f"rows {shard.rows_running}/{shard.rows_max}  pages {shard.pages_used} used, "
+        f"{shard.pages_cached} cached, {shard.pages_free} free  prefix hits {hits:.0%}"
     )
 
 

@@ -25,11 +25,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.engine.admission import Admission, EngineLimits, describe
 from jaxserve.engine.fit import check_fit
+from jaxserve.engine.plan import SchedulerConfig, StepPlan
 from jaxserve.engine.publish import Publisher, StepHandle
 from jaxserve.engine.request import FinishReason, Request, SamplingParams
-from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler, SchedulerConfig, StepPlan
+from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from jaxserve.engine.sequence import LiveRequest
-from jaxserve.engine.stats import EngineStats, RateMeter
+from jaxserve.engine.stats import EngineStats, RateMeter, shard_stats
 from jaxserve.engine.step import RowTable, StepInputs, StepShape, pack_step
 from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import (
@@ -127,8 +128,8 @@ class Engine:
         self._steps = self._places = self._tokens = 0
         self._phase_seconds = dict.fromkeys(PHASES, 0.0)
         self._rate = RateMeter()
-        self._pages_seen = (self.scheduler.pool.free, 0)
-        """(free, cached) after the last turn: one tuple, so that a reader sees one instant."""
+        self._shards_seen = tuple(map(shard_stats, self.scheduler.shards))
+        """After the last turn: one tuple, so that a reader sees one instant."""
 
     # -- any thread ----------------------------------------------------------------------------
 
@@ -201,20 +202,19 @@ class Engine:
         """Returns a snapshot. Pages add up; other numbers may be a step apart."""
         now = self._clock()
         scheduler, admission, publisher = self.scheduler, self._admission, self._publisher
-        total = scheduler.pool.total
-        free, cached = self._pages_seen
-        prefix = scheduler.prefix
+        shards = self._shards_seen
+        lookups = sum(shard.prefix_lookup_tokens for shard in shards)
         return EngineStats(
-            rows_running=len(scheduler.running),
-            rows_max=scheduler.config.max_rows,
+            rows_running=sum(shard.rows_running for shard in shards),
+            rows_max=sum(shard.rows_max for shard in shards),
             # The queue also holds choices of requests that have been scheduled: preempted ones,
             # and those that share the first one's prompt.
             requests_waiting=max(admission.waiting, scheduler.waiting),
             tokens_waiting=admission.waiting_tokens,
-            pages_total=total,
-            pages_free=free,
-            pages_used=total - free - cached,
-            pages_cached=cached,
+            pages_total=sum(shard.pages_total for shard in shards),
+            pages_free=sum(shard.pages_free for shard in shards),
+            pages_used=sum(shard.pages_used for shard in shards),
+            pages_cached=sum(shard.pages_cached for shard in shards),
             page_tokens=scheduler.config.page_tokens,
             queue_age_seconds=admission.queue_age_s(now),
             output_tokens_per_second=self._rate.rate(now),
@@ -225,13 +225,14 @@ class Engine:
             requests_rejected_total=admission.rejected,
             preemptions_total=scheduler.preemptions,
             steps_total=self._steps,
-            prefix_hit_rate=prefix.hit_tokens / max(1, prefix.lookup_tokens),
+            prefix_hit_rate=sum(shard.prefix_hit_tokens for shard in shards) / max(1, lookups),
             compiles_after_ready=self._runner.compiles_after_ready,
             padding_waste=1.0 - self._tokens / self._places if self._places else 0.0,
             phase_seconds_total=dict(self._phase_seconds),
             last_step_age_seconds=self._progress_age_s(),
             healthy=self.health().serving,
             draining=self.draining,
+            data_shards=shards,
         )
 
     def _progress_age_s(self) -> float:
@@ -326,8 +327,7 @@ class Engine:
 
     def _deliver(self) -> None:
         # The pages first: whoever sees that no request is left must see no page in use.
-        pool = self.scheduler.pool
-        self._pages_seen = (pool.free, pool.cached)
+        self._shards_seen = tuple(map(shard_stats, self.scheduler.shards))
         finished = self._publisher.finished_requests
         if finished:
             self._admission.forget(finished)
@@ -478,7 +478,8 @@ class Engine:
         self.scheduler.check_integrity()
         self._admission.check_integrity()
         if self.idle:
-            assert not self.scheduler.pool.used, f"{self.scheduler.pool.used} pages leaked"
+            for shard in self.scheduler.shards:
+                assert not shard.pool.used, f"{shard.pool.used} pages leaked"
             assert not self.scheduler.waiting, (
                 f"{self.scheduler.waiting} places in the queue leaked"
             )

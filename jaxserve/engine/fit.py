@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxserve.engine.admission import EngineLimits
-from jaxserve.engine.scheduler import SchedulerConfig
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import MAX_END_TOKENS, StepShape
 
 
@@ -21,6 +21,10 @@ def check_fit(
         raise ValueError(f"end_ids has {len(end_ids)} entries and the limit is {MAX_END_TOKENS}")
     if shape.max_rows != scheduler.max_rows:
         raise ValueError(f"{scheduler.max_rows} rows are scheduled and {shape.max_rows} compiled")
+    if shape.data_shards != scheduler.data_shards:
+        raise ValueError(
+            f"{scheduler.data_shards} data shards are scheduled and {shape.data_shards} compiled"
+        )
     wanted = {"prefill": shape.prefill_buckets}
     if limits.prompt_logprobs:
         wanted["score"] = shape.score_buckets

@@ -61,6 +61,10 @@ class PagePool:
         """Pages that ``allocate`` could hand out now."""
         return len(self._free) + len(self._cached)
 
+    def available_beside(self, pages: Sequence[int]) -> int:
+        """Pages that ``allocate`` could hand out once ``pages`` were shared."""
+        return self.available - sum(self._references[page] == 0 for page in pages)
+
     def references(self, page: int) -> int:
         """How many holders a page has."""
         return self._references[page]

@@ -57,15 +57,14 @@ class PrefixCache:
             data = array("i", tokens[index * size : (index + 1) * size]).tobytes()
             digests.append(hashlib.blake2b(parent + data, digest_size=DIGEST_BYTES).digest())
 
-    def match(self, digests: Iterable[bytes]) -> list[int]:
-        """Returns the pages of the longest known part of a chain, with a reference on each."""
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """Returns the pages of the longest known part of a chain; to keep them, share them."""
         pages: list[int] = []
         for digest in digests:
             page = self._page_of.get(digest)
             if page is None:
                 break
             pages.append(page)
-        self._pool.share(pages)
         return pages
 
     def count_lookup(self, prompt_tokens: int, hit_tokens: int) -> None:

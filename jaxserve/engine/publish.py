@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import (
     MAX_LOGPROBS,
     Event,
@@ -22,7 +23,7 @@ from jaxserve.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from jaxserve.engine.scheduler import Chunk, Scheduler, StepPlan
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.step import NO_TOKEN_LEFT, ProgramCall
 from jaxserve.engine.stream import TokenStream
@@ -36,9 +37,10 @@ class StepResult:
     """What the device said about one step."""
 
     rows: np.ndarray
-    """int32 [max_rows + 1, RESULT_COLUMNS]: the newest sample of every device row."""
+    """int32 [all_rows, RESULT_COLUMNS]: the newest sample of every device row of all shards."""
     scores: list[np.ndarray | None]
-    """Per program call: None, or int32 [T, RESULT_COLUMNS], the token after each place."""
+    """Per program call: None, or int32 [data_shards, T, RESULT_COLUMNS], the token after each
+    place of the shard's prompt."""
 
 
 @runtime_checkable
@@ -70,7 +72,9 @@ class Publisher:
         tokens: list[int] = result.rows[:, 0].tolist()
         for call, scores in zip(calls, result.scores, strict=True):
             if scores is not None:
-                self._collect_scores(call.chunks[0], scores)
+                for own, shard_scores in zip(call.chunks, scores, strict=True):
+                    if own:
+                        self._collect_scores(own[0], shard_scores)
         for chunk in plan.chunks:
             if not chunk.sequence.done:
                 self._publish_chunk(chunk, tokens[chunk.row], result, now)

@@ -84,8 +84,10 @@ class LiveSequence:
     max_total: int
     """Prompt and output tokens at most."""
     pages: list[int] = field(default_factory=list[int])
+    shard: int = 0
+    """The data shard whose pages and row these are; decided anew at every admission."""
     row: int = -1
-    """Place in the device's per-row state while running; -1 otherwise."""
+    """Place in the device's per-row state while running, counted through all shards; else -1."""
     queued: bool = False
     computed: int = 0
     """Tokens whose keys and values are in the pool once the planned steps have run."""

@@ -4,10 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxserve.engine.data_shard import DataShard
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStats:
+    """One data shard. ``DataShardStats`` has the same names."""
+
+    rows_running: int
+    rows_max: int
+    pages_total: int
+    """Pages that can be allocated: the null page is not counted. = free + used + cached."""
+    pages_free: int
+    pages_used: int
+    pages_cached: int
+    prefix_lookup_tokens: int
+    """Prompt tokens of admitted requests, since the start."""
+    prefix_hit_tokens: int
+    """Those that were in the prefix cache."""
+
+
+def shard_stats(shard: DataShard) -> ShardStats:
+    """Returns what a shard holds now."""
+    pool, prefix = shard.pool, shard.prefix
+    return ShardStats(
+        len(shard.running),
+        shard.max_rows,
+        pool.total,
+        pool.free,
+        pool.used,
+        pool.cached,
+        prefix.lookup_tokens,
+        prefix.hit_tokens,
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A snapshot taken between two steps. ``GetStatsResponse`` has the same names."""
+    """A snapshot taken between two steps. ``GetStatsResponse`` has the same names.
+
+    Rows and pages are sums over the data shards.
+    """
 
     rows_running: int = 0
     rows_max: int = 0
@@ -44,6 +81,7 @@ class EngineStats:
     """Since a step last finished while work was there; 0 when idle."""
     healthy: bool = True
     draining: bool = False
+    data_shards: tuple[ShardStats, ...] = ()
 
 
 class RateMeter:

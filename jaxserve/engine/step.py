@@ -7,6 +7,10 @@ line per row of its bucket:
     decode   [B, columns + W]            row data, then the page table
     prefill  [R, columns + W + T + 1]    the same, then T tokens and the token after each
 
+With several data shards a buffer has that many such parts, one behind the other, and each shard is
+given its own: it sees rows and pages by their numbers within the shard. All shards run the same
+calls, so a bucket is chosen for the fullest, and one with nothing to do computes padding.
+
 The row data of running sequences lives in ``RowTable``, a persistent array with one line per
 device row, so packing is a gather and three column writes. Floats travel as their bit patterns.
 Lines that pad a bucket belong to the null row, have length 0 and point at the null page.
@@ -19,8 +23,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
-from jaxserve.engine.scheduler import Chunk, StepPlan
 from jaxserve.engine.sequence import LiveSequence
 
 MAX_END_TOKENS = 8
@@ -72,6 +76,7 @@ class StepShape:
     """The compiled shapes that steps are packed into."""
 
     max_rows: int
+    """Of each data shard."""
     table_width: int
     """Pages per sequence at most."""
     vocab_size: int
@@ -81,11 +86,22 @@ class StepShape:
     """(rows, tokens per row), ascending by their product."""
     score_buckets: tuple[tuple[int, int], ...] = ()
     """Those that also have a program that scores prompts; empty when prompts cannot be scored."""
+    data_shards: int = 1
 
     @property
     def null_row(self) -> int:
-        """The device row that padding lines use."""
+        """The device row, of each shard, that padding lines use."""
         return self.max_rows
+
+    @property
+    def shard_rows(self) -> int:
+        """Device rows of one shard, the null row included."""
+        return self.max_rows + 1
+
+    @property
+    def all_rows(self) -> int:
+        """Device rows of all shards."""
+        return self.data_shards * self.shard_rows
 
     @property
     def line_columns(self) -> int:
@@ -100,11 +116,11 @@ class ProgramCall:
     kind: str
     """``decode``, ``prefill`` or ``score`` (prefill that also scores every prompt position)."""
     bucket: tuple[int, int]
-    """(rows, tokens per row)."""
+    """(rows, tokens per row) of each data shard."""
     buffer: np.ndarray
     """int32, see the top of this file."""
-    chunks: list[Chunk] = field(default_factory=list[Chunk])
-    """For prefill and score: the chunk of each line."""
+    chunks: list[list[Chunk]] = field(default_factory=list[list[Chunk]])
+    """For prefill and score: of each data shard, the chunk of each line."""
 
 
 @dataclass(slots=True)
@@ -112,6 +128,7 @@ class RowSetup:
     """Dense per-row state of requests that use penalties, biases or token lists."""
 
     row: int
+    """Counted through all data shards."""
     counts: np.ndarray
     """int32 [V]: output occurrences; bit 30 is set for tokens of the prompt."""
     bias: np.ndarray
@@ -139,8 +156,8 @@ class RowTable:
     def __init__(self, shape: StepShape) -> None:
         """Makes lines that belong to nobody, and the null row's, which never changes."""
         self.shape = shape
-        self.lines = np.zeros((shape.max_rows + 1, shape.line_columns), np.int32)
-        self.lines[:, Column.ROW] = np.arange(shape.max_rows + 1)
+        self.lines = np.zeros((shape.all_rows, shape.line_columns), np.int32)
+        self.lines[:, Column.ROW] = np.tile(np.arange(shape.shard_rows), shape.data_shards)
         self.lines[:, Column.SUPPRESSED : COLUMNS] = -1
 
     def admit(self, sequence: LiveSequence) -> RowSetup | None:
@@ -199,66 +216,89 @@ def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
         table.grow(row, index, page)
     calls = [_pack_decode(plan, table)] if plan.decode else []
     calls += [_pack_prefill(group, bucket, table) for bucket, group in _group(plan, table.shape)]
-    places = sum(call.bucket[0] * call.bucket[1] for call in calls)
+    places = sum(call.bucket[0] * call.bucket[1] for call in calls) * table.shape.data_shards
     tokens = len(plan.decode) + sum(chunk.count for chunk in plan.chunks)
     return StepInputs(calls, setups, places, tokens)
 
 
 def _pack_decode(plan: StepPlan, table: RowTable) -> ProgramCall:
-    rows, shape = plan.decode_rows, table.shape
-    count = len(rows)
-    bucket = next(size for size in shape.decode_buckets if size >= count)
-    buffer = table.lines.take(rows + [shape.null_row] * (bucket - count), axis=0)
-    buffer[:count, Column.START] = plan.decode_positions
-    buffer[:count, Column.LENGTH : Column.SAMPLES + 1] = 1
-    buffer[:count, Column.SUPPRESS_STOP] = [_suppresses_stop(each) for each in plan.decode]
+    shape = table.shape
+    by_shard: list[list[int]] = [[] for _ in range(shape.data_shards)]
+    for row in plan.decode_rows:
+        by_shard[row // shape.shard_rows].append(row)
+    fullest = max(len(rows) for rows in by_shard)
+    bucket = next(size for size in shape.decode_buckets if size >= fullest)
+    order: list[int] = []
+    places: list[int] = []
+    """Of the lines that are not padding; the plan goes shard by shard too."""
+    for shard, rows in enumerate(by_shard):
+        places += range(len(order), len(order) + len(rows))
+        order += rows + [_null_row(shard, shape)] * (bucket - len(rows))
+    buffer = table.lines.take(order, axis=0)
+    buffer[places, Column.START] = plan.decode_positions
+    buffer[places, Column.LENGTH] = 1
+    buffer[places, Column.SAMPLES] = 1
+    buffer[places, Column.SUPPRESS_STOP] = [_suppresses_stop(each) for each in plan.decode]
     return ProgramCall("decode", (bucket, 1), buffer)
 
 
-def _pack_prefill(chunks: list[Chunk], bucket: tuple[int, int], table: RowTable) -> ProgramCall:
-    tokens_per_row = bucket[1]
-    first = table.shape.line_columns
-    buffer = np.zeros((bucket[0], first + tokens_per_row + 1), np.int32)
-    buffer[len(chunks) :, :first] = table.lines[table.shape.null_row]
-    for line, chunk in zip(buffer, chunks, strict=False):
-        sequence = chunk.sequence
-        line[:first] = table.lines[chunk.row]
-        line[Column.START] = chunk.start
-        line[Column.LENGTH] = chunk.count
-        line[Column.SAMPLES] = chunk.last
-        line[Column.SUPPRESS_STOP] = chunk.last and _suppresses_stop(sequence)
-        tokens = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
-        line[first : first + len(tokens)] = tokens
-    kind = "score" if _wants_scores(chunks[0]) else "prefill"
-    return ProgramCall(kind, bucket, buffer, chunks)
+def _pack_prefill(
+    chunks: list[list[Chunk]], bucket: tuple[int, int], table: RowTable
+) -> ProgramCall:
+    rows, tokens_per_row = bucket
+    shape = table.shape
+    first = shape.line_columns
+    buffer = np.zeros((shape.data_shards, rows, first + tokens_per_row + 1), np.int32)
+    for shard, (lines, own) in enumerate(zip(buffer, chunks, strict=True)):
+        lines[len(own) :, :first] = table.lines[_null_row(shard, shape)]
+        for line, chunk in zip(lines, own, strict=False):
+            _fill_prompt_line(line, chunk, table.lines[chunk.row])
+    kind = "score" if any(_wants_scores(own[0]) for own in chunks if own) else "prefill"
+    return ProgramCall(kind, bucket, buffer.reshape(-1, buffer.shape[-1]), chunks)
 
 
-def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list[Chunk]]]:
+def _fill_prompt_line(line: np.ndarray, chunk: Chunk, row_data: np.ndarray) -> None:
+    sequence, first = chunk.sequence, len(row_data)
+    line[:first] = row_data
+    line[Column.START] = chunk.start
+    line[Column.LENGTH] = chunk.count
+    line[Column.SAMPLES] = chunk.last
+    line[Column.SUPPRESS_STOP] = chunk.last and _suppresses_stop(sequence)
+    tokens = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
+    line[first : first + len(tokens)] = tokens
+
+
+def _null_row(shard: int, shape: StepShape) -> int:
+    return shard * shape.shard_rows + shape.null_row
+
+
+def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list[list[Chunk]]]]:
     """Puts chunks into prefill buckets: longest first, so that equals share a call."""
-    groups: list[tuple[tuple[int, int], list[Chunk]]] = []
+    groups: list[tuple[tuple[int, int], list[list[Chunk]]]] = []
     for scores in (False, True):
-        left = sorted(
-            (chunk for chunk in plan.chunks if _wants_scores(chunk) == scores),
-            key=lambda chunk: -chunk.count,
-        )
-        while left:
+        left: list[list[Chunk]] = [[] for _ in range(shape.data_shards)]
+        for chunk in sorted(plan.chunks, key=lambda chunk: -chunk.count):
+            if _wants_scores(chunk) == scores:
+                left[chunk.row // shape.shard_rows].append(chunk)
+        while any(left):
             bucket = _bucket_for(left, shape, scores=scores)
-            groups.append((bucket, left[: bucket[0]]))
-            left = left[bucket[0] :]
+            groups.append((bucket, [own[: bucket[0]] for own in left]))
+            left = [own[bucket[0] :] for own in left]
     return groups
 
 
-def _bucket_for(chunks: list[Chunk], shape: StepShape, *, scores: bool) -> tuple[int, int]:
+def _bucket_for(left: list[list[Chunk]], shape: StepShape, *, scores: bool) -> tuple[int, int]:
     """The bucket that takes the longest chunk with the fewest places per chunk taken.
 
     Of equals the one with more rows: one call reads the weights once.
     """
     buckets = shape.score_buckets if scores else shape.prefill_buckets
-    fitting = [bucket for bucket in buckets if bucket[1] >= chunks[0].count]
+    longest = max(own[0].count for own in left if own)
+    fitting = [bucket for bucket in buckets if bucket[1] >= longest]
 
     def cost(bucket: tuple[int, int]) -> tuple[float, int]:
         rows, tokens = bucket
-        taken = min(rows, len(chunks))
+        taken = sum(min(rows, len(own)) for own in left)
         return rows * tokens / taken, -taken
 
     return min(fitting, key=cost)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from google.protobuf.descriptor import FieldDescriptor
 
 from jaxserve.engine.request import FinishReason, Timing
-from jaxserve.engine.stats import EngineStats
+from jaxserve.engine.stats import EngineStats, ShardStats
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.client_types import (
     Chunk,
@@ -199,7 +199,11 @@ def usage_from(message: pb.Usage) -> Usage:
 
 def stats_from(response: model_pb2.GetStatsResponse) -> EngineStats:
     """Reads the engine's counters; the names are the same on both sides."""
-    return EngineStats(**_fields(response, EngineStats))
+    fields = _fields(response, EngineStats)
+    fields["data_shards"] = tuple(
+        ShardStats(**_fields(shard, ShardStats)) for shard in response.data_shards
+    )
+    return EngineStats(**fields)
 
 
 def model_from(message: model_pb2.Model) -> ModelInfo:

@@ -1,7 +1,8 @@
 """Everything that lives on the device between two steps, as one donated pytree.
 
 Rows (R) are one more than there can be sequences: the last is the null row, which padding lines
-read and write.
+read and write. Data shards have pages and rows of their own, numbered from 0 in each; a global
+array holds the parts of all shards one behind the other.
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ class CacheShape:
     """Sizes of the device state."""
 
     num_pages: int
-    """Pages per layer, the null page included."""
+    """Pages per layer in each data shard, the null page included."""
     page_tokens: int
     max_rows: int
+    """Of each data shard."""
     dtype: jnp.dtype
+    data_shards: int = 1
 
     def page_bytes(self, config: ModelConfig) -> int:
-        """Bytes of one page over all layers, keys and values, over the whole mesh."""
+        """Bytes of one page over all layers, keys and values, over the tensor axis."""
         heads = config.layers * config.kv_heads * config.head_dim
         return 2 * heads * self.page_tokens * jnp.dtype(self.dtype).itemsize
 
     def row_bytes(self, config: ModelConfig) -> int:
-        """Bytes of the per-row state, on every device."""
+        """Bytes of the per-row state of one data shard, over the tensor axis."""
         return (self.max_rows + 1) * (4 + 8 * config.vocab_size)
 
 
@@ -68,14 +71,14 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
     pool = jax.ShapeDtypeStruct(
         pool_shape(
             layers=config.layers,
-            pages=shape.num_pages,
+            pages=shape.data_shards * shape.num_pages,
             kv_heads=config.kv_heads,
             page_tokens=shape.page_tokens,
             head_dim=config.head_dim,
         ),
         shape.dtype,
     )
-    rows = shape.max_rows + 1
+    rows = shape.data_shards * (shape.max_rows + 1)
     return DeviceState(
         pools=Pools(k=pool, v=pool, pages=shape.num_pages),  # pyright: ignore[reportArgumentType]
         last_token=jax.ShapeDtypeStruct((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
@@ -85,12 +88,12 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
 
 
 def state_specs(state: DeviceState, rules: ShardingRules) -> DeviceState:
-    """Where each part lives: the pools by KV head, dense per-row state with the vocabulary."""
-    pool = partition_specs((None, "kv_heads", None, None), rules)
-    dense = partition_specs((None, "vocab"), rules)
+    """Where each part lives: pools by page and KV head, rows with their vocabulary by row."""
+    pool = partition_specs(("page", "kv_heads", None, None), rules)
+    dense = partition_specs(("batch", "vocab"), rules)
     return DeviceState(
         pools=Pools(k=pool, v=pool, pages=state.pools.pages),
-        last_token=PartitionSpec(),  # pyright: ignore[reportArgumentType]
+        last_token=partition_specs(("batch",), rules),  # pyright: ignore[reportArgumentType]
         counts=dense,  # pyright: ignore[reportArgumentType]
         bias=dense,  # pyright: ignore[reportArgumentType]
     )

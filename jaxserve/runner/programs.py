@@ -82,15 +82,15 @@ class StepPrograms:
     def set_row(
         self,
         state: DeviceState,
-        row: Int[Array, ""],
+        row: Int[Array, " 1"],
         counts: Int[Array, " V"],
         bias: Float[Array, " V"],
     ) -> DeviceState:
-        """Replaces the dense state of one row."""
+        """Replaces the dense state of one row of each data shard (of its null row, for most)."""
         return replace(
             state,
-            counts=state.counts.at[row].set(counts),
-            bias=state.bias.at[row].set(bias),
+            counts=state.counts.at[row[0]].set(counts),
+            bias=state.bias.at[row[0]].set(bias),
         )
 
     # -- parts ---------------------------------------------------------------------------------

@@ -35,8 +35,6 @@ from sharding.placement import unstack_in_place
 from sharding.rules import ShardingRules
 from sharding.specs import check_divisible, named_shardings, partition_specs
 
-EVERYWHERE = PartitionSpec()
-
 
 @dataclass(frozen=True, order=True)
 class ProgramKey:
@@ -82,16 +80,20 @@ class RunnerConfig:
 class _Handle:
     """A dispatched step: the arrays that will come back."""
 
-    def __init__(self, result: Array, scores: list[Array | None]) -> None:
+    def __init__(self, result: Array, scores: list[Array | None], data_shards: int) -> None:
         self._result = result
         self._scores = scores
+        self._data_shards = data_shards
         for array in (result, *scores):
             if array is not None:
                 array.copy_to_host_async()
 
     def wait(self) -> StepResult:
         """Blocks until the step has run."""
-        scores = [None if array is None else np.asarray(array) for array in self._scores]
+        shape = (self._data_shards, -1, RESULT_COLUMNS)
+        scores = [
+            None if array is None else np.asarray(array).reshape(shape) for array in self._scores
+        ]
         return StepResult(np.asarray(self._result), scores)
 
 
@@ -114,6 +116,7 @@ class Runner:
         check_divisible(self._abstract_params, self._param_specs, mesh)
         self._abstract_state = abstract_state(config.cache, model.config)
         self._state_specs = state_specs(self._abstract_state, config.rules)
+        self._by_row = partition_specs(("batch",), config.rules)
         check_divisible(self._abstract_state, self._state_specs, mesh)
         self._compiled: dict[tuple[str, int, int], Any] = {}
         self._params: Params | None = None
@@ -182,9 +185,10 @@ class Runner:
             assert isinstance(params.layers, dict)
             self._unstacked = Params(params.ends, unstack_in_place(params.layers))
         self._state = zero_state(self._abstract_state, self._mesh, self._state_specs)
-        rows = self._config.step.max_rows + 1
         self._blank = jnp.zeros(
-            (rows, RESULT_COLUMNS), jnp.int32, device=NamedSharding(self._mesh, EVERYWHERE)
+            (self._config.step.all_rows, RESULT_COLUMNS),
+            jnp.int32,
+            device=NamedSharding(self._mesh, self._by_row),
         )
         self._warm_up()
         self._compiles_at_ready = self._counter.compiles
@@ -204,7 +208,7 @@ class Runner:
                 )
                 continue
             extra = 0 if kind == "decode" else tokens + 1
-            buffer = np.zeros((rows, step.line_columns + extra), np.int32)
+            buffer = np.zeros((step.data_shards * rows, step.line_columns + extra), np.int32)
             buffer[:, 0] = step.null_row
             self._call((kind, rows, tokens), self._blank, buffer)
         jax.block_until_ready(self._state)
@@ -221,16 +225,17 @@ class Runner:
                 specs = partition_specs(model.logical_axes(stacked=False), config.rules)
             extra = 0 if key.kind == "decode" else key.tokens + 1
             columns = step.line_columns + extra
-            packed = self._host_array((key.rows, columns), jnp.int32)
-            result = self._host_array((step.max_rows + 1, RESULT_COLUMNS), jnp.int32)
+            by_row = self._by_row
+            packed = self._host_array((step.data_shards * key.rows, columns), jnp.int32, by_row)
+            result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
             function = getattr(self._programs, key.kind)
-            outputs = (self._state_specs, EVERYWHERE)
+            outputs = (self._state_specs, by_row)
             if key.kind == "score":
-                outputs += (EVERYWHERE,)
+                outputs += (by_row,)
             mapped = jax.shard_map(
                 function,
                 mesh=self._mesh,
-                in_specs=(specs, self._state_specs, EVERYWHERE, EVERYWHERE),
+                in_specs=(specs, self._state_specs, by_row, by_row),
                 out_specs=outputs,
                 check_vma=False,
             )
@@ -259,19 +264,19 @@ class Runner:
         mapped = jax.shard_map(
             self._programs.set_row,
             mesh=self._mesh,
-            in_specs=(self._state_specs, EVERYWHERE, vocab, vocab),
+            in_specs=(self._state_specs, self._by_row, vocab, vocab),
             out_specs=self._state_specs,
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=(0,)).lower(
             self._with_shardings(self._abstract_state, self._state_specs),
-            self._host_array((), jnp.int32),
+            self._host_array((self._config.step.data_shards,), jnp.int32, self._by_row),
             self._host_array((size,), jnp.int32, vocab),
             self._host_array((size,), jnp.float32, vocab),
         )
 
     def _host_array(
-        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = EVERYWHERE
+        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
     ) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
@@ -295,7 +300,7 @@ class Runner:
         for call in inputs.calls:
             result, score = self._call((call.kind, *call.bucket), result, call.buffer)
             scores.append(score)
-        return _Handle(result, scores)
+        return _Handle(result, scores, self._config.step.data_shards)
 
     def reset(self) -> None:
         """Allocates the device state anew; what it held is lost."""
@@ -332,10 +337,14 @@ class Runner:
         return outputs[1], outputs[2] if name[0] == "score" else None
 
     def _set_row(self, row: int, counts: np.ndarray, bias: np.ndarray) -> None:
+        step = self._config.step
         program = self._compiled["set_row", 1, 0]
+        shard, place = divmod(row, step.shard_rows)
+        rows = np.full(step.data_shards, step.null_row, np.int32)
+        rows[shard] = place
         if missing := self._model.config.vocab_size - counts.size:
             counts, bias = np.pad(counts, (0, missing)), np.pad(bias, (0, missing))
-        self._state = program(self._state, np.int32(row), counts, bias)
+        self._state = program(self._state, rows, counts, bias)
 
 
 def _name(key: ProgramKey) -> tuple[str, int, int]:

@@ -295,6 +295,7 @@ class GetStatsResponse(_message.Message):
     HEALTHY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    DATA_SHARDS_FIELD_NUMBER: _builtins.int
     rows_running: _builtins.int
     """Sequences with a row in the current step; each choice of a request (n) is one."""
     rows_max: _builtins.int
@@ -353,6 +354,10 @@ class GetStatsResponse(_message.Message):
     def phase_seconds_total(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Seconds the engine's thread spent by phase: plan, pack, dispatch, wait, publish."""
 
+    @_builtins.property
+    def data_shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___DataShardStats]:
+        """Each data shard of the mesh, in order; rows and pages above are their sums."""
+
     def __init__(
         self,
         *,
@@ -382,14 +387,65 @@ class GetStatsResponse(_message.Message):
         healthy: _builtins.bool = ...,
         draining: _builtins.bool = ...,
         model_digest: _builtins.str = ...,
+        data_shards: _abc.Iterable[Global___DataShardStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compiles_after_ready", b"compiles_after_ready", "draining", b"draining", "healthy", b"healthy", "last_step_age_seconds", b"last_step_age_seconds", "model_digest", b"model_digest", "output_tokens_per_second", b"output_tokens_per_second", "output_tokens_total", b"output_tokens_total", "padding_waste", b"padding_waste", "page_tokens", b"page_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_total", b"pages_total", "pages_used", b"pages_used", "phase_seconds_total", b"phase_seconds_total", "preemptions_total", b"preemptions_total", "prefix_hit_rate", b"prefix_hit_rate", "prompt_tokens_total", b"prompt_tokens_total", "queue_age_seconds", b"queue_age_seconds", "requests_accepted_total", b"requests_accepted_total", "requests_finished_total", b"requests_finished_total", "requests_rejected_total", b"requests_rejected_total", "requests_waiting", b"requests_waiting", "rows_max", b"rows_max", "rows_running", b"rows_running", "steps_total", b"steps_total", "tokens_waiting", b"tokens_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compiles_after_ready", b"compiles_after_ready", "data_shards", b"data_shards", "draining", b"draining", "healthy", b"healthy", "last_step_age_seconds", b"last_step_age_seconds", "model_digest", b"model_digest", "output_tokens_per_second", b"output_tokens_per_second", "output_tokens_total", b"output_tokens_total", "padding_waste", b"padding_waste", "page_tokens", b"page_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_total", b"pages_total", "pages_used", b"pages_used", "phase_seconds_total", b"phase_seconds_total", "preemptions_total", b"preemptions_total", "prefix_hit_rate", b"prefix_hit_rate", "prompt_tokens_total", b"prompt_tokens_total", "queue_age_seconds", b"queue_age_seconds", "requests_accepted_total", b"requests_accepted_total", "requests_finished_total", b"requests_finished_total", "requests_rejected_total", b"requests_rejected_total", "requests_waiting", b"requests_waiting", "rows_max", b"rows_max", "rows_running", b"rows_running", "steps_total", b"steps_total", "tokens_waiting", b"tokens_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class DataShardStats(_message.Message):
+    """One data shard: a copy of the model with rows and pages of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_RUNNING_FIELD_NUMBER: _builtins.int
+    ROWS_MAX_FIELD_NUMBER: _builtins.int
+    PAGES_TOTAL_FIELD_NUMBER: _builtins.int
+    PAGES_FREE_FIELD_NUMBER: _builtins.int
+    PAGES_USED_FIELD_NUMBER: _builtins.int
+    PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    PREFIX_LOOKUP_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    rows_running: _builtins.int
+    """Sequences with a row in the current step."""
+    rows_max: _builtins.int
+    """Rows at most."""
+    pages_total: _builtins.int
+    """Pages that can be allocated: pages_free + pages_used + pages_cached."""
+    pages_free: _builtins.int
+    """Pages with nothing in them."""
+    pages_used: _builtins.int
+    """Pages held by running requests."""
+    pages_cached: _builtins.int
+    """Pages that nobody holds and a new prompt may still hit."""
+    prefix_lookup_tokens: _builtins.int
+    """Prompt tokens looked up in the prefix cache, since the start."""
+    prefix_hit_tokens: _builtins.int
+    """Those that were found."""
+    def __init__(
+        self,
+        *,
+        rows_running: _builtins.int = ...,
+        rows_max: _builtins.int = ...,
+        pages_total: _builtins.int = ...,
+        pages_free: _builtins.int = ...,
+        pages_used: _builtins.int = ...,
+        pages_cached: _builtins.int = ...,
+        prefix_lookup_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_total", b"pages_total", "pages_used", b"pages_used", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_lookup_tokens", b"prefix_lookup_tokens", "rows_max", b"rows_max", "rows_running", b"rows_running"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataShardStats: _TypeAlias = DataShardStats  # noqa: Y015
 
 @_typing.final
 class WatchStatsRequest(_message.Message):

@@ -245,6 +245,19 @@ def test_stats_are_a_table_or_json(shell: Any, server: Any) -> None:
 
 
 @pytest.mark.slow
+def test_each_data_shard_has_a_line_of_its_own_in_the_table() -> None:
+    from jaxserve.cli import stats
+    from jaxserve.engine.stats import EngineStats, ShardStats
+
+    shards = (ShardStats(3, 4, 9, 2, 6, 1, 100, 25), ShardStats(0, 4, 9, 9, 0, 0, 0, 0))
+
+    assert stats.table(EngineStats(data_shards=shards)).splitlines()[-2:] == [
+        "data_shard 0               rows 3/4  pages 6 used, 1 cached, 2 free  prefix hits 25%",
+        "data_shard 1               rows 0/4  pages 0 used, 0 cached, 9 free  prefix hits 0%",
+    ]
+    assert "data_shard" not in stats.table(EngineStats(data_shards=shards[:1]))
+
+
 def test_watched_stats_are_one_line_each_until_ctrl_c(
     shell: Any, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,7 @@ def test_the_ledger_of_the_door_notices_what_does_not_add_up() -> None:
 def test_an_idle_engine_that_still_holds_something_is_found_out() -> None:
     engine, _ = counting_engine()
     engine.check_integrity()
-    engine.scheduler.pool.allocate(1)
+    engine.scheduler.shards[0].pool.allocate(1)
 
     with pytest.raises(AssertionError, match="page 1 has 1 and 0"):
         engine.check_integrity()

@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.engine.admission import EngineLimits
 from jaxserve.engine.fit import check_fit
-from jaxserve.engine.scheduler import SchedulerConfig
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import StepShape
 from jaxserve.testing import counting_engine
 

@@ -58,19 +58,21 @@ def test_the_longest_known_prefix_is_found_and_held() -> None:
     pool.release(pages)
     assert pool.cached == 3
 
-    found = cache.match(digests(cache, [1, 2, 3, 4, 9, 9]))
+    found = cache.find(digests(cache, [1, 2, 3, 4, 9, 9]))
 
     assert found == pages[:2]
+    assert pool.available_beside(found) == pool.available - 2
+    pool.share(found)
     assert [pool.references(page) for page in pages] == [1, 1, 0]
-    assert cache.match(digests(cache, [9, 9, 3, 4])) == []
+    assert cache.find(digests(cache, [9, 9, 3, 4])) == []
 
 
 def test_salts_do_not_see_each_other() -> None:
     pool, cache = make()
     store(pool, cache, [1, 2], "red")
 
-    assert cache.match(digests(cache, [1, 2], "blue")) == []
-    assert cache.match(digests(cache, [1, 2], "red")) == [1]
+    assert cache.find(digests(cache, [1, 2], "blue")) == []
+    assert cache.find(digests(cache, [1, 2], "red")) == [1]
 
 
 def test_the_first_page_with_a_digest_stays_and_the_second_is_freed() -> None:
@@ -81,7 +83,7 @@ def test_the_first_page_with_a_digest_stays_and_the_second_is_freed() -> None:
     pool.release(first)
 
     assert (pool.cached, pool.free) == (1, 4)
-    assert cache.match(digests(cache, [1, 2])) == first
+    assert cache.find(digests(cache, [1, 2])) == first
 
 
 def test_an_evicted_page_cannot_be_found() -> None:
@@ -92,25 +94,25 @@ def test_an_evicted_page_cannot_be_found() -> None:
     assert pool.allocate(2) is not None
 
     assert cache.pages == 0
-    assert cache.match(digests(cache, [1, 2])) == []
+    assert cache.find(digests(cache, [1, 2])) == []
     cache.check_integrity()
 
 
 def test_without_retaining_a_page_is_found_while_somebody_holds_it() -> None:
     pool, cache = make(retain=False)
     pages = store(pool, cache, [1, 2])
-    shared = cache.match(digests(cache, [1, 2]))
+    shared = cache.find(digests(cache, [1, 2]))
     assert shared == pages
+    pool.share(shared)
     pool.release(pages)
     cache.released(pages)
-    assert cache.match(digests(cache, [1, 2])) == pages
-    pool.release(pages)
+    assert cache.find(digests(cache, [1, 2])) == pages
 
     pool.release(shared)
     cache.released(shared)
 
     assert pool.cached == 0
-    assert cache.match(digests(cache, [1, 2])) == []
+    assert cache.find(digests(cache, [1, 2])) == []
     cache.check_integrity()
 
 
@@ -122,7 +124,7 @@ def test_discarded_pages_are_neither_found_nor_kept() -> None:
     pool.release(pages)
 
     assert (pool.cached, pool.free) == (1, 4)
-    assert cache.match(digests(cache, [1, 2, 3, 4])) == pages[:1]
+    assert cache.find(digests(cache, [1, 2, 3, 4])) == pages[:1]
 
 
 def test_clearing_forgets_held_and_cached_pages() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.engine.plan import SchedulerConfig, StepPlan
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler, SchedulerConfig, StepPlan
+from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.stream import ThreadWaker, TokenStream
 
@@ -98,7 +99,11 @@ def test_three_requests_share_five_pages() -> None:
     assert chunks(plan) == [(first, 0, 5, True), (second, 0, 5, True)]
     assert (first.pages, second.pages) == ([1, 2], [3, 4])
     assert (first.row, second.row, third.row) == (0, 1, -1)
-    assert (scheduler.pool.free, scheduler.pool.used, scheduler.waiting) == (1, 4, 1)
+    assert (scheduler.shards[0].pool.free, scheduler.shards[0].pool.used, scheduler.waiting) == (
+        1,
+        4,
+        1,
+    )
 
     plan = advance(scheduler)
 
@@ -112,7 +117,7 @@ def test_three_requests_share_five_pages() -> None:
     assert chunks(plan) == [(third, 0, 5, True)]
     assert third.row == 0
     assert third.pages == [2, 5]  # Page 1 is full and stays readable.
-    assert scheduler.pool.cached == 1
+    assert scheduler.shards[0].pool.cached == 1
 
 
 def test_an_empty_queue_plans_nothing() -> None:
@@ -268,7 +273,7 @@ def test_a_prompt_as_large_as_the_pool_runs_alone() -> None:
     enqueue(scheduler, large)
 
     assert advance(scheduler).admitted == [large]
-    assert scheduler.pool.available == 0
+    assert scheduler.shards[0].pool.available == 0
 
 
 def test_admission_holds_back_a_page_for_every_running_sequence() -> None:
@@ -316,14 +321,14 @@ def test_a_sequence_that_is_itself_the_worst_is_preempted() -> None:
     one = sequence([1] * 4)
     enqueue(scheduler, one)
     advance(scheduler)
-    elsewhere = scheduler.pool.allocate(1)
+    elsewhere = scheduler.shards[0].pool.allocate(1)
     assert elsewhere is not None
 
     plan = scheduler.plan(0.0)
 
     assert plan.empty
     assert (one.row, scheduler.waiting, scheduler.preemptions) == (-1, 1, 1)
-    scheduler.pool.release(elsewhere)
+    scheduler.shards[0].pool.release(elsewhere)
     assert advance(scheduler).admitted == [one]
 
 
@@ -383,8 +388,8 @@ def test_losing_the_pool_sends_everyone_back_to_the_queue() -> None:
 
     assert scheduler.running == []
     assert scheduler.waiting == 2
-    assert scheduler.pool.free == scheduler.pool.total
-    assert scheduler.prefix.pages == 0
+    assert scheduler.shards[0].pool.free == scheduler.shards[0].pool.total
+    assert scheduler.shards[0].prefix.pages == 0
     plan = advance(scheduler)
     assert [start for _, start, _, _ in chunks(plan)] == [0, 0]
 
@@ -407,7 +412,10 @@ def test_a_finished_prompt_is_found_again_page_by_page() -> None:
     assert chunks(plan) == [(second, 8, 1, True)]
     assert second.pages[:2] == held[:2]
     assert second.live.cached_tokens == 8
-    assert (scheduler.prefix.hit_tokens, scheduler.prefix.lookup_tokens) == (8, 18)
+    assert (scheduler.shards[0].prefix.hit_tokens, scheduler.shards[0].prefix.lookup_tokens) == (
+        8,
+        18,
+    )
 
 
 def test_at_least_one_token_is_computed_however_much_is_cached() -> None:
@@ -441,7 +449,7 @@ def test_a_prompt_in_the_pool_is_shared_while_its_first_reader_still_runs() -> N
     advance(scheduler)
 
     assert first.pages[0] == second.pages[0]
-    assert scheduler.pool.references(first.pages[0]) == 2
+    assert scheduler.shards[0].pool.references(first.pages[0]) == 2
     assert first.pages[1] != second.pages[1]
 
 
@@ -502,7 +510,7 @@ def test_the_prefix_that_was_used_least_recently_is_evicted_first() -> None:
         enqueue(scheduler, one)
         advance(scheduler)
         scheduler.finish(one)
-    assert scheduler.pool.cached == 2
+    assert scheduler.shards[0].pool.cached == 2
     large = sequence([3] * 16, max_tokens=1)  # Four pages: three are free, one has to go.
     enqueue(scheduler, large)
     advance(scheduler)
@@ -526,7 +534,7 @@ def test_without_the_cache_pages_are_shared_only_while_they_are_held() -> None:
     assert twin.pages[0] == first.pages[0]
     scheduler.finish(first)
     scheduler.finish(twin)
-    assert scheduler.pool.free == scheduler.pool.total
+    assert scheduler.shards[0].pool.free == scheduler.shards[0].pool.total
 
     late = sequence([1, 2, 3, 4, 5], salt="a", now=2)
     enqueue(scheduler, late)
@@ -542,7 +550,7 @@ def test_pages_of_a_sequence_with_bad_numbers_are_forgotten() -> None:
     scheduler.distrust(bad)
     scheduler.finish(bad)
 
-    assert scheduler.prefix.pages == scheduler.pool.cached == 0
+    assert scheduler.shards[0].prefix.pages == scheduler.shards[0].pool.cached == 0
 
 
 # -- endings -------------------------------------------------------------------------------------
@@ -563,7 +571,7 @@ def test_a_sequence_can_end_while_it_waits_in_its_prompt_and_while_it_decodes() 
         scheduler.finish(each)
         scheduler.check_integrity()
 
-    assert (scheduler.waiting, scheduler.running, scheduler.pool.used) == (0, [], 0)
+    assert (scheduler.waiting, scheduler.running, scheduler.shards[0].pool.used) == (0, [], 0)
     assert advance(scheduler).empty
 
 
@@ -608,21 +616,97 @@ def test_no_token_is_planned_beyond_the_limit() -> None:
     assert one.tokens == [1, 2, 7, 7, 7]
 
 
+# -- data shards ---------------------------------------------------------------------------------
+
+
+def test_each_request_goes_to_the_shard_with_the_fewest_rows() -> None:
+    scheduler = make(data_shards=2, num_pages=12, step_tokens=99)
+    waiting = [sequence([number] * 4, now=number) for number in range(6)]
+    enqueue(scheduler, *waiting)
+    plan = advance(scheduler)
+
+    assert [each.shard for each in waiting] == [0, 1, 0, 1, 0, 1]
+    assert [each.row for each in waiting] == [0, 4, 1, 5, 2, 6], "rows 3 and 7 are null rows"
+    assert [each.pages for each in waiting] == [[1], [1], [2], [2], [3], [3]]
+    assert len(plan.chunks) == 6
+    plan = advance(scheduler)
+    assert plan.decode_rows == [0, 1, 2, 4, 5, 6], "shard after shard"
+
+
+def test_each_shard_has_a_budget_of_its_own() -> None:
+    scheduler = make(data_shards=2, num_pages=30)
+    long = [sequence([number] * 20, now=number) for number in range(2)]
+    enqueue(scheduler, *long)
+
+    assert chunks(advance(scheduler)) == [(long[0], 0, 16, False), (long[1], 0, 16, False)]
+
+
+def test_a_known_prompt_goes_to_the_shard_that_knows_it() -> None:
+    scheduler = make(data_shards=2, max_rows=8, max_chunks=8, step_tokens=99, num_pages=60)
+    enqueue(scheduler, first := sequence([1] * 9), second := sequence([2] * 9))
+    advance(scheduler)
+    assert (first.shard, second.shard) == (0, 1)
+
+    again = [sequence([2] * 9 + [3], now=1 + number) for number in range(6)]
+    enqueue(scheduler, *again)
+    advance(scheduler)
+
+    assert [each.shard for each in again] == [1] * 6
+    assert [each.live.cached_tokens for each in again] == [8] * 6
+
+
+def test_a_shard_that_is_much_busier_is_passed_over_even_by_prompts_it_knows() -> None:
+    scheduler = make(data_shards=2, max_rows=16, max_chunks=16, step_tokens=99, num_pages=60)
+    enqueue(scheduler, sequence([1] * 9))
+    advance(scheduler)
+    again = [sequence([1] * 9 + [2], now=1 + number) for number in range(8)]
+    enqueue(scheduler, *again)
+    advance(scheduler)
+
+    # Shard 0 may have 4 rows more than twice those of shard 1: 4, then 6.
+    assert [each.shard for each in again] == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert [each.live.cached_tokens for each in again] == [8, 8, 8, 8, 0, 8, 8, 0]
+
+
+def test_a_full_shard_preempts_its_own_and_what_it_preempts_may_go_elsewhere() -> None:
+    scheduler = make(data_shards=2, max_rows=2, prefix_cache=False)
+    bound = [sequence([number] * 7, now=number) for number in range(4)]
+    enqueue(scheduler, *bound)
+    advance(scheduler)
+    assert [each.shard for each in bound] == [0, 1, 0, 1]
+    scheduler.finish(bound[1])
+    scheduler.finish(bound[3])
+    while not scheduler.preemptions:
+        advance(scheduler)
+    assert bound[2].row == -1
+    advance(scheduler)
+
+    assert [each.shard for each in scheduler.running] == [0, 1]
+    assert bound[2].shard == 1
+
+
+def test_a_request_too_large_for_what_is_left_of_any_shard_waits_for_one() -> None:
+    scheduler = make(data_shards=2)
+    enqueue(scheduler, *(sequence([number] * 12, now=number) for number in range(2)))
+    advance(scheduler)
+    enqueue(scheduler, large := sequence([8] * 12, now=3), small := sequence([9], now=4))
+
+    assert advance(scheduler).admitted == [], "the head of the queue is not passed over"
+    assert (large.row, small.row) == (-1, -1)
+
+
 def test_the_ledger_of_the_scheduler_notices_what_does_not_add_up() -> None:
-    scheduler = make(num_pages=10)
+    scheduler = make(num_pages=10, max_chunks=1)
     one, two = sequence([1] * 6), sequence([2] * 6, now=1)
     enqueue(scheduler, one, two, waiting := sequence([3], now=2))
-    scheduler.config = SchedulerConfig(
-        max_rows=3, step_tokens=16, max_chunks=1, page_tokens=4, num_pages=10
-    )
     scheduler.plan(0.0)
     scheduler.plan(0.0)
     scheduler.check_integrity()
 
-    scheduler._rows.append(0)
+    scheduler.shards[0]._rows.append(0)
     with pytest.raises(AssertionError, match="rows do not add up"):
         scheduler.check_integrity()
-    scheduler._rows.pop()
+    scheduler.shards[0]._rows.pop()
     scheduler._waiting += 1
     with pytest.raises(AssertionError, match="1 wait, 2 are counted"):
         scheduler.check_integrity()
@@ -631,7 +715,7 @@ def test_the_ledger_of_the_scheduler_notices_what_does_not_add_up() -> None:
     with pytest.raises(AssertionError, match="a waiting sequence holds pages"):
         scheduler.check_integrity()
     waiting.pages.clear()
-    scheduler.pool.share(one.pages[1:])
+    scheduler.shards[0].pool.share(one.pages[1:])
     two.pages.append(one.pages[1])
     with pytest.raises(AssertionError, match=r"pages \[2\] are writable in two tables"):
         scheduler.check_integrity()
@@ -646,7 +730,7 @@ def test_random_lives_keep_the_ledger_and_everyone_finishes(data: st.DataObject)
         step_tokens=data.draw(st.integers(4, 12)),
         prefix_cache=data.draw(st.booleans()),
     )
-    room = scheduler.pool.total * scheduler.config.page_tokens
+    room = scheduler.shards[0].pool.total * scheduler.config.page_tokens
     alive: list[LiveSequence] = []
     in_flight: StepPlan | None = None
     for now in range(60):
@@ -674,4 +758,4 @@ def test_random_lives_keep_the_ledger_and_everyone_finishes(data: st.DataObject)
             scheduler.finish(one)
             alive.remove(one)
     assert not alive
-    assert scheduler.pool.used == 0
+    assert scheduler.shards[0].pool.used == 0

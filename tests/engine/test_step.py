@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from jaxserve.engine.scheduler import Scheduler, SchedulerConfig
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.step import (
     COLUMNS,
@@ -108,7 +109,7 @@ def test_a_prompt_line_holds_every_parameter() -> None:
 
     assert (call.kind, call.bucket, call.buffer.shape) == ("prefill", (1, 16), (1, COLUMNS + 21))
     assert call.buffer.dtype == np.int32
-    assert [chunk.sequence for chunk in call.chunks] == [sequence]
+    assert [[chunk.sequence for chunk in own] for own in call.chunks] == [[sequence]]
     line = call.buffer[0]
     ints = {
         Column.ROW: 0,

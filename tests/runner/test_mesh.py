@@ -30,6 +30,10 @@ CASES = [
     ("tiny-llama", "1x8"),
     # One group of four: a copy for each device, with a query head each.
     ("tiny-gemma3", "1x4"),
+    # Pools and rows of their own for each half, a third, an eighth.
+    ("tiny-llama", "2x1"),
+    ("tiny-llama", "2x4"),
+    ("tiny-llama", "4x2"),
 ]
 SETTINGS: dict[str, object] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
 PROMPTS = 20
@@ -99,6 +103,8 @@ COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
     r".*op_name=\"jit\(\w+\)/shard_map/([^\"]*)\""
 )
+GROUPS = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")
+"""The mesh axes that an exchange runs along."""
 MOST_OPTIONAL = 9
 """All-reduces behind ``lax.cond``: 5 for filters, 4 for log-probabilities. XLA merges some."""
 ALWAYS = Counter(
@@ -121,9 +127,15 @@ def collectives(program: str) -> Counter[tuple[str, str]]:
 def test_programs_exchange_what_the_source_names_and_nothing_else(service: Service) -> None:
     layers = service.plan.model.layers
     for (kind, rows, _), program in service.runner._compiled.items():
-        here = collectives(program.as_text())
+        text = program.as_text()
+        here = collectives(text)
+        assert set(GROUPS.findall(text)) <= {"'tensor'"}, "nothing crosses the data axis"
         if kind == "set_row":
             assert not here
+            continue
+        assert text.count("replica_groups=") == len(GROUPS.findall(text)) == here.total()
+        if service.plan.mesh.shape["tensor"] == 1:
+            assert not here, "data shards have nothing to say to each other"
             continue
         turns = layers if service.runner._is_unrolled(kind, rows) else 1
         assert here.pop(("all-reduce", "sample/cond")) <= MOST_OPTIONAL

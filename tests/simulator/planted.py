@@ -13,6 +13,7 @@ import pytest
 
 from jaxserve.engine import step
 from jaxserve.engine.admission import Admission
+from jaxserve.engine.data_shard import DataShard
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix import PrefixCache
@@ -52,10 +53,10 @@ class Bug:
 BUGS = [
     Bug(
         "pages are not freed when a request is cancelled",
-        Scheduler,
-        "_vacate",
-        "self._give_back(pages)",
-        "sequence.done or self._give_back(pages)",
+        DataShard,
+        "vacate",
+        "self.pool.release(pages)",
+        "sequence.done or self.pool.release(pages)",
     ),
     Bug(
         "a page is freed twice",
@@ -73,15 +74,15 @@ BUGS = [
     ),
     Bug(
         "the last page of a prompt is one token short",
-        Scheduler,
-        "_take_pages",
+        DataShard,
+        "admit",
         "-(-len(tokens) // size)",
         "-(-(len(tokens) - 1) // size)",
     ),
     Bug(
         "a sequence grows one token too late",
-        Scheduler,
-        "_plan_decode",
+        DataShard,
+        "plan_decode",
         "position >= len(sequence.pages)",
         "position > len(sequence.pages)",
     ),
@@ -108,15 +109,15 @@ BUGS = [
     ),
     Bug(
         "a prompt can be found before it is computed",
-        Scheduler,
-        "_add_chunk",
+        DataShard,
+        "add_chunk",
         "sequence.computed += count",
         "sequence.computed += count; self.commit(sequence, sequence.target)",
     ),
     Bug(
         "a row is handed out while it is taken",
-        Scheduler,
-        "_admit",
+        DataShard,
+        "admit",
         "self._rows.pop()",
         "self._rows[-1]",
     ),
@@ -124,20 +125,20 @@ BUGS = [
         "a sequence comes back while its token is in flight",
         Scheduler,
         "plan",
-        "self.preemptions == preemptions",
-        "True",
+        "if not preempted:",
+        "if True:",
     ),
     Bug(
         "a preemption loses the last token",
-        Scheduler,
-        "_preempt",
-        "self._vacate(victim)",
-        "self._vacate(victim); victim.tokens.pop()",
+        DataShard,
+        "_grow",
+        "self.vacate(victim)",
+        "self.vacate(victim); victim.tokens.pop()",
     ),
     Bug(
         "a token that a failed step lost stays counted",
-        Scheduler,
-        "_admit",
+        DataShard,
+        "admit",
         "sequence.sampled = sequence.output_tokens",
         "pass",
     ),
@@ -166,8 +167,22 @@ BUGS = [
         "a failed step leaves the prefix cache standing",
         Scheduler,
         "preempt_all",
-        "self.prefix.clear()",
+        "shard.prefix.clear()",
         "pass",
+    ),
+    Bug(
+        "a prefix known in one data shard is taken for another's",
+        Scheduler,
+        "_admit",
+        "shard.admit(sequence, hit)",
+        "shard = self.shards[-1] if self.shards[-1].has_row else shard; shard.admit(sequence, hit)",
+    ),
+    Bug(
+        "pages are made findable in the first data shard",
+        Scheduler,
+        "commit",
+        "self.shards[sequence.shard]",
+        "self.shards[0]",
     ),
     Bug(
         "a page stays findable after its last holder, with the cache off",

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from jaxserve.engine.data_shard import DataShard
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import (
@@ -53,7 +54,9 @@ class StepFault(Exception):
 class World:
     """What one seed decides beforehand."""
 
+    data_shards: int
     max_rows: int
+    """Of each shard, like the pages."""
     page_tokens: int
     num_pages: int
     context_tokens: int
@@ -70,18 +73,20 @@ class World:
 
     @classmethod
     def from_seed(cls, rng: random.Random) -> World:
-        """Draws a world: at most 8 rows and 16 to 64 pages."""
+        """Draws a world: 1 to 3 data shards of at most 8 rows and 16 to 64 pages."""
         page_tokens = rng.choice((2, 4, 8))
         num_pages = rng.choice((17, 17, 25, 33, 65))
         max_rows = rng.choice((2, 3, 4, 8, 8))
+        data_shards = rng.choice((1, 1, 1, 2, 3))
         return cls(
+            data_shards=data_shards,
             max_rows=max_rows,
             page_tokens=page_tokens,
             num_pages=num_pages,
             context_tokens=min(48, (num_pages - 1) * page_tokens),
             step_tokens=max_rows + rng.choice((1, 4, 8, 24)),
             prefix_cache=rng.random() < 0.8,
-            crowd=rng.choice((4, 8, 12, 16)),
+            crowd=data_shards * rng.choice((4, 8, 12, 16)),
             fault_rate=rng.choice((0.0, 0.02, 0.1)),
             failure_rate=rng.choice((0.0, 0.005, 0.02)),
             slow_share=rng.choice((0.0, 0.2)),
@@ -96,6 +101,7 @@ class Simulation:
         self.world = world = World.from_seed(rng)
         self.clock = ManualClock()
         self.engine, self.runner = counting_engine(
+            data_shards=world.data_shards,
             max_rows=world.max_rows,
             page_tokens=world.page_tokens,
             num_pages=world.num_pages,
@@ -378,10 +384,13 @@ class Simulation:
     # -- what must hold ------------------------------------------------------------------------
 
     def _check_pages(self) -> None:
-        scheduler = self.engine.scheduler
-        pool, size = scheduler.pool, self.world.page_tokens
+        for shard in self.engine.scheduler.shards:
+            self._check_shard(shard)
+
+    def _check_shard(self, shard: DataShard) -> None:
+        pool, size = shard.pool, self.world.page_tokens
         holders = [0] * (pool.total + 1)
-        for sequence in scheduler.running:
+        for sequence in shard.running:
             for page in sequence.pages:
                 holders[page] += 1
         assert holders[0] == 0, "the null page was handed out"
@@ -390,7 +399,7 @@ class Simulation:
             f"free {pool.free} + cached {pool.cached} + used {used} != total {pool.total}"
         )
         assert pool._references == holders, f"references {pool._references}, holders {holders}"
-        for sequence in scheduler.running:
+        for sequence in shard.running:
             for page in sequence.pages[sequence.committed // size :]:
                 assert holders[page] == 1, f"page {page} is writable in two tables"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import engine, pages, prefix, publish, scheduler, step, stream
+from jaxserve.engine import data_shard, engine, pages, prefix, publish, scheduler, step, stream
 from tests.simulator.planted import BUGS, Bug
 from tests.simulator.simulate import Simulation, simulate
 
@@ -85,8 +85,10 @@ def test_the_simulator_runs_the_classes_that_the_server_runs() -> None:
 
     assert type(simulated) is launch.Engine is engine.Engine
     assert type(simulated.scheduler) is engine.Scheduler is scheduler.Scheduler
-    assert type(simulated.scheduler.pool) is scheduler.PagePool is pages.PagePool
-    assert type(simulated.scheduler.prefix) is scheduler.PrefixCache is prefix.PrefixCache
+    assert type(simulated.scheduler.shards[0].pool) is data_shard.PagePool is pages.PagePool
+    assert (
+        type(simulated.scheduler.shards[0].prefix) is data_shard.PrefixCache is prefix.PrefixCache
+    )
     assert engine.Publisher is publish.Publisher
     assert engine.TokenStream is stream.TokenStream
     assert engine.pack_step is step.pack_step

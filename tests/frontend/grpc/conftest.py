@@ -26,7 +26,7 @@ from jaxserve.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from jaxserve.engine.stats import EngineStats
+from jaxserve.engine.stats import EngineStats, ShardStats
 from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import (
     DeadlineExceededError,
@@ -119,6 +119,7 @@ class ScriptedEngine:
             pages_cached=1,
             requests_finished_total={"stop": 3},
             phase_seconds_total={"plan": 0.5},
+            data_shards=(ShardStats(1, 2, 7, 4, 2, 1, 10, 5), ShardStats(0, 2, 7, 7, 0, 0, 0, 0)),
             draining=self.draining,
         )
 

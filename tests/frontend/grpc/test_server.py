@@ -201,6 +201,10 @@ def test_every_counter_of_the_engine_is_told(stubs):
     assert dict(stats.requests_finished_total) == {"stop": 3}
     assert dict(stats.phase_seconds_total) == {"plan": 0.5}
     assert stats.model_digest == "d1"
+    assert [(shard.rows_running, shard.pages_used) for shard in stats.data_shards] == [
+        (1, 2),
+        (0, 0),
+    ]
 
 
 def test_counters_can_be_watched(engine, stubs):
