@@ -86,11 +86,11 @@ bench: $(STAMP) ## Run bench/BENCH=offline, serving, frontend, host or kernels, 
 ##@ The contract
 
 .PHONY: proto
-proto: $(STAMP) ## Generate jaxserve/v1 from proto/
+proto: $(STAMP) ## Generate jaxserve/v1 and jaxserve/internal/v1 from proto/
 	@$(BIN)/python .ci/protos.py
 
 .PHONY: proto-check
-proto-check: $(STAMP) ## Check that jaxserve/v1 is what proto/ generates
+proto-check: $(STAMP) ## Check that they are what proto/ generates
 	@$(BIN)/python .ci/protos.py --check
 
 .PHONY: proto-lint

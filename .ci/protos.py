@@ -1,4 +1,4 @@
-"""Generates jaxserve/v1 from proto/, or checks that what is committed is what would come out.
+"""Generates jaxserve/v1 and jaxserve/internal/v1 from proto/, or checks what is committed.
 
 `python .ci/protos.py` writes; `python .ci/protos.py --check` writes elsewhere and compares, so that
 it says the same with and without git. Directory, protobuf package and Python package share one
@@ -17,7 +17,7 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
-GENERATED = ROOT / "jaxserve" / "v1"
+GENERATED = ("jaxserve/v1", "jaxserve/internal/v1")
 PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
@@ -61,10 +61,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         generate(Path(scratch))
-        stale = differences(Path(scratch, "jaxserve", "v1"), GENERATED)
+        stale = [
+            f"{folder}/{name}"
+            for folder in GENERATED
+            for name in differences(Path(scratch, folder), ROOT / folder)
+        ]
     if stale:
         sys.exit(f"not what proto/ generates: {', '.join(stale)}; run `make proto` and commit them")
-    print(f"jaxserve/v1 is what proto/ generates ({len(generated_files(GENERATED))} files)")
+    count = sum(len(generated_files(ROOT / folder)) for folder in GENERATED)
+    print(f"{' and '.join(GENERATED)} are what proto/ generates ({count} files)")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ have the same names. Environment variables are read in ``cli/`` only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ipaddress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxserve.errors import ConfigError
@@ -126,6 +127,77 @@ class ServeConfig:
             ),
             (self.watchdog_s > 0, f"watchdog_s is {self.watchdog_s:g}; give seconds above 0"),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """The hosts that share one mesh, and this one's place among them."""
+
+    hosts: int = 1
+    """Hosts that share the mesh; each runs this command."""
+    host_id: int = 0
+    """This host's number, from 0; host 0 schedules and serves."""
+    coordinator: str = ""
+    """HOST:PORT of host 0, as the other hosts reach it. The port has to be free there."""
+    join_timeout_s: float = 120.0
+    """How long to wait for every host to be there. Small fails early; large lets hosts boot."""
+    host_timeout_s: float = 6.0
+    """A host from which nothing comes for so long is lost, and the group ends. Small takes a busy
+    host for a dead one; large keeps clients waiting for an answer that cannot come."""
+    secret: bytes = field(default=b"", repr=False)
+    """Known to every host of the group, and to nobody else."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, all problems together."""
+        problems = [text for ok, text in self._checks() if not ok]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        host, _, port = self.coordinator.rpartition(":")
+        return [
+            (1 <= self.hosts <= 1024, f"hosts is {self.hosts}; choose 1 to 1024"),
+            (
+                0 <= self.host_id < max(1, self.hosts),
+                f"host_id is {self.host_id}; with --hosts {self.hosts} choose 0 to "
+                f"{max(1, self.hosts) - 1}",
+            ),
+            (
+                bool(self.coordinator) or self.hosts == 1,
+                f"coordinator is empty; with --hosts {self.hosts} give HOST:PORT of host 0",
+            ),
+            (
+                not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 65536),
+                f"coordinator is {self.coordinator!r}; write HOST:PORT, such as 10.0.0.1:8476",
+            ),
+            (
+                self.join_timeout_s > 0,
+                f"join_timeout_s is {self.join_timeout_s:g}; give seconds above 0",
+            ),
+            (
+                self.host_timeout_s > 0,
+                f"host_timeout_s is {self.host_timeout_s:g}; give seconds above 0",
+            ),
+        ]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the coordinator's address reaches this machine only."""
+        return is_loopback(self.coordinator_address[0])
+
+    @property
+    def coordinator_address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name reaches this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@
     ├── SlowReaderError                the client stopped reading its stream
     ├── RequestFailedError             this request failed inside the engine; others go on
     ├── EngineDeadError                the engine thread has ended; the server exits
+    ├── GroupError                     a host of the mesh did not come or was lost; all exit
     └── LaunchError                    the operator must change a flag, a file or the machine
         ├── AssetError                 (in ``assets.py``: a pinned file is missing or damaged)
         ├── ConfigError
@@ -208,6 +209,12 @@ class EngineDeadError(JaxserveError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"the engine has stopped ({cause}); the server is shutting down")
+
+
+class GroupError(JaxserveError):
+    """A host of the mesh did not come, or was lost; the message names it."""
+
+    reason = "HOST_LOST"
 
 
 class LaunchError(JaxserveError):

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
+from jaxserve.config import GroupConfig, ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.engine.engine import Engine, EngineLimits
+from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import MAX_END_TOKENS, StepShape
-from jaxserve.errors import ConfigError, MeshError, TokenizerError
+from jaxserve.errors import ConfigError, GroupError, MeshError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.model_info import ModelInfo
@@ -43,14 +45,35 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.models.layout import choose_layout
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.followers import LeaderRunner, follow_steps
+from jaxserve.runner.group import Group, HostFacts, join, lead
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.source import DUMMY, ModelSource, open_source, save_model
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
+from sharding.multihost import every_host_caches, join_runtime
 from sharding.placement import bytes_per_device
 from sharding.rules import ShardingRules
 
+logger = logging.getLogger(__name__)
+
+SHARED_FLAGS = (
+    "mesh",
+    "device",
+    "dtype",
+    "kv_dtype",
+    "load_format",
+    "seed",
+    "context_tokens",
+    "max_rows",
+    "step_tokens",
+    "page_tokens",
+    "kv_memory_fraction",
+    "kv_memory_bytes",
+    "prompt_logprobs",
+)
+"""Fields of ``ServeConfig`` that have to be the same on every host of a mesh."""
 KV_FRACTION = 0.9  # The rest is for fragmentation and for what XLA does not report.
 CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
 CPU_UNROLLED_ROWS = 4  # One stream took 36 ms a step instead of 50, four 67 instead of 80.
@@ -58,6 +81,9 @@ BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer r
 
 Report = Callable[[str, int, int, str], None]
 """``report(stage, done, total, detail)``; stages: ``compile``, ``weights``, ``ready``."""
+
+
+OnLost = Callable[[GroupError], None]
 
 
 def silent(stage: str, done: int, total: int, detail: str) -> None:
@@ -100,6 +126,8 @@ class Service:
     source: ModelSource
     ready_seconds: float
     """From the call of ``build`` until the first request could be taken."""
+    group: Group | None = None
+    """The other hosts of the mesh, if there are any."""
 
     def save(self, path: Path) -> None:
         """Writes the weights, as they are served, for a faster start from ``MODEL = path``.
@@ -111,8 +139,10 @@ class Service:
         save_model(path, self.runner.model, self.runner.params, self.source)
 
     def close(self) -> None:
-        """Stops the engine and drops every array. Safe to call again."""
+        """Stops the engine, and the other hosts, and drops every array. Safe to call again."""
         self.engine.stop()
+        if self.group is not None:
+            self.group.close()
         self.runner.close()
         self.source.close()
         if self.text.template is not None:
@@ -127,43 +157,85 @@ class Service:
         self.close()
 
 
-def build(config: ServeConfig, report: Report = silent) -> Service:
-    """Builds a ready service.
+def build(
+    config: ServeConfig,
+    report: Report = silent,
+    *,
+    hosts: GroupConfig | None = None,
+    on_lost: OnLost = lambda error: None,
+) -> Service:
+    """Builds a ready service, on host 0 of the mesh.
+
+    Args:
+        config: what to build.
+        report: hears of the progress.
+        hosts: the hosts of the mesh, when there are several.
+        on_lost: called when one of them is lost before all are ready, on another thread. This one
+            may be waiting for that host where nothing can interrupt it, so the process should end.
 
     Raises:
         LaunchError: a flag, a file or the machine has to change; the message says which and how.
     """
     start = time.perf_counter()
-    configure_jax(config)
-    # Compiling is what a launch is for, also while another service of this process is strict.
-    CompileCounter.instance().strict = False
     with ExitStack() as undo:
-        source = open_source(
-            config.model,
-            assets_dir=config.assets_dir,
-            offline=config.offline,
-            random_weights=config.load_format == "dummy",
-            seed=config.seed,
-        )
-        undo.callback(source.close)
+        source, group = _begin(config, hosts, on_lost, undo)
         plan = resolve(config, source.model_config())
         tokenizer, template = _text_parts(config, source)
         if template is not None:
             undo.callback(template.close)
-        with ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
-            digest = pool.submit(source.digest)
-            runner, num_pages, params = _prepare(config, plan, source, pool, report)
-        undo.callback(runner.close)
-        runner.make_ready(params, strict=config.strict_compile)
-        del params
-        engine = _make_engine(config, plan, runner, num_pages, _end_ids(plan.model, tokenizer))
-        info = _model_info(plan, engine, tokenizer, digest.result(), config)
+        runner, num_pages, digest = _make_ready(config, plan, source, group, report, undo)
+        steps: StepRunner = runner
+        if group is not None:
+            group.ready(digest)
+            steps = LeaderRunner(runner, group, plan.step)
+        engine = _make_engine(config, plan, steps, num_pages, _end_ids(plan.model, tokenizer))
+        if isinstance(steps, LeaderRunner):
+            steps.watch_group(engine.fail)
+        info = _model_info(plan, engine, tokenizer, digest, config)
         undo.pop_all()  # From here on the service closes them.
     engine.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
     text = TextEngine(engine, tokenizer, template)
-    return Service(config, plan, engine, runner, text, info, source, ready_seconds)
+    return Service(config, plan, engine, runner, text, info, source, ready_seconds, group)
+
+
+def follow(
+    config: ServeConfig,
+    hosts: GroupConfig,
+    report: Report = silent,
+    *,
+    on_ready: Callable[[float], None],
+    on_lost: OnLost = lambda error: None,
+) -> None:
+    """Executes the steps of host 0 on this host until host 0 stops.
+
+    Args:
+        config: the same as on host 0.
+        hosts: the hosts of the mesh.
+        report: hears of the progress.
+        on_ready: called with the seconds that it took, once steps can be taken.
+        on_lost: see ``build``.
+
+    Raises:
+        LaunchError: a flag, a file or the machine has to change, or the group has failed.
+    """
+    start = time.perf_counter()
+    with ExitStack() as undo:
+        source, group = _begin(config, hosts, on_lost, undo)
+        assert group is not None
+        plan = resolve(config, source.model_config())
+        runner, _, digest = _make_ready(config, plan, source, group, report, undo)
+
+        def ready() -> None:
+            on_ready(time.perf_counter() - start)
+            group.ready(digest)
+
+        try:
+            follow_steps(runner, group, plan.step, on_ready=ready)
+        except GroupError as error:
+            group.close(str(error))
+            raise
 
 
 def configure_jax(config: ServeConfig) -> None:
@@ -245,6 +317,71 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
 # -- the parts, in the order of ``build`` ----------------------------------------------------------
 
 
+def _begin(
+    config: ServeConfig, hosts: GroupConfig | None, on_lost: OnLost, undo: ExitStack
+) -> tuple[ModelSource, Group | None]:
+    """Opens the model and gathers the hosts, before devices are looked at."""
+    configure_jax(config)
+    # Compiling is what a launch is for, also while another service of this process is strict.
+    CompileCounter.instance().strict = False
+    source = open_source(
+        config.model,
+        assets_dir=config.assets_dir,
+        offline=config.offline,
+        random_weights=config.load_format == "dummy",
+        seed=config.seed,
+    )
+    undo.callback(source.close)
+    if hosts is None or hosts.hosts == 1:
+        return source, None
+    this_host = HostFacts.of_this_host(_host_facts(config, hosts, source.model_config()))
+    group = (lead if hosts.host_id == 0 else join)(hosts, this_host, logger.warning)
+    undo.callback(group.close, "its launch failed")
+    group.tell(on_lost)
+    try:
+        join_runtime(
+            runtime_address=group.runtime_address,
+            hosts=hosts.hosts,
+            host_id=hosts.host_id,
+            own_address=group.address,
+            timeout_s=hosts.join_timeout_s,
+        )
+    except RuntimeError as error:
+        raise GroupError(f"the device runtime does not start: {error}") from error
+    return source, group
+
+
+def _host_facts(config: ServeConfig, hosts: GroupConfig, model: ModelConfig) -> dict[str, str]:
+    """What has to be the same on every host before programs and pools can be."""
+    model_facts = json.dumps(asdict(model), sort_keys=True)
+    return {
+        "jaxserve": __version__,
+        "jax": jax.__version__,
+        "--hosts": str(hosts.hosts),
+        "model config": hashlib.sha256(model_facts.encode()).hexdigest()[:12],
+        "CPU with AMX": str(_cpu_has_amx()),
+        **{f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in SHARED_FLAGS},
+    }
+
+
+def _make_ready(
+    config: ServeConfig,
+    plan: LaunchPlan,
+    source: ModelSource,
+    group: Group | None,
+    report: Report,
+    undo: ExitStack,
+) -> tuple[Runner, int, str]:
+    """Compiles, loads and warms up; returns the runner, its page count and the model's digest."""
+    caching = nullcontext() if group is None else every_host_caches()
+    with caching, ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
+        digest = pool.submit(source.digest)
+        runner, num_pages, params = _prepare(config, plan, source, group, pool, report)
+        undo.callback(runner.close)
+        runner.make_ready(params, strict=config.strict_compile)
+        return runner, num_pages, digest.result()
+
+
 def _text_parts(config: ServeConfig, model: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     files = model.tokenizer()
     tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
@@ -264,12 +401,13 @@ def _prepare(
     config: ServeConfig,
     plan: LaunchPlan,
     source: ModelSource,
+    group: Group | None,
     pool: ThreadPoolExecutor,
     report: Report,
 ) -> tuple[Runner, int, Params]:
     """Compiles everything while the weights stream in."""
     model = Model(plan.model, plan.mesh.shape["tensor"])
-    runner, num_pages = _size_pool(config, plan, model, report)
+    runner, num_pages = _size_pool(config, plan, model, group, report)
     loading: Future[Params] = pool.submit(
         source.load,
         model,
@@ -286,9 +424,16 @@ def _prepare(
 
 
 def _size_pool(
-    config: ServeConfig, plan: LaunchPlan, model: Model, report: Report
+    config: ServeConfig, plan: LaunchPlan, model: Model, group: Group | None, report: Report
 ) -> tuple[Runner, int]:
-    """Finds the page count: compiles the largest program to learn what it needs beside it."""
+    """Finds the page count: compiles the largest program to learn what it needs beside it.
+
+    Of several hosts the one with the least room decides.
+    """
+
+    def agree(pages: int) -> int:
+        return pages if group is None else group.agree("pages", pages)
+
     memory = PageCountMemory(config.cache_dir, _pages_key(config, plan))
     least = math.ceil(plan.context_tokens / plan.page_tokens) + 1
     most = plan.step.max_rows * plan.step.table_width + 1
@@ -310,7 +455,7 @@ def _size_pool(
 
     runner = _make_runner(config, plan, model, least)
     # Before anything is compiled, temporaries are unknown: the first guess takes none.
-    num_pages = memory.recall() or planned(runner, 0)
+    num_pages = agree(memory.recall() or planned(runner, 0))
     total = len(runner.program_keys())
     while True:
         runner = _make_runner(config, plan, model, num_pages)
@@ -318,7 +463,7 @@ def _size_pool(
         report("compile", 0, total, str(largest))
         for key in runner.compile([largest]):
             report("compile", 1, total, str(key))
-        fitting = planned(runner, runner.temporary_bytes())
+        fitting = agree(planned(runner, runner.temporary_bytes()))
         if num_pages <= fitting:
             memory.remember(num_pages)
             return runner, num_pages
@@ -343,7 +488,11 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
 
 
 def _make_engine(
-    config: ServeConfig, plan: LaunchPlan, runner: Runner, num_pages: int, end_ids: tuple[int, ...]
+    config: ServeConfig,
+    plan: LaunchPlan,
+    runner: StepRunner,
+    num_pages: int,
+    end_ids: tuple[int, ...],
 ) -> Engine:
     longest = max(tokens for _, tokens in plan.step.prefill_buckets)
     scheduler = SchedulerConfig(

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from jaxserve.config import ServeConfig
+from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.errors import LaunchError
+from jaxserve.errors import GroupError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread, port_problem
-from jaxserve.launch import Report, Service, build, silent
+from jaxserve.launch import OnLost, Report, Service, build, follow, silent
 
 POLL_S = 0.2
 """How late a signal or a failure may be noticed."""
@@ -39,7 +39,8 @@ class Ended:
     failure: str | None
     """Why it could not go on; None after a signal."""
     clean: bool
-    """False when a thread hangs, so that only ``os._exit`` ends the process."""
+    """False when a thread hangs, or may hang because another host is gone: only ``os._exit`` is
+    sure to end the process."""
 
 
 class StopSignals:
@@ -81,15 +82,19 @@ def serve(
     *,
     on_ready: Callable[[Service, str], None],
     before_ready: Callable[[int], None],
+    on_lost: OnLost = lambda error: None,
+    hosts: GroupConfig | None = None,
     report: Report = silent,
 ) -> Ended:
-    """Serves until a signal comes or the engine fails. In the main thread.
+    """Serves until a signal comes or the engine fails. In the main thread, of host 0.
 
     Args:
         config: what to build.
         server_config: where to listen.
         on_ready: called with the service and its address once requests are taken.
         before_ready: called with the number of a signal that comes earlier; should exit.
+        on_lost: called when another host is lost before ready; should exit.
+        hosts: the hosts of the mesh, when there are several.
         report: hears of the progress of the build.
 
     Raises:
@@ -97,7 +102,7 @@ def serve(
     """
     check_port(server_config)
     with StopSignals(before_ready) as signals:
-        service = build(config, report)
+        service = build(config, report, hosts=hosts, on_lost=on_lost)
         server = ServerThread(service.text, service.info, server_config)
         try:
             address = server.start()
@@ -111,11 +116,63 @@ def serve(
 
         def close() -> None:
             server.stop(grace_s)
+            if service.group is not None:
+                service.group.close(failure or "")
+                if failure is not None:
+                    return  # The device may wait for a lost host for ever.
             service.close()
 
         # An engine that stops cancels what runs: the streams end, and the grace period with them.
         clean = shut_down(close, service.engine.stop, signals, grace_s + CLOSE_LIMIT_S)
-        return Ended(failure, clean)
+        return Ended(failure, clean and service.group is None)
+
+
+def serve_follower(
+    config: ServeConfig,
+    hosts: GroupConfig,
+    *,
+    on_ready: Callable[[float], None],
+    before_ready: Callable[[int], None],
+    on_lost: OnLost,
+    report: Report = silent,
+) -> Ended:
+    """Executes the steps of host 0 until it stops or the group fails. In the main thread.
+
+    The first SIGTERM or SIGINT after that is left to host 0, which whoever stops a group signals
+    too: it lets requests finish. A second one ends this host, and with it the group.
+
+    Args:
+        config: the same as on host 0.
+        hosts: the hosts of the mesh.
+        on_ready: called with the seconds that it took, once steps can be taken.
+        before_ready: called with the number of a signal that comes earlier, or again; should exit.
+        on_lost: called when another host is lost before ready; should exit.
+        report: hears of the progress of the build.
+
+    Raises:
+        LaunchError: a flag, a file or the machine has to change.
+        GroupError: a host did not come.
+    """
+    left_to_host_0 = False
+    is_ready = False
+
+    def stop(number: int) -> None:
+        nonlocal left_to_host_0
+        if not is_ready or left_to_host_0:
+            before_ready(number)
+        left_to_host_0 = True
+
+    def ready(seconds: float) -> None:
+        nonlocal is_ready
+        is_ready = True
+        on_ready(seconds)
+
+    with StopSignals(stop):
+        try:
+            follow(config, hosts, report, on_ready=ready, on_lost=on_lost)
+        except GroupError as error:
+            return Ended(str(error), clean=False)
+    return Ended(None, clean=False)
 
 
 def check_port(config: ServerConfig) -> None:

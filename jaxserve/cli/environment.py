@@ -14,6 +14,7 @@ environment variables (flags win over them):
   JAXSERVE_SERVER   address for --server
   JAXSERVE_ASSETS   folder of the pinned weights, for --assets-dir
   JAXSERVE_CACHE    folder of compiled programs, for --cache-dir
+  JAXSERVE_GROUP_SECRET  known to every host of a mesh, instead of --group-secret-file
   XDG_CACHE_HOME    where both are kept otherwise; ~/.cache when it is not set
   HF_HUB_OFFLINE    1 never asks a model hub, as --offline does
   NO_COLOR          plain progress bars
@@ -31,6 +32,8 @@ class Environment:
     server: str | None
     """Where a server is, when one was named."""
     offline: bool
+    variables: Mapping[str, str]
+    """All of them, for what a cluster's launcher has to say."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Environment:
@@ -43,6 +46,7 @@ class Environment:
             cache_dir=Path(cache) if cache else home,
             server=environ.get("JAXSERVE_SERVER") or None,
             offline=environ.get("HF_HUB_OFFLINE", "").lower() in TRUE,
+            variables=environ,
         )
 
     @property

@@ -33,6 +33,7 @@ METAVARS = {
     "kv_memory_fraction": "F",
     "served_name": "NAME",
     "host": "ADDRESS",
+    "coordinator": "HOST:PORT",
 }
 MODEL_FLAGS = ("served_name", "load_format", "seed", "chat_template", "offline")
 MACHINE_FLAGS = ("mesh", "device", "dtype", "kv_dtype")

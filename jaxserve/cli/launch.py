@@ -10,15 +10,17 @@ import logging
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jaxserve.cli import flags
+from jaxserve.cli import flags, launchers, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import ensure_asset, report_environment
-from jaxserve.config import ServeConfig
-from jaxserve.errors import ConfigError
+from jaxserve.config import GroupConfig, ServeConfig
+from jaxserve.errors import ConfigError, GroupError, JaxserveError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.progress import Progress, show_progress
 
@@ -34,6 +36,9 @@ EXAMPLES = """\
   jaxserve launch owner/name --context-tokens 8192 --kv-memory 8GiB
   jaxserve launch dummy:llama-3.1-8b             random weights, to try sizes
   jaxserve launch --host 0.0.0.0 --insecure      for other machines, unencrypted
+  jaxserve launch MODEL --mesh 2x4 --device cpu:8          eight simulated devices
+  jaxserve launch MODEL --mesh 2x4 --hosts 2 --host-id 0 --coordinator 10.0.0.1:8476
+                                                 and the same with --host-id 1 on the other host
 """
 
 
@@ -59,6 +64,14 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         action="store_true",
         help="allow a --host that other machines reach; there is no TLS and no password",
     )
+    launchers.add_flags(parser)
+    parser.add_argument(
+        "--restart",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again up to N times in a row when it fails (default: 0)",
+    )
     flags.add_fields(parser, "places", ServeConfig, flags.PLACE_FLAGS, defaults)
 
 
@@ -66,7 +79,14 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     """Serves; returns 0 after a signal and 1 when the engine failed."""
     config, server_config = read_configs(options)
     check_exposure(server_config, insecure=options.insecure)
+    hosts = launchers.read_group(options, environment.variables, insecure=options.insecure)
+    if options.restart:
+        command = [sys.executable, "-m", "jaxserve", *_without_restart(sys.argv[1:])]
+        return supervisor.supervise(command, restarts=options.restart)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if hosts.hosts > 1:
+        sys.stderr = Tagged(sys.stderr, f"[host {hosts.host_id}] ")
+        _exit_now(_run_host(config, server_config, hosts, environment))
     with show_progress() as progress:
         report_environment(progress)
         ensure_asset(config, progress)
@@ -89,6 +109,96 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
         print("error: a thread does not end; leaving without it", file=sys.stderr)
         _exit_now(status or 1)
     return status
+
+
+def _run_host(
+    config: ServeConfig, server_config: ServerConfig, hosts: GroupConfig, environment: Environment
+) -> int:
+    """One host's part; the process has to be left at once, because JAX waits for lost hosts."""
+    progress = show_progress()
+    report_environment(progress)
+
+    def lost(error: GroupError) -> NoReturn:
+        print(f"error: {error}", file=sys.stderr)
+        _exit_now(1)
+
+    try:
+        ensure_asset(config, progress)
+        from jaxserve import serve
+
+        if hosts.host_id:
+            ended = serve.serve_follower(
+                config,
+                hosts,
+                report=progress,
+                before_ready=_leave_early(progress),
+                on_lost=lost,
+                on_ready=lambda seconds: print(
+                    f"ready host_id={hosts.host_id} ready_seconds={seconds:.1f}", flush=True
+                ),
+            )
+        else:
+            ended = serve.serve(
+                config,
+                server_config,
+                hosts=hosts,
+                report=progress,
+                before_ready=_leave_early(progress),
+                on_lost=lost,
+                on_ready=lambda service, address: _announce(
+                    service, address, server_config, progress
+                ),
+            )
+    except JaxserveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, LaunchError) else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    print("stopped" if ended.failure is None else f"error: {ended.failure}", file=sys.stderr)
+    return 0 if ended.failure is None else 1
+
+
+class Tagged:
+    """A text stream that begins every line with a tag."""
+
+    def __init__(self, file: Any, tag: str) -> None:
+        """Writes to ``file``."""
+        self._file = file
+        self._tag = tag
+        self._at_start = True
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> int:
+        """Writes a piece of text, which may end within a line."""
+        with self._lock:
+            for line in text.splitlines(keepends=True):
+                self._file.write(self._tag + line if self._at_start else line)
+                self._at_start = line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream."""
+        self._file.flush()
+
+    def isatty(self) -> bool:
+        """Never: bars that redraw themselves and tags do not go together."""
+        return False
+
+    def fileno(self) -> int:
+        """The stream's own."""
+        return int(self._file.fileno())
+
+
+def _without_restart(arguments: list[str]) -> list[str]:
+    """The same command for the process that is supervised."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != "--restart" and not argument.startswith("--restart="):
+            kept.append(argument)
+        skip = argument == "--restart"
+    return kept
 
 
 def config_defaults(environment: Environment) -> dict[str, Any]:

@@ -51,6 +51,10 @@ STUCK_POLL_S = 0.05
 is known in which that lasts; if there is one, it must neither spin nor sleep for ever."""
 
 
+class FatalStepError(Exception):
+    """A runner cannot go on: the engine ends at once, and says this."""
+
+
 @runtime_checkable
 class Runner(Protocol):
     """The device side of a step."""
@@ -167,6 +171,10 @@ class Engine:
             RequestNotFoundError: no live request has this id.
         """
         self._send(self._cancel, self._admission.find(request_id))
+
+    def fail(self, error: Exception) -> None:
+        """Ends the engine with an error, for those who know first that it cannot go on."""
+        self._send(self._raise, error)
 
     def drain(self) -> None:
         """Refuses new requests from now on; accepted ones go on."""
@@ -336,6 +344,8 @@ class Engine:
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         """Fails the requests of a step that raised; the others are computed again."""
+        if isinstance(error, FatalStepError):
+            raise error
         logger.error("a step failed; its requests are ended", exc_info=error)
         self._failures += 1
         if self._failures >= MAX_STEP_FAILURES:
@@ -386,6 +396,9 @@ class Engine:
                 "so none is left before; allow another token or lower min_tokens to 0",
                 field="min_tokens",
             )
+
+    def _raise(self, error: Exception) -> None:
+        raise error
 
     def _cancel(self, live: LiveRequest) -> None:
         error = RequestCancelledError(live.request.request_id)

@@ -125,6 +125,8 @@ class Runner:
         self._blank: Array | None = None
         self._counter = CompileCounter.instance()
         self._compiles_at_ready: int | None = None
+        self._gathers: dict[tuple[int, ...], Any] = {}
+        """Programs that bring data shards of other hosts here, by shape; empty on one host."""
 
     # -- before ready --------------------------------------------------------------------------
 
@@ -190,9 +192,28 @@ class Runner:
             jnp.int32,
             device=NamedSharding(self._mesh, self._by_row),
         )
+        self._compile_gathers()
         self._warm_up()
         self._compiles_at_ready = self._counter.compiles
         self._counter.strict = strict
+
+    def _compile_gathers(self) -> None:
+        """Host 0 reads what every data shard sampled: across hosts that takes one all-gather."""
+        shards = self._mesh.devices[:, 0]
+        if len({device.process_index for device in shards}) == 1:
+            return
+        step = self._config.step
+        heights = [step.all_rows, *(step.data_shards * tokens for _, tokens in step.score_buckets)]
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        for height in heights:
+            shape = (height, RESULT_COLUMNS)
+            program = jax.jit(lambda array: array, out_shardings=everywhere)
+            lowered = program.lower(self._host_array(shape, jnp.int32, self._by_row))
+            self._gathers[shape] = lowered.compile()
+
+    def _gather(self, array: Array) -> Array:
+        program = self._gathers.get(array.shape)
+        return array if program is None else program(array)
 
     def _warm_up(self) -> None:
         """Runs every program on padding lines, through the path that serving uses."""
@@ -211,6 +232,9 @@ class Runner:
             buffer = np.zeros((step.data_shards * rows, step.line_columns + extra), np.int32)
             buffer[:, 0] = step.null_row
             self._call((kind, rows, tokens), self._blank, buffer)
+        for shape in self._gathers:
+            zeros = jnp.zeros(shape, jnp.int32, device=NamedSharding(self._mesh, self._by_row))
+            self._gather(zeros)
         jax.block_until_ready(self._state)
 
     def _compile_one(self, key: ProgramKey) -> Any:
@@ -299,8 +323,8 @@ class Runner:
         scores: list[Array | None] = []
         for call in inputs.calls:
             result, score = self._call((call.kind, *call.bucket), result, call.buffer)
-            scores.append(score)
-        return _Handle(result, scores, self._config.step.data_shards)
+            scores.append(None if score is None else self._gather(score))
+        return _Handle(self._gather(result), scores, self._config.step.data_shards)
 
     def reset(self) -> None:
         """Allocates the device state anew; what it held is lost."""
