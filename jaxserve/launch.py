@@ -336,7 +336,11 @@ def _begin(
         return source, None
     this_host = HostFacts.of_this_host(_host_facts(config, hosts, source.model_config()))
     group = (lead if hosts.host_id == 0 else join)(hosts, this_host, logger.warning)
-    undo.callback(group.close, "its launch failed")
+
+    def part(kind: object, error: BaseException | None, trace: object) -> None:
+        group.close(f"host {hosts.host_id} did not start: {error}" if error else "")
+
+    undo.push(part)
     group.tell(on_lost)
     try:
         join_runtime(

@@ -220,7 +220,9 @@ class Group:
     def _part(self, member: Member, failure: str) -> None:
         """The other side ends; without a failure only host 0 may, for all."""
         if not failure and not self.leads:
-            self.on_lost(GroupGoodbye())
+            goodbye = GroupGoodbye()
+            member.inbox.put(goodbye)
+            self.on_lost(goodbye)
             member.link.close()
             return
         self._fail(GroupError(failure or f"{member} was stopped"), member)
