@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import common, machine
 from bench.common import PHASES, quantile
-from jaxserve.engine.engine import Engine, EngineLimits
+from jaxserve.engine.engine import Engine, EngineLimits, Runner
 from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.publish import StepResult
 from jaxserve.engine.request import Request, SamplingParams
@@ -30,6 +30,7 @@ CONTEXT_TOKENS = 2048
 PAGE_TOKENS = 32
 PROMPT_TOKENS = 64
 CHURN_OUTPUT_TOKENS = 32
+VOCAB_SIZE = 32_000
 HOST_PHASES = ("plan", "pack", "dispatch", "publish")
 HOST_GOAL_MS = 1.5
 PLAN_GOAL_MS = 0.3
@@ -82,9 +83,9 @@ class NoWaker:
         """Does nothing."""
 
 
-def instant_engine(*, max_rows: int, vocab_size: int, token: int, step_s: float = 0.0) -> Engine:
-    """Returns the real engine over an ``InstantRunner``, not started."""
-    shape = StepShape(
+def instant_shape(max_rows: int, vocab_size: int) -> StepShape:
+    """Returns the shapes of ``instant_engine``."""
+    return StepShape(
         max_rows=max_rows,
         table_width=CONTEXT_TOKENS // PAGE_TOKENS,
         vocab_size=vocab_size,
@@ -92,9 +93,21 @@ def instant_engine(*, max_rows: int, vocab_size: int, token: int, step_s: float 
         prefill_buckets=((1, 512), (8, PROMPT_TOKENS)),
         score_buckets=((1, 512),),
     )
+
+
+def instant_engine(
+    *,
+    max_rows: int,
+    vocab_size: int,
+    token: int,
+    step_s: float = 0.0,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
+) -> Engine:
+    """Returns the real engine over an ``InstantRunner``, not started; ``wrap`` may stand between."""
+    shape = instant_shape(max_rows, vocab_size)
     num_pages = max_rows * shape.table_width + 1
     return Engine(
-        InstantRunner(shape, token=token, step_s=step_s),
+        wrap(InstantRunner(shape, token=token, step_s=step_s)),
         scheduler=SchedulerConfig(
             max_rows=max_rows,
             step_tokens=512,
@@ -108,9 +121,15 @@ def instant_engine(*, max_rows: int, vocab_size: int, token: int, step_s: float 
     )
 
 
-def measure(rows: int, steps: int, *, output_tokens: int) -> dict[str, list[float]]:
+def measure(
+    rows: int,
+    steps: int,
+    *,
+    output_tokens: int,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
+) -> dict[str, list[float]]:
     """Returns the seconds of every step by phase; full rows, a new request for each that ends."""
-    engine = instant_engine(max_rows=rows, vocab_size=32_000, token=7)
+    engine = instant_engine(max_rows=rows, vocab_size=VOCAB_SIZE, token=7, wrap=wrap)
     rng = np.random.default_rng(0)
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
     streams: list[TokenStream] = []
@@ -120,7 +139,7 @@ def measure(rows: int, steps: int, *, output_tokens: int) -> dict[str, list[floa
         nonlocal sent
         streams[:] = [stream for stream in streams if not stream.finished]
         while len(streams) < rows:
-            prompt = rng.integers(3, 32_000, PROMPT_TOKENS).tolist()
+            prompt = rng.integers(3, VOCAB_SIZE, PROMPT_TOKENS).tolist()
             request = Request(request_id=f"r{sent}", prompt=prompt, sampling=sampling)
             streams.append(engine.submit(request, NoWaker()))
             sent += 1
