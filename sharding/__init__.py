@@ -6,9 +6,9 @@ the collectives that needs, stand in the models.
 """
 
 from sharding.mesh import AXES, MeshShape, MeshShapeError, make_mesh, parse_mesh
-from sharding.placement import bytes_per_device, place, unstack_in_place
+from sharding.placement import bytes_per_device, host_zeros, place, unstack_in_place
 from sharding.rules import ShardingRules
-from sharding.specs import check_divisible, named_shardings, partition_specs
+from sharding.specs import check_divisible, named_shardings, partition_specs, where_divisible
 
 __all__ = [
     "AXES",
@@ -17,10 +17,12 @@ __all__ = [
     "ShardingRules",
     "bytes_per_device",
     "check_divisible",
+    "host_zeros",
     "make_mesh",
     "named_shardings",
     "parse_mesh",
     "partition_specs",
     "place",
     "unstack_in_place",
+    "where_divisible",
 ]

@@ -17,6 +17,9 @@ from jax.typing import DTypeLike
 
 type Index = tuple[slice, ...]
 
+DEVICE_ALIGNMENT = 64
+"""Bytes; XLA's CPU backend copies what begins elsewhere."""
+
 
 def place(
     read: Callable[[Index], np.ndarray],
@@ -29,7 +32,7 @@ def place(
     Args:
         read: Gives the part of the array at an index, one slice with both bounds per dimension. It
             is cast to ``dtype`` here. On a CPU the array may share the memory that ``read``
-            returned: never write to it afterwards.
+            returned, and does if it is of ``host_zeros``: never write to it afterwards.
         shape: Global shape.
         dtype: Of the result.
         sharding: Where the parts live.
@@ -49,6 +52,18 @@ def place(
         return shards[bounds]
 
     return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Makes an array of zeros that a CPU device can take over without a copy.
+
+    For that it begins at a multiple of 64 bytes. Memory is used when it is written.
+    """
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    raw = np.zeros(size + DEVICE_ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % DEVICE_ALIGNMENT
+    return raw[start : start + size].view(kind).reshape(shape)
 
 
 def unstack_in_place(stacked: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:

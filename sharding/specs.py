@@ -67,6 +67,27 @@ def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> None:
         raise MeshShapeError(problems[0] + more)
 
 
+def where_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> Tree:
+    """Leaves unsplit those dimensions that the mesh does not divide.
+
+    Args:
+        abstract: Tree of anything with a global ``shape``.
+        specs: The same tree with a ``PartitionSpec`` for each leaf.
+        mesh: Where the arrays are to live.
+
+    Returns:
+        A tree of specs that ``check_divisible`` accepts.
+    """
+
+    def divisible(spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        sizes = zip(spec, leaf.shape, strict=False)
+        return PartitionSpec(
+            *(None if size % _parts(entry, mesh) else entry for entry, size in sizes)
+        )
+
+    return jax.tree.map(divisible, specs, abstract, is_leaf=_is_spec)
+
+
 def _spec(name: str, axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
     mesh_axes = [rules.mesh_axis(axis) for axis in axes]
     used = [axis for axis in mesh_axes if axis is not None]
@@ -83,14 +104,18 @@ def _indivisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: M
         return [f"{name} has {len(shape)} axes and its spec {spec} has {len(spec)}"]
     problems: list[str] = []
     for axis, entry in enumerate(spec):
-        mesh_axes: tuple[str, ...] = () if entry is None else _as_tuple(entry)
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+        parts = _parts(entry, mesh)
         if shape[axis] % parts:
             problems.append(
-                f"{name} has shape {shape}, and mesh axis {'*'.join(mesh_axes)}={parts} does not "
-                f"divide axis {axis} of size {shape[axis]}; use a divisor of {shape[axis]}"
+                f"{name} has shape {shape}, and mesh axis {'*'.join(_as_tuple(entry))}={parts} "
+                f"does not divide axis {axis} of size {shape[axis]}; use a divisor of {shape[axis]}"
             )
     return problems
+
+
+def _parts(entry: Any, mesh: Mesh) -> int:
+    """Pieces that a spec's entry cuts a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in (() if entry is None else _as_tuple(entry)))
 
 
 def _as_tuple(entry: Any) -> tuple[str, ...]:

@@ -109,6 +109,14 @@ class Layout:
         kept = np.flatnonzero(found.sources.ravel() >= 0)[first]
         return _take(array, place, found.sources.shape, kept.reshape(found.true_shape))
 
+    def true_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """Returns the shape that an array on the mesh has in the checkpoint."""
+        found = self._origin(axes)
+        if found is None:
+            return shape
+        end = found.place + found.sources.ndim
+        return (*shape[: found.place], *found.true_shape, *shape[end:])
+
     def boxes(self, axes: Axes, box: Index) -> Iterator[tuple[Index, Index]]:
         """Says which true boxes make up a box of a stretched array; the rest of it is zero.
 

@@ -3,9 +3,9 @@
     shard of our weight -> boxes of the stored tensors it is made of -> host array -> device
 
 One weight is on the host at a time, and what is read for it comes in bounded pieces, so the host's
-peak is one weight (beside the model, where the host is the device). Which tensors make up a weight
-is said by the model's family; reading and dequantizing is the checkpoint's business, and dividing
-among devices that of ``sharding``.
+peak is one weight; where the host is the device, it is the model, since what is read is served.
+Which tensors make up a weight is said by the model's family; reading and dequantizing is the
+checkpoint's business, and dividing among devices that of ``sharding``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxserve.models.registry import weight_sources
 from jaxserve.models.sources import Part, Source, WeightSources
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.reading import Index
-from sharding.placement import place
+from sharding.placement import host_zeros, place
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are in place and the bytes that there will be."""
@@ -62,7 +62,7 @@ def load_params(
     sources = weight_sources(model.layout.config)
     check_tensors(sources, model.config.layers, checkpoint)
     abstract = model.abstract(dtype, stacked=stacked)
-    placed = _reporter(abstract, progress)
+    placed = reporter(abstract, progress)
 
     def load(
         weight: _Weight, target: jax.ShapeDtypeStruct, axes: AxisNames, sharding: Any
@@ -109,7 +109,7 @@ def random_params(
 
     Layers that are not stacked share one compiled program. Arguments as for ``load_params``.
     """
-    placed = _reporter(model.abstract(dtype, stacked=stacked), progress)
+    placed = reporter(model.abstract(dtype, stacked=stacked), progress)
     ends_key, layer_keys = model.split_key(jax.random.key(seed))
 
     def make(init: Callable[..., Any], places: Any) -> Callable[[jax.Array], Any]:
@@ -215,7 +215,7 @@ def _read_weight(
         wanted, index = wanted[index[0]], index[1:]
     shape = (part.stop - part.start for part in index)
     # Zeros cost nothing where the whole is written afterwards: their pages are not touched before.
-    out = np.zeros((len(wanted), *shape), dtype)
+    out = host_zeros((len(wanted), *shape), dtype)
     pieces = list(boxes(index))
     for layer, source in enumerate(wanted):
         for into, box in pieces:
@@ -280,7 +280,7 @@ def _lead(axes: tuple[int, ...]) -> int:
     return next((i for i, size in enumerate(axes) if size > 1), 0)
 
 
-def _reporter(abstract: Params, progress: Progress | None) -> Callable[[jax.Array], jax.Array]:
+def reporter(abstract: Params, progress: Progress | None) -> Callable[[jax.Array], jax.Array]:
     """Returns a function that waits for an array and adds it to what is reported."""
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     done = 0

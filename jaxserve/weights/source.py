@@ -18,18 +18,22 @@ import numpy as np
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
+from jaxserve.models.layout import Layout
 from jaxserve.models.presets import PRESETS, preset
 from jaxserve.models.registry import model_config
 from jaxserve.tokenizer_source import TokenizerSource
 from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
-from jaxserve.weights.load import AxisNames, axis_names, load_params, random_params
+from jaxserve.weights.load import AxisNames, axis_names, load_params, random_params, reporter
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import read_json_object, read_tokenizer_files
-from sharding.placement import place
+from sharding.placement import host_zeros, place
 
 DUMMY = "dummy:"
+STORED_SINGLY = frozenset({"layer", "kv_heads", "q_heads"})
+"""Axes of a saved weight that are cut at every entry, so that a shard's heads are read alone. Long
+axes, feed-forward and vocabulary, are cut where a chunk is full."""
 Progress = Callable[[int, int], None]
 """``progress(done_bytes, total_bytes)``."""
 
@@ -203,57 +207,75 @@ class SavedSource:
         return self._digest
 
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
-        """Restores every shard on its own device.
-
-        A weight that the mesh does not divide comes by way of the host, which stretches it.
-        """
+        """Reads weight by weight, each shard by itself."""
         abstract = model.abstract(dtype, stacked=True)
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        progress(0, total)
-        stored = Model(model.layout.config).abstract(dtype, stacked=True)
+        true = Model(model.layout.config).abstract(dtype, stacked=True)
+        stored = orbax.open_arrays(self._path, {"ends": true.ends, "layers": true.layers})
+        placed = reporter(abstract, progress)
 
-        def wanted(true: jax.ShapeDtypeStruct, here: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-            if true.shape == here.shape:
-                return jax.ShapeDtypeStruct(true.shape, true.dtype, sharding=sharding)
-            return np.zeros(true.shape, true.dtype)
+        def load(
+            axes: AxisNames, array: orbax.StoredArray, here: jax.ShapeDtypeStruct, to: Any
+        ) -> jax.Array:
+            read = partial(_read_box, array, model.layout, axes, here.dtype)
+            return placed(place(read, here.shape, here.dtype, to))
 
-        tree = jax.tree.map(wanted, stored, abstract, shardings)
-        restored = orbax.restore(self._path, {"ends": tree.ends, "layers": tree.layers})
-
-        def placed(axes: AxisNames, value: Any, here: jax.ShapeDtypeStruct, to: Any) -> jax.Array:
-            if isinstance(value, jax.Array):
-                return value
-            return place(partial(_box_of, value, model, axes), here.shape, here.dtype, to)
-
-        params = Params(restored["ends"], restored["layers"])
         axes = axis_names(model, stacked=True)
-        params = jax.tree.map(placed, axes, params, abstract, shardings)
-        progress(total, total)
-        return params
+        return jax.tree.map(
+            load, axes, Params(stored["ends"], stored["layers"]), abstract, shardings
+        )
 
     def close(self) -> None:
         """Holds nothing open."""
 
 
 def save_model(path: Path, model: Model, params: Params, source: ModelSource) -> None:
-    """Writes served weights as a directory that ``open_source`` opens again, for any mesh.
+    """Writes stacked weights as a directory that ``open_source`` opens again, for any mesh.
+
+    What the mesh has stretched is copied on the host first.
 
     Raises:
         CheckpointError: the path exists or cannot be written.
     """
+    axes = axis_names(model, stacked=True)
+    params = jax.tree.map(partial(_true_array, model.layout), axes, params)
 
-    def true(axes: AxisNames, array: jax.Array) -> jax.Array:
-        return model.layout.shrink(array, axes.words)
+    def chunks(names: AxisNames) -> orbax.Split:
+        words = enumerate(names.words)
+        return orbax.Split(tuple(axis for axis, word in words if word in STORED_SINGLY))
 
-    params = jax.tree.map(true, axis_names(model, stacked=True), params)
+    split = jax.tree.map(chunks, axes)
     metadata = {"config": dict(source.config), "model_digest": source.digest()}
-    tree = {"ends": params.ends, "layers": params.layers}
-    orbax.save(path, tree, metadata, source.tokenizer())
+    orbax.save(
+        path,
+        {"ends": params.ends, "layers": params.layers},
+        metadata,
+        source.tokenizer(),
+        split={"ends": split.ends, "layers": split.layers},
+    )
 
 
-def _box_of(stored: np.ndarray, model: Model, axes: AxisNames, index: Index) -> np.ndarray:
-    """A box of a stretched weight, from the whole as it was saved."""
-    out = np.zeros([part.stop - part.start for part in index], stored.dtype)
-    for into, box in model.layout.boxes(axes.words, index):
-        out[into] = stored[box]
+def _true_array(layout: Layout, axes: AxisNames, array: jax.Array) -> jax.Array | np.ndarray:
+    """A weight as the checkpoint has it: itself, or put together on the host."""
+    shape = layout.true_shape(array.shape, axes.words)
+    if shape == array.shape:
+        return array
+    out = np.zeros(shape, array.dtype)
+    for shard in array.addressable_shards:
+        index = tuple(
+            slice(*part.indices(size)[:2])
+            for part, size in zip(shard.index, array.shape, strict=True)
+        )
+        data = np.asarray(shard.data)
+        for into, box in layout.boxes(axes.words, index):
+            out[box] = data[into]
+    return out
+
+
+def _read_box(
+    stored: orbax.StoredArray, layout: Layout, axes: AxisNames, dtype: Any, index: Index
+) -> np.ndarray:
+    """A box of a weight, as the layout has stretched it."""
+    out = host_zeros(tuple(part.stop - part.start for part in index), dtype)
+    for into, box in layout.boxes(axes.words, index):
+        stored.read_into(out[into], box)
     return out

@@ -82,6 +82,7 @@ def test_stretching_keeps_every_number_and_adds_zeros_and_copies_of_keys_and_val
         array = numbered(shape)
         stretched = np.asarray(layout.stretch(jnp.asarray(array), axes))
         np.testing.assert_array_equal(layout.shrink(jnp.asarray(stretched), axes), array)
+        assert layout.true_shape(stretched.shape, axes) == array.shape
         values, counts = np.unique(stretched[stretched > 0], return_counts=True)
         np.testing.assert_array_equal(values, array.ravel())
         if "kv_heads" not in axes:

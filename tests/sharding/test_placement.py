@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding import MeshShape, bytes_per_device, make_mesh, place, unstack_in_place
+from sharding import MeshShape, bytes_per_device, host_zeros, make_mesh, place, unstack_in_place
 
 SOURCE = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
 
@@ -59,6 +59,25 @@ def test_the_dtype_asked_for_is_the_dtype_placed():
     placed = place(Reader(), SOURCE.shape, "bfloat16", _sharding("data"))
     assert placed.dtype == "bfloat16"
     np.testing.assert_array_equal(placed.astype("float32"), SOURCE)
+
+
+def test_a_cpu_device_takes_over_what_is_read_into_host_zeros():
+    """So the host's memory holds the weights once."""
+    mesh = make_mesh(MeshShape(tensor=2), jax.devices("cpu"))
+    parts: list[np.ndarray] = []
+
+    def read(index):
+        part = host_zeros(tuple(one.stop - one.start for one in index), np.float32)
+        parts.append(part)
+        return part
+
+    array = place(read, (6, 5), np.float32, NamedSharding(mesh, PartitionSpec("tensor", None)))
+
+    addresses = [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+    assert addresses == [part.ctypes.data for part in parts]
+    assert not np.asarray(array).any()
+    assert host_zeros((), np.int32).shape == ()
+    assert host_zeros((0, 3), np.int32).shape == (0, 3)
 
 
 def test_a_scalar_is_placed_everywhere():

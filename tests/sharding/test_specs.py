@@ -16,6 +16,7 @@ from sharding import (
     make_mesh,
     named_shardings,
     partition_specs,
+    where_divisible,
 )
 
 AXES = {
@@ -98,6 +99,18 @@ def test_a_size_that_does_not_divide_is_named_with_its_axis(mesh: jax.sharding.M
         "['layers'][0]['w_qkv'] has shape (3, 5, 16, 64), and mesh axis tensor=4 does not divide "
         "axis 0 of size 3; use a divisor of 3 (1 more like it)"
     )
+
+
+def test_what_does_not_divide_can_be_left_unsplit(mesh: jax.sharding.Mesh):
+    shapes = {**SHAPES, "layers": ({"w_qkv": (3, 5, 16, 64), "w_down": (64, 128)},) * 2}
+    specs = partition_specs(AXES, ShardingRules())
+    found = where_divisible(_abstract(shapes), specs, mesh)
+    check_divisible(_abstract(shapes), found, mesh)
+    assert found["layers"][1] == {
+        "w_qkv": PartitionSpec(None, None, None, None),
+        "w_down": specs["layers"][1]["w_down"],
+    }
+    assert where_divisible(_abstract(SHAPES), specs, mesh) == specs
 
 
 def test_an_axis_over_two_mesh_axes_must_divide_by_both(mesh: jax.sharding.Mesh):

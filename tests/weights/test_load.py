@@ -6,8 +6,10 @@ shows. Real files are read in ``tests/models``.
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxserve.errors import CheckpointError
 from jaxserve.models.decoder import Model, Params
-from jaxserve.models.presets import preset
-from jaxserve.models.registry import weight_sources
+from jaxserve.models.presets import PRESETS, preset
+from jaxserve.models.registry import model_config, weight_sources
 from jaxserve.weights import load
 from jaxserve.weights.load import load_params, random_params
-from jaxserve.weights.reading import Index
+from jaxserve.weights.reading import ByteFile, Index
+from jaxserve.weights.safetensors import SafetensorsCheckpoint
+from tests.weights.reexport import write_checkpoint
 
 LAYER_1 = "model.layers.1."
 
@@ -82,7 +86,7 @@ def first_device(model: Model, stacked: bool) -> Params:
 
 def over_tensor_axis(model: Model, stacked: bool, devices: int) -> Params:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("tensor",))
-    split = {"kv_heads", "q_heads", "ffn"}
+    split = {"kv_heads", "q_heads", "ffn", "vocab"}
     return jax.tree.map(
         lambda axes: NamedSharding(
             mesh, PartitionSpec(*("tensor" if word in split else None for word in axes))
@@ -196,6 +200,58 @@ def test_a_shard_reads_only_its_own_bytes():
         shardings=over_tensor_axis(model, False, 2),
     )
     assert sum(checkpoint.sizes_read) == sum(t.size for t in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_every_shard_is_read_from_its_own_byte_ranges_of_the_file(
+    devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Positioned reads of a real file: as many bytes as the shard has, and none of them twice."""
+    config = PRESETS["tiny-llama"] | {"num_key_value_heads": 4}
+    model = Model(model_config(config), devices)
+    tensors = {
+        name: values.astype(ml_dtypes.bfloat16)
+        for name, values in checkpoint_for(model).tensors.items()
+    }
+    checkpoint = SafetensorsCheckpoint(write_checkpoint(tmp_path, config, tensors, shards=2))
+    ranges: list[tuple[str, int, int]] = []
+    shards: list[tuple[int, int, int]] = []
+    read_into, place = ByteFile.read_into, load.place
+
+    def recorded_read(file: ByteFile, target: memoryview, offset: int) -> None:
+        ranges.append((file.path, offset, offset + len(target)))
+        read_into(file, target, offset)
+
+    def recorded_place(read: Callable[[Index], np.ndarray], shape: Any, *rest: Any) -> jax.Array:
+        def recorded(index: Index) -> np.ndarray:
+            before = len(ranges)
+            part = read(index)
+            own = sum(stop - start for _, start, stop in ranges[before:])
+            shards.append((part.nbytes, own, int(np.prod(shape)) * part.itemsize))
+            return part
+
+        return place(recorded, shape, *rest)
+
+    monkeypatch.setattr(ByteFile, "read_into", recorded_read)
+    monkeypatch.setattr(load, "place", recorded_place)
+    params = load_params(
+        model,
+        checkpoint,
+        dtype=jnp.bfloat16,
+        stacked=True,
+        shardings=over_tensor_axis(model, True, devices),
+    )
+
+    split = [leaf for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated]
+    assert len(split) == (0 if devices == 1 else 5)
+    assert all(bytes_read == part_bytes for part_bytes, bytes_read, _ in shards)
+    whole = [part_bytes == weight_bytes for part_bytes, _, weight_bytes in shards]
+    assert sum(whole) == len(jax.tree.leaves(params)) - len(split)
+    ranges.sort()
+    for (file, _, stop), (next_file, start, _) in itertools.pairwise(ranges):
+        assert file != next_file or stop <= start, "no byte is read twice"
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(stop - start for _, start, stop in ranges) == stored
 
 
 def test_values_are_rounded_to_the_dtype_once():

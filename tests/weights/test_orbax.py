@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.errors import CheckpointError
 from jaxserve.tokenizer_source import TokenizerSource
@@ -25,27 +24,49 @@ def params() -> dict[str, Any]:
     }
 
 
-def abstract(tree: dict[str, Any], *axes: str | None) -> Any:
-    """Shapes, placed over every device there is."""
-    mesh = jax.make_mesh((len(jax.devices()),), ("tensor",))
-
-    def place(array: jax.Array) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec(*axes[: array.ndim]) if array.ndim > 1 else PartitionSpec()
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)
+def shapes(tree: dict[str, Any]) -> Any:
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
 
 
-def test_parameters_come_back_in_the_shardings_that_were_asked_for(tmp_path: Path) -> None:
+def whole(stored: orbax.StoredArray, like: Any) -> np.ndarray:
+    out = np.zeros(like.shape, like.dtype)
+    stored.read_into(out, tuple(slice(0, size) for size in like.shape))
+    return out
+
+
+def test_parameters_come_back_as_they_were_saved(tmp_path: Path) -> None:
     path, tree = tmp_path / "saved", params()
     orbax.save(path, tree, METADATA)
     assert orbax.is_orbax(path)
-    wanted = abstract(tree, "tensor", None)
-    found = orbax.restore(path, wanted)
-    assert found["layers"]["w"].sharding == wanted["layers"]["w"].sharding
-    assert found["layers"]["w"].dtype == jnp.bfloat16
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, tree)
+    stored = orbax.open_arrays(path, shapes(tree))
+    for found, expected in zip(jax.tree.leaves(stored), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(whole(found, expected), expected)
     assert orbax.read_metadata(path) == METADATA
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 16, 1 << 20])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_boxes_are_read_in_pieces_into_any_memory_and_dtype(
+    piece_bytes: int, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of two rows and a piece for each: it starts and ends within them."""
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 2 * 5 * 4)
+    monkeypatch.setattr(orbax, "PIECE_BYTES", piece_bytes)
+    tree = {"w": np.arange(8 * 5, dtype=np.float32).reshape(8, 5)}
+    orbax.save(tmp_path / "a", tree, {})
+    stored = orbax.open_arrays(tmp_path / "a", shapes(tree))["w"]
+    out = np.zeros((9, 6), dtype)
+    stored.read_into(out[1:7:1, 2:5], (slice(1, 7), slice(1, 4)))
+    expected = np.zeros((9, 6), dtype)
+    expected[1:7, 2:5] = tree["w"][1:7, 1:4]
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_an_axis_that_is_split_is_cut_at_every_entry(tmp_path: Path) -> None:
+    tree = {"w": np.zeros((4, 3, 40_000), np.int32)}
+    orbax.save(tmp_path / "a", tree, {}, split={"w": orbax.Split((0, 1))})
+    stored = orbax.open_arrays(tmp_path / "a", shapes(tree))["w"]
+    assert stored._array.chunk_layout.read_chunk.shape == (1, 1, 40_000)
 
 
 def test_the_tokenizer_travels_with_the_parameters(tmp_path: Path) -> None:
@@ -91,26 +112,25 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_another_tree_is_refused(change: str, message: str, tmp_path: Path) -> None:
     orbax.save(tmp_path / "a", params(), {})
-    wanted = abstract(params())
+    wanted = shapes(params())
     if change == "missing":
         del wanted["norm"]
     elif change == "extra":
         wanted["other"] = wanted["norm"]
     else:
-        norm = wanted["norm"]
-        wanted["norm"] = jax.ShapeDtypeStruct((5,), norm.dtype, sharding=norm.sharding)
+        wanted["norm"] = jax.ShapeDtypeStruct((5,), jnp.float32)
     with pytest.raises(CheckpointError, match=message):
-        orbax.restore(tmp_path / "a", wanted)
+        orbax.open_arrays(tmp_path / "a", wanted)
 
 
 def test_lost_parameters_are_a_checkpoint_error(tmp_path: Path) -> None:
     orbax.save(tmp_path / "a", params(), {})
     shutil.rmtree(tmp_path / "a" / "params")
     with pytest.raises(CheckpointError, match=r"a is damaged \(its parameters are not found\); sa"):
-        orbax.restore(tmp_path / "a", abstract(params()))
+        orbax.open_arrays(tmp_path / "a", shapes(params()))
 
 
-def test_what_orbax_raises_while_reading_is_a_checkpoint_error(
+def test_what_orbax_raises_while_opening_is_a_checkpoint_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orbax.save(tmp_path / "a", params(), {})
@@ -118,11 +138,27 @@ def test_what_orbax_raises_while_reading_is_a_checkpoint_error(
     def fail(*_: Any) -> None:
         raise ValueError("checksum")
 
-    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "metadata", fail)
     with pytest.raises(
         CheckpointError, match=r"a is damaged \(ValueError: checksum\); save it aga"
     ):
-        orbax.restore(tmp_path / "a", abstract(params()))
+        orbax.open_arrays(tmp_path / "a", shapes(params()))
+
+
+def test_data_that_is_lost_or_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
+    tree = {"w": np.random.default_rng(0).random((64, 1024))}
+    orbax.save(tmp_path / "a", tree, {})
+    stored = orbax.open_arrays(tmp_path / "a", shapes(tree))["w"]
+    files = [f for f in (tmp_path / "a").rglob("d/*") if f.stat().st_size > 100_000]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"a is damaged \(.*save it again from the original"):
+        whole(stored, tree["w"])
+    for file in files:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"a is damaged \(.*save it again from the original"):
+        whole(orbax.open_arrays(tmp_path / "a", shapes(tree))["w"], tree["w"])
 
 
 def test_a_directory_that_was_not_saved_here_is_refused(tmp_path: Path) -> None:
@@ -130,7 +166,7 @@ def test_a_directory_that_was_not_saved_here_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"was not written by jaxserve \(jaxserve.json cannot"
     ):
-        orbax.restore(tmp_path, {})
+        orbax.open_arrays(tmp_path, {})
     (tmp_path / "jaxserve.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match=r"jaxserve.json has format 99 and this version rea"):
         orbax.read_metadata(tmp_path)
