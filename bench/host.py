@@ -103,7 +103,7 @@ def instant_engine(
     step_s: float = 0.0,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> Engine:
-    """Returns the real engine, not started, over an ``InstantRunner``; ``wrap`` may stand between."""
+    """Returns the real engine, not started, over an ``InstantRunner`` that ``wrap`` may wrap."""
     shape = instant_shape(max_rows, vocab_size)
     num_pages = max_rows * shape.table_width + 1
     return Engine(
