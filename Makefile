@@ -124,6 +124,16 @@ prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a sm
 	$(ONE_DEVICE) JAXSERVE_STORM_MODEL=smollm2 JAXSERVE_STORM_OUTPUT_TOKENS=32 \
 	    $(PYTEST) tests/storm -m slow -s $(ARGS)
 
+.PHONY: prove-mesh
+prove-mesh: $(STAMP) ## SmolLM2 on six meshes answers as on one device; the storm on 2x2
+	@$(BIN)/python -m jaxserve.assets smollm2
+	$(PYTEST) tests/agreement/test_on_a_mesh.py --timeout 3600 -s -k smollm2 $(ARGS)
+	JAXSERVE_STORM_MESH=2x2 $(PYTEST) tests/storm -m slow -s
+
+.PHONY: prove-hosts
+prove-hosts: $(STAMP) ## Every fault of a mesh of several hosts, with the seconds it takes
+	JAXSERVE_PROVE_HOSTS=1 $(PYTEST) tests/hosts --timeout 1200 -s $(ARGS)
+
 ##@ Upkeep
 
 .PHONY: lock

@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 MODEL = os.environ.get("JAXSERVE_STORM_MODEL", "dummy:tiny-llama")
 REQUESTS = int(os.environ.get("JAXSERVE_STORM_REQUESTS", "2000"))
 OUTPUT_TOKENS = int(os.environ.get("JAXSERVE_STORM_OUTPUT_TOKENS", "56"))
+MESH = os.environ.get("JAXSERVE_STORM_MESH", "1x1")
 SEED = int(os.environ.get("JAXSERVE_STORM_SEED", "1"))
 CONCURRENT = 96
 MAX_WAITING = 88
@@ -81,6 +82,7 @@ def storm(cache_dir: Path) -> Storm:
             MODEL,
             cache_dir,
             default_directory(os.environ),
+            mesh=MESH,
             context_tokens=CONTEXT_TOKENS,
             page_tokens=PAGE_TOKENS,
             max_waiting_requests=MAX_WAITING,
