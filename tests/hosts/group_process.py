@@ -43,9 +43,25 @@ END_S = 20.0
 """For a process that was killed, or has nothing left to do."""
 PROBE_S = 1.0
 PAUSE_S = 0.02
-LONGEST = GenerateOptions(max_tokens=480, temperature=0.0, ignore_eos=True)
+LONG = GenerateOptions(max_tokens=480, temperature=0.0, ignore_eos=True)
 """Takes several seconds, so that what happens meanwhile happens in its middle."""
+PROVE = (
+    pytest.mark.prove,
+    pytest.mark.skipif(
+        os.environ.get("JAXSERVE_PROVE_HOSTS") != "1", reason="runs in `make prove-hosts`"
+    ),
+)
+"""Marks of what would make the default run too long."""
+DEVICES = {"1x4": "cpu:2", "2x4": "cpu:4", "1x8": "cpu:4"}
+"""Of each host, by mesh."""
 GLOO_RANK = re.compile(r"\[Gloo\] Rank (\d+) is connected to (\d+) peer ranks")
+
+
+def prove(test: Any) -> Any:
+    """Marks a test as one that runs in `make prove-hosts` alone."""
+    for mark in PROVE:
+        test = mark(test)
+    return test
 
 
 def wait_until(condition: Callable[[], bool], within_s: float, what: Callable[[], str]) -> float:
@@ -170,7 +186,6 @@ class HostGroup:
         cache_dir: Path,
         *,
         mesh: str = "1x4",
-        device: str = "cpu:2",
         hosts: Sequence[int] = (0, 1),
         flags: Sequence[str] = (),
         flags_of: Mapping[int, Sequence[str]] | None = None,
@@ -184,7 +199,6 @@ class HostGroup:
             directory: for their output.
             cache_dir: of compiled programs.
             mesh: over both hosts.
-            device: of each host.
             hosts: which of the two are started.
             flags: for both, after those of every group.
             flags_of: for one, after all others.
@@ -204,7 +218,7 @@ class HostGroup:
             self._commands[host_id] = [
                 *(prefix_of or {}).get(host_id, ()),
                 *(sys.executable, "-m", "jaxserve", "launch", MODEL, "--mesh", mesh),
-                *("--device", device, "--hosts", "2", "--host-id", str(host_id)),
+                *("--device", DEVICES[mesh], "--hosts", "2", "--host-id", str(host_id)),
                 *("--coordinator", self.coordinator, "--port", str(port)),
                 *(*FLAGS, *flags, *(flags_of or {}).get(host_id, ())),
             ]
@@ -235,7 +249,7 @@ class HostGroup:
         """Whether every host's process runs."""
         return all(host.status is None for host in self.hosts.values())
 
-    def open_streams(self, count: int, options: GenerateOptions = LONGEST) -> list[OpenStream]:
+    def open_streams(self, count: int, options: GenerateOptions = LONG) -> list[OpenStream]:
         """Asks for long answers and waits until each has begun."""
         channel = grpc.insecure_channel(self.address)
         self._channels.append(channel)

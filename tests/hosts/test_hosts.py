@@ -22,12 +22,15 @@ from typing import Any
 import grpc
 import pytest
 
-from jaxserve import Client
+from jaxserve import Client, ServeConfig
 from jaxserve.engine.request import Request
 from jaxserve.frontend.client_types import GenerateOptions
+from jaxserve.launch import _make_runner, configure_jax, resolve
+from jaxserve.models.decoder import Model
+from jaxserve.weights.source import open_source
 from sharding import make_mesh, parse_mesh
 from tests.agreement.ways import STYLES, ask_together, make_service, requests
-from tests.hosts.group_process import LONGEST, MODEL, SIZES, HostGroup
+from tests.hosts.group_process import MODEL, PROVE, SIZES, HostGroup, prove
 from tests.runner.test_mesh import GROUPS
 
 pytestmark = pytest.mark.slow
@@ -37,16 +40,10 @@ OUTPUT_TOKENS = 24
 STREAMS = 3
 LIMIT_S = 10.0
 """From a fault to everybody's knowing of it; --host-timeout-s is 6."""
+SHORTER = GenerateOptions(max_tokens=100, temperature=0.0, ignore_eos=True)
+"""Is read to its end."""
 REFUSED_S = 120.0
 """For two processes that compile nothing, on a machine that is busy."""
-DEVICES = {"1x4": "cpu:2", "2x4": "cpu:4"}
-"""Of each host."""
-PROVE = [
-    pytest.mark.prove,
-    pytest.mark.skipif(
-        os.environ.get("JAXSERVE_PROVE_HOSTS") != "1", reason="runs in `make prove-hosts`"
-    ),
-]
 
 
 class Groups:
@@ -66,7 +63,7 @@ class Groups:
     def serving(self, mesh: str) -> HostGroup:
         """One that serves: the last, if it has this mesh and still runs."""
         if self._group is None or self._mesh != mesh or not self._group.is_whole:
-            self._group, self._mesh = self.make(mesh=mesh, device=DEVICES[mesh]), mesh
+            self._group, self._mesh = self.make(mesh=mesh), mesh
             self._group.start()
             self._group.wait_ready()
         return self._group
@@ -172,10 +169,16 @@ def test_a_tensor_group_crosses_hosts_only_where_it_must(
 
 def test_what_programs_exchange_runs_along_tensor_groups(cache_dir: Path) -> None:
     """So it crosses hosts in ``1x4`` over two of them, and does not in ``2x4``."""
-    sizes = SIZES | {"max_rows": 1, "step_tokens": 16}
-    with make_service(MODEL, cache_dir, cache_dir, mesh="1x4", **sizes) as service:
-        program = service.runner._compiled["decode", 1, 1].as_text()
-    assert len(GROUPS.findall(program)) >= 2 * service.plan.model.layers
+    config = ServeConfig(
+        model=MODEL, device="cpu", mesh="1x4", dtype="float32", cache_dir=cache_dir, **SIZES
+    )  # pyright: ignore[reportCallIssue, reportArgumentType]
+    configure_jax(config)
+    with open_source(MODEL, assets_dir=cache_dir, offline=True) as source:
+        plan = resolve(config, source.model_config())
+    runner = _make_runner(config, plan, Model(plan.model, plan.mesh.shape["tensor"]), 32)
+    assert list(runner.compile([("decode", 1, 1)])) == [("decode", 1, 1)]
+    program = runner._compiled["decode", 1, 1].as_text()
+    assert len(GROUPS.findall(program)) >= 2 * plan.model.layers
     assert set(GROUPS.findall(program)) == {"'tensor'"}
     assert "replica_groups=mesh['data'=1,'tensor'=4]" in program
 
@@ -252,13 +255,13 @@ def test_two_hosts_with_a_data_shard_each_answer_what_one_device_answers(
 
 def test_sigterm_of_host_0_lets_a_stream_finish_and_every_host_exit_with_0(groups: Groups) -> None:
     group = groups.serving("2x4")
-    (stream,) = group.open_streams(1)
+    (stream,) = group.open_streams(1, SHORTER)
     start = group.signal(0, signal.SIGTERM)
     assert not stream.ended_at, "it runs"
     group.wait_streams([stream], REFUSED_S)
     assert stream.finished
     assert stream.error is None
-    assert stream.tokens == LONGEST.get("max_tokens")
+    assert stream.tokens == SHORTER.get("max_tokens")
     assert group.wait_exit(REFUSED_S) == {0: 0, 1: 0}, group
     print(f"\nSIGTERM of host 0: finished and gone after {time.monotonic() - start:.1f} s")
     group.wait_nothing_left()
@@ -313,8 +316,7 @@ def test_hosts_with_other_flags_are_refused_on_both_sides_with_what_to_change(
             assert "[compile]" not in host.errors
 
 
-@pytest.mark.prove
-@PROVE[1]
+@prove
 def test_a_host_with_another_secret_is_not_let_in(groups: Groups) -> None:
     with groups.make(
         flags_of={0: ["--join-timeout-s", "20"]},
@@ -326,8 +328,7 @@ def test_a_host_with_another_secret_is_not_let_in(groups: Groups) -> None:
         assert "host 1 did not join within --join-timeout-s 20" in group.hosts[0].failure
 
 
-@pytest.mark.prove
-@PROVE[1]
+@prove
 def test_host_0_says_who_did_not_come(groups: Groups) -> None:
     with groups.make(hosts=[0], flags=["--join-timeout-s", "1"]) as group:
         assert group.wait_exit(REFUSED_S) == {0: 1}, group

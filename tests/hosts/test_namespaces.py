@@ -24,7 +24,7 @@ import pytest
 
 from jaxserve.engine.request import Request, SamplingParams
 from tests.agreement.ways import ask_together, make_service
-from tests.hosts.group_process import LONGEST, MODEL, SIZES, HostGroup
+from tests.hosts.group_process import LONG, MODEL, PROVE, SIZES, HostGroup, prove
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +54,6 @@ class Network:
     def group(self, directory: Path, cache_dir: Path, **options: object) -> HostGroup:
         """A host in each namespace, for clients anywhere."""
         settings: dict[str, object] = {
-            "mesh": "2x4",
-            "device": "cpu:4",
             "prefix_of": {number: self.prefix(name) for number, name in enumerate(self.hosts)},
             "environment": {0: SECRET, 1: SECRET},
             "address": ADDRESSES[0],
@@ -140,14 +138,25 @@ def one_device_answers(cache_dir: Path, max_tokens: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        # Every all-reduce uses the link, and stands still when it is cut.
+        "1x4",
+        # The device runtime does not notice: only steps use the link.
+        pytest.param("2x4", marks=PROVE),
+        pytest.param("1x8", marks=PROVE),
+    ],
+)
 def test_hosts_on_a_network_answer_until_its_link_is_cut_and_then_all_end(
+    mesh: str,
     network: Network,
     tmp_path: Path,
     cache_dir: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     expected = one_device_answers(cache_dir, 16)
-    with network.group(tmp_path, cache_dir) as group:
+    with network.group(tmp_path, cache_dir, mesh=mesh) as group:
         group.wait_ready()
         flags = ["--max-tokens", "16", "--temperature", "0", "--json"]
         command = ["-m", "jaxserve", "generate", PROMPT, "--server", group.address, *flags]
@@ -157,7 +166,7 @@ def test_hosts_on_a_network_answer_until_its_link_is_cut_and_then_all_end(
         assert json.loads(out)["token_ids"] == expected
 
         script = str(Path(__file__).with_name("read_stream.py"))
-        tokens = str(LONGEST.get("max_tokens"))
+        tokens = str(LONG.get("max_tokens"))
         with network.ask(script, group.address, tokens) as client:
             assert client.stdout is not None
             assert "began" in client.stdout.readline(), group
@@ -168,7 +177,7 @@ def test_hosts_on_a_network_answer_until_its_link_is_cut_and_then_all_end(
         statuses = group.wait_exit(LIMIT_S)
         exits_s = [host.ended_at - start for host in group.hosts.values()]
         line = (
-            f"cut-link       stream ended {ended['ended'] - start:.1f} s {ended['code']}, "
+            f"cut-link {mesh}   stream ended {ended['ended'] - start:.1f} s {ended['code']}, "
             f"host 0 exit {statuses[0]} {exits_s[0]:.1f} s, "
             f"host 1 exit {statuses[1]} {exits_s[1]:.1f} s"
         )
@@ -185,6 +194,7 @@ def test_hosts_on_a_network_answer_until_its_link_is_cut_and_then_all_end(
         group.wait_nothing_left()
 
 
+@prove
 def test_a_port_that_is_closed_between_hosts_is_found_before_anything_is_compiled(
     network: Network, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -201,6 +211,7 @@ def test_a_port_that_is_closed_between_hosts_is_found_before_anything_is_compile
             assert "[compile]" not in host.errors
 
 
+@prove
 def test_a_host_that_looks_for_host_0_on_its_own_loopback_is_told_so(
     network: Network, tmp_path: Path, cache_dir: Path
 ) -> None:
