@@ -87,13 +87,13 @@ def parse_mesh(text: str) -> MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
-    """Arranges the first ``shape.devices`` devices in a mesh with axes ``data`` and ``tensor``.
+    """Arranges ``shape.devices`` devices in a mesh with axes ``data`` and ``tensor``.
 
-    Devices are taken host by host, so a tensor group, whose members talk in every layer, stays
-    within one host while it fits.
+    Every host gives equally many, its first ones. They are taken host by host, so a tensor group,
+    whose members talk in every layer, stays within one host while it fits.
 
     Raises:
-        MeshShapeError: The shape needs more devices than there are.
+        MeshShapeError: The shape needs more devices than there are, or hosts cannot share it.
     """
     if shape.devices > len(devices):
         there = len(devices)
@@ -101,8 +101,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
             f"mesh {shape} needs {shape.devices} devices, {there} are visible: use one of at most "
             f"{there}, for example 1x{there}, or --device cpu:{shape.devices} to simulate"
         )
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    grid = np.array(ordered[: shape.devices], dtype=object).reshape(shape.data, shape.tensor)
+    by_host: dict[int, list[Device]] = {}
+    for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
+        by_host.setdefault(device.process_index, []).append(device)
+    share, left = divmod(shape.devices, len(by_host))
+    fewest = min(len(own) for own in by_host.values())
+    if left or share > fewest:
+        count = len(by_host)
+        raise MeshShapeError(
+            f"mesh {shape} needs {shape.devices} devices from {count} hosts, equally many from each, "
+            f"and the smallest host has {fewest}: use a multiple of {count} up to {fewest * count}"
+        )
+    ordered = [device for own in by_host.values() for device in own[:share]]
+    grid = np.array(ordered, dtype=object).reshape(shape.data, shape.tensor)
     return Mesh(grid, AXES)
 
 

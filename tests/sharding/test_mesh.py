@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 
@@ -65,3 +67,50 @@ def test_a_mesh_over_more_devices_than_visible_says_what_would_fit():
         match=r"mesh data=4,tensor=4 needs 16 devices, 8 are visible: .* 1x8, or --device cpu:16",
     ):
         make_mesh(MeshShape(data=4, tensor=4), jax.devices())
+
+
+@dataclass(frozen=True)
+class HostDevice:
+    """A device of one of several hosts."""
+
+    id: int
+    process_index: int
+
+
+def hosts(*counts: int) -> list[HostDevice]:
+    """Devices of hosts with so many each, in no good order."""
+    made = [
+        HostDevice(1000 * host + place, host)
+        for host, count in enumerate(counts)
+        for place in range(count)
+    ]
+    return made[::-1]
+
+
+def placed(shape: MeshShape, *counts: int) -> list[list[int]]:
+    """The host of every device of the mesh."""
+    grid = make_mesh(shape, hosts(*counts)).devices
+    return [[device.process_index for device in row] for row in grid]
+
+
+def test_a_tensor_group_stays_within_a_host_while_it_fits():
+    assert placed(MeshShape(data=2, tensor=4), 4, 4) == [[0] * 4, [1] * 4]
+    assert placed(MeshShape(data=4, tensor=2), 4, 4) == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_a_tensor_group_larger_than_a_host_is_shared_by_neighbours():
+    assert placed(MeshShape(tensor=4), 2, 2) == [[0, 0, 1, 1]]
+
+
+def test_every_host_gives_equally_many_devices():
+    assert placed(MeshShape(tensor=4), 8, 8) == [[0, 0, 1, 1]]
+    assert placed(MeshShape(tensor=4), 8, 2) == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "counts", "fix"),
+    [(3, (4, 4), "a multiple of 2 up to 8"), (6, (8, 2), "a multiple of 2 up to 4")],
+)
+def test_a_mesh_that_hosts_cannot_share_is_refused(tensor, counts, fix):
+    with pytest.raises(MeshShapeError, match=f"equally many from each.*: use {fix}"):
+        make_mesh(MeshShape(tensor=tensor), hosts(*counts))
