@@ -109,8 +109,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
     if left or share > fewest:
         count = len(by_host)
         raise MeshShapeError(
-            f"mesh {shape} needs {shape.devices} devices from {count} hosts, equally many from each, "
-            f"and the smallest host has {fewest}: use a multiple of {count} up to {fewest * count}"
+            f"mesh {shape} needs {shape.devices} devices from {count} hosts, equally many from "
+            f"each, and the smallest host has {fewest}: use a multiple of {count} up to "
+            f"{fewest * count}"
         )
     ordered = [device for own in by_host.values() for device in own[:share]]
     grid = np.array(ordered, dtype=object).reshape(shape.data, shape.tensor)
