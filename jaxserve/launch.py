@@ -215,7 +215,8 @@ def follow(
         hosts: the hosts of the mesh.
         report: hears of the progress.
         on_ready: called with the seconds that it took, once steps can be taken.
-        on_lost: see ``build``.
+        on_lost: called when host 0 is lost, at any time, on another thread. This one may wait for
+            it where nothing can interrupt it, so the process should end.
 
     Raises:
         LaunchError: a flag, a file or the machine has to change, or the group has failed.
@@ -231,8 +232,12 @@ def follow(
             on_ready(time.perf_counter() - start)
             group.ready(digest)
 
+        def lost(error: GroupError) -> None:
+            group.close(str(error))
+            on_lost(error)
+
         try:
-            follow_steps(runner, group, plan.step, on_ready=ready)
+            follow_steps(runner, group, plan.step, on_ready=ready, on_lost=lost)
         except GroupError as error:
             group.close(str(error))
             raise

@@ -146,7 +146,7 @@ def serve_follower(
         hosts: the hosts of the mesh.
         on_ready: called with the seconds that it took, once steps can be taken.
         before_ready: called with the number of a signal that comes earlier, or again; should exit.
-        on_lost: called when another host is lost before ready; should exit.
+        on_lost: called when host 0 is lost, at any time; should exit.
         report: hears of the progress of the build.
 
     Raises:

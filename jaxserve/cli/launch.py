@@ -86,6 +86,9 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if hosts.hosts > 1:
         sys.stderr = Tagged(sys.stderr, f"[host {hosts.host_id}] ")
+        # What exchanges data between CPU hosts talks on standard output, which is for scripts.
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
         _exit_now(_run_host(config, server_config, hosts, environment))
     with show_progress() as progress:
         report_environment(progress)

@@ -258,7 +258,12 @@ class _GroupHandle:
 
 
 def follow_steps(
-    runner: Runner, group: Group, shape: StepShape, *, on_ready: Callable[[], None]
+    runner: Runner,
+    group: Group,
+    shape: StepShape,
+    *,
+    on_ready: Callable[[], None],
+    on_lost: Callable[[GroupError], None] = lambda error: None,
 ) -> None:
     """Executes the steps of host 0 until it stops.
 
@@ -267,6 +272,8 @@ def follow_steps(
         group: joined.
         shape: the compiled shapes.
         on_ready: called when steps can be taken, right before host 0 hears of it.
+        on_lost: called on another thread when host 0 is lost. The device runtime aborts this
+            process within a few milliseconds of that, so whatever is to be said is said here.
 
     Raises:
         GroupError: host 0 was lost, a step failed here, or steps came out of order.
@@ -278,6 +285,8 @@ def follow_steps(
     lost = threading.Event()
 
     def lose(error: GroupError) -> None:
+        if not isinstance(error, GroupGoodbye):
+            on_lost(error)
         plans.put(error)
         lost.set()
 
