@@ -126,10 +126,11 @@ def measure(
     steps: int,
     *,
     output_tokens: int,
+    step_s: float = 0.0,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> dict[str, list[float]]:
     """Returns the seconds of every step by phase; full rows, a new request for each that ends."""
-    engine = instant_engine(max_rows=rows, vocab_size=VOCAB_SIZE, token=7, wrap=wrap)
+    engine = instant_engine(max_rows=rows, vocab_size=VOCAB_SIZE, token=7, step_s=step_s, wrap=wrap)
     rng = np.random.default_rng(0)
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
     streams: list[TokenStream] = []
