@@ -13,7 +13,7 @@ import math
 from typing import Any, TypeGuard, cast
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import MeshShapeError
 from sharding.rules import ShardingRules
@@ -36,7 +36,7 @@ def partition_specs(axes_tree: Tree, rules: ShardingRules) -> Tree:
     return jax.tree.map_with_path(spec, axes_tree, is_leaf=_is_logical_axes)
 
 
-def named_shardings(specs: Tree, mesh: Mesh) -> Tree:
+def named_shardings(specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Replaces each ``PartitionSpec`` in a tree by its sharding on ``mesh``."""
 
     def sharding(spec: PartitionSpec) -> NamedSharding:
@@ -45,7 +45,7 @@ def named_shardings(specs: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(sharding, specs, is_leaf=_is_spec)
 
 
-def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> None:
+def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> None:
     """Refuses arrays whose sharded dimensions the mesh does not divide.
 
     Args:
@@ -78,7 +78,9 @@ def _spec(name: str, axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
     return PartitionSpec(*mesh_axes)
 
 
-def _indivisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> list[str]:
+def _indivisible(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> list[str]:
     if len(spec) > len(shape):
         return [f"{name} has {len(shape)} axes and its spec {spec} has {len(spec)}"]
     problems: list[str] = []
