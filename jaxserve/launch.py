@@ -43,6 +43,7 @@ from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.layout import choose_layout
+from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
@@ -280,6 +281,19 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
     """
     mesh = _mesh(config)
     platform = mesh.devices.flat[0].platform
+    sizes = resolve_sizes(config, model, platform, data_shards=mesh.shape["data"])
+    name = config.served_name or _served_name(config.model)
+    return LaunchPlan(name=name, model=model, mesh=mesh, platform=platform, **vars(sizes))
+
+
+def resolve_sizes(
+    config: ServeConfig, model: ModelConfig, platform: str, *, data_shards: int
+) -> Sizes:
+    """The part of ``resolve`` that asks for no device.
+
+    Raises:
+        ConfigError: the context is longer than the model's.
+    """
     dtype = _dtype(config, platform)
     context = config.context_tokens or model.context_tokens
     if context > model.context_tokens:
@@ -297,16 +311,12 @@ def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
         decode_buckets=decode_buckets(config.max_rows, smallest),
         prefill_buckets=prefill,
         score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
-        data_shards=mesh.shape["data"],
+        data_shards=data_shards,
     )
     most_kv_bytes = None
     if config.kv_memory_fraction is None and on_cpu:
         most_kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
-    return LaunchPlan(
-        name=config.served_name or _served_name(config.model),
-        model=model,
-        mesh=mesh,
-        platform=platform,
+    return Sizes(
         dtype=dtype,
         kv_dtype=dtype if config.kv_dtype == "auto" else jnp.dtype(config.kv_dtype),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu else 0,

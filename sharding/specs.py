@@ -13,7 +13,7 @@ import math
 from typing import Any, TypeGuard, cast
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import MeshShapeError
 from sharding.rules import ShardingRules
@@ -36,7 +36,7 @@ def partition_specs(axes_tree: Tree, rules: ShardingRules) -> Tree:
     return jax.tree.map_with_path(spec, axes_tree, is_leaf=_is_logical_axes)
 
 
-def named_shardings(specs: Tree, mesh: Mesh) -> Tree:
+def named_shardings(specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Replaces each ``PartitionSpec`` in a tree by its sharding on ``mesh``."""
 
     def sharding(spec: PartitionSpec) -> NamedSharding:
@@ -45,7 +45,7 @@ def named_shardings(specs: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(sharding, specs, is_leaf=_is_spec)
 
 
-def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> None:
+def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> None:
     """Refuses arrays whose sharded dimensions the mesh does not divide.
 
     Args:
@@ -67,7 +67,7 @@ def check_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> None:
         raise MeshShapeError(problems[0] + more)
 
 
-def where_divisible(abstract: Tree, specs: Tree, mesh: Mesh) -> Tree:
+def where_divisible(abstract: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Leaves unsplit those dimensions that the mesh does not divide.
 
     Args:
@@ -99,7 +99,9 @@ def _spec(name: str, axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
     return PartitionSpec(*mesh_axes)
 
 
-def _indivisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> list[str]:
+def _indivisible(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> list[str]:
     if len(spec) > len(shape):
         return [f"{name} has {len(shape)} axes and its spec {spec} has {len(spec)}"]
     problems: list[str] = []
@@ -113,7 +115,7 @@ def _indivisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: M
     return problems
 
 
-def _parts(entry: Any, mesh: Mesh) -> int:
+def _parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
     """Pieces that a spec's entry cuts a dimension into."""
     return math.prod(mesh.shape[axis] for axis in (() if entry is None else _as_tuple(entry)))
 

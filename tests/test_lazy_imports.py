@@ -28,6 +28,8 @@ for arguments in (
     ["tokenize", "x", "--model", "dummy:tiny-llama"],
     ["tokenize", "x", "--model", "./nothing"],
     ["generate", "x", "--server", "127.0.0.1:1"],
+    ["plan", "--help"],
+    ["plan", "x", "--device", "nothing"],
 ):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):

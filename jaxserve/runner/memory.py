@@ -60,7 +60,7 @@ def plan_memory(budget: MemoryBudget, *, least_pages: int, most_pages: int) -> i
         f"{_mib(budget.row_state_bytes)} row state - {_mib(budget.temporary_bytes)} temporaries "
         f"= {_mib(left)} left"
     )
-    if room > left:
+    if budget.kv_bytes is not None and room > left:
         raise MemoryPlanError(
             f"--kv-memory asks for {_mib(room)} and only {_mib(max(left, 0))} are left "
             f"({arithmetic}); ask for less, or use fewer rows, a smaller dtype or more devices"

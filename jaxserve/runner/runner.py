@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxserve.engine.publish import StepHandle, StepResult
@@ -100,8 +100,10 @@ class _Handle:
 class Runner:
     """Weights, device state and compiled programs of one model on one mesh."""
 
-    def __init__(self, model: Model, config: RunnerConfig, mesh: Mesh) -> None:
+    def __init__(self, model: Model, config: RunnerConfig, mesh: Mesh | AbstractMesh) -> None:
         """Decides every shape and where it lives; compiles and allocates nothing.
+
+        On an abstract mesh, whose devices need not exist, programs can be traced but not compiled.
 
         Raises:
             MeshShapeError: the mesh does not divide a weight or the pool.
@@ -139,6 +141,11 @@ class Runner:
     def config(self) -> RunnerConfig:
         """What is compiled."""
         return self._config
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Devices along each axis of the mesh."""
+        return dict(self._mesh.shape)
 
     def program_keys(self) -> list[ProgramKey]:
         """Every program of the grid, cheapest first."""
@@ -182,6 +189,7 @@ class Runner:
 
         After this nothing is compiled and device memory does not grow.
         """
+        assert isinstance(self._mesh, Mesh), "an abstract mesh holds no arrays"
         self._params = params
         if self._config.unrolled_rows:
             assert isinstance(params.layers, dict)
@@ -199,6 +207,7 @@ class Runner:
 
     def _compile_gathers(self) -> None:
         """Host 0 reads what every data shard sampled: across hosts that takes one all-gather."""
+        assert isinstance(self._mesh, Mesh)
         shards = self._mesh.devices[:, 0]
         if len({device.process_index for device in shards}) == 1:
             return
@@ -238,51 +247,58 @@ class Runner:
         jax.block_until_ready(self._state)
 
     def _compile_one(self, key: ProgramKey) -> Any:
+        return self.trace(key).lower().compile(self._compiler_options())
+
+    def trace(self, key: ProgramKey) -> Any:
+        """Traces one program from abstract arrays.
+
+        Returns:
+            JAX's ``Traced``: what it computes stands in its ``jaxpr``.
+        """
         step = self._config.step
         if key.kind == "set_row":
-            lowered = self._lower_set_row()
-        else:
-            abstract, specs = self._abstract_params, self._param_specs
-            if self._is_unrolled(key.kind, key.rows):
-                model, config = self._model, self._config
-                abstract = model.abstract(config.dtype, stacked=False)
-                specs = partition_specs(model.logical_axes(stacked=False), config.rules)
-            extra = 0 if key.kind == "decode" else key.tokens + 1
-            columns = step.line_columns + extra
-            by_row = self._by_row
-            packed = self._host_array((step.data_shards * key.rows, columns), jnp.int32, by_row)
-            result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
-            function = getattr(self._programs, key.kind)
-            outputs = (self._state_specs, by_row)
-            if key.kind == "score":
-                outputs += (by_row,)
-            mapped = jax.shard_map(
-                function,
-                mesh=self._mesh,
-                in_specs=(specs, self._state_specs, by_row, by_row),
-                out_specs=outputs,
-                check_vma=False,
-            )
-            program = jax.jit(mapped, donate_argnums=(1,))
-            lowered = program.lower(
-                self._with_shardings(abstract, specs),
-                self._with_shardings(self._abstract_state, self._state_specs),
-                result,
-                packed,
-            )
-        return lowered.compile(self._compiler_options())
+            return self._trace_set_row()
+        abstract, specs = self._abstract_params, self._param_specs
+        if self._is_unrolled(key.kind, key.rows):
+            model, config = self._model, self._config
+            abstract = model.abstract(config.dtype, stacked=False)
+            specs = partition_specs(model.logical_axes(stacked=False), config.rules)
+        extra = 0 if key.kind == "decode" else key.tokens + 1
+        columns = step.line_columns + extra
+        by_row = self._by_row
+        packed = self._host_array((step.data_shards * key.rows, columns), jnp.int32, by_row)
+        result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
+        function = getattr(self._programs, key.kind)
+        outputs = (self._state_specs, by_row)
+        if key.kind == "score":
+            outputs += (by_row,)
+        mapped = jax.shard_map(
+            function,
+            mesh=self._mesh,
+            in_specs=(specs, self._state_specs, by_row, by_row),
+            out_specs=outputs,
+            check_vma=False,
+        )
+        program = jax.jit(mapped, donate_argnums=(1,))
+        return program.trace(
+            self._with_shardings(abstract, specs),
+            self._with_shardings(self._abstract_state, self._state_specs),
+            result,
+            packed,
+        )
 
     def _is_unrolled(self, kind: str, rows: int) -> bool:
         return kind == "decode" and rows <= self._config.unrolled_rows
 
     def _compiler_options(self) -> dict[str, Any]:
+        assert isinstance(self._mesh, Mesh), "an abstract mesh compiles nothing"
         if self._mesh.devices.flat[0].platform != "cpu":
             return {}
         # Layers depend on each other: looking for operations to run side by side finds none, and
         # costs 10 to 20 % of a decode step.
         return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
-    def _lower_set_row(self) -> Any:
+    def _trace_set_row(self) -> Any:
         vocab = partition_specs(("vocab",), self._config.rules)
         size = self._model.config.vocab_size
         mapped = jax.shard_map(
@@ -292,7 +308,7 @@ class Runner:
             out_specs=self._state_specs,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=(0,)).lower(
+        return jax.jit(mapped, donate_argnums=(0,)).trace(
             self._with_shardings(self._abstract_state, self._state_specs),
             self._host_array((self._config.step.data_shards,), jnp.int32, self._by_row),
             self._host_array((size,), jnp.int32, vocab),
@@ -330,6 +346,7 @@ class Runner:
         """Allocates the device state anew; what it held is lost."""
         strict, self._counter.strict = self._counter.strict, False
         self._state = None
+        assert isinstance(self._mesh, Mesh)
         self._state = zero_state(self._abstract_state, self._mesh, self._state_specs)
         self._counter.strict = strict
 

@@ -7,7 +7,7 @@ asked for. Opening the result is left to ``checkpoint.py``; ``dummy:`` models ne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxserve.errors import CheckpointError
@@ -26,7 +26,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_model(
-    model: str, *, assets_dir: Path, cache_dir: Path | None = None, offline: bool = False
+    model: str,
+    *,
+    assets_dir: Path,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+    files: Sequence[str] = ALLOWED_FILES,
 ) -> Path:
     """Returns the local path of a model, downloading it when it is a hub id.
 
@@ -35,6 +40,7 @@ def resolve_model(
         assets_dir: where ``make assets`` puts its files.
         cache_dir: the hub's cache; None is the library's default.
         offline: use only what is in the cache already.
+        files: patterns of what is fetched of a hub id.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be fetched.
@@ -55,10 +61,10 @@ def resolve_model(
             f"model {model!r} is no file or directory here, no hub id (owner/name), no alias "
             f"({', '.join(ALIASES)}) and no dummy:NAME; check the spelling"
         )
-    return _download(model, cache_dir, offline=offline)
+    return _download(model, cache_dir, offline=offline, files=files)
 
 
-def _download(model: str, cache_dir: Path | None, *, offline: bool) -> Path:
+def _download(model: str, cache_dir: Path | None, *, offline: bool, files: Sequence[str]) -> Path:
     # Imported here: the hub client takes a third of a second, and local models never need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -73,7 +79,7 @@ def _download(model: str, cache_dir: Path | None, *, offline: bool) -> Path:
             snapshot_download(
                 model,
                 cache_dir=cache_dir,
-                allow_patterns=list(ALLOWED_FILES),
+                allow_patterns=list(files),
                 ignore_patterns=list(IGNORED_FILES),
                 local_files_only=offline,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -34,6 +35,7 @@ DUMMY = "dummy:"
 STORED_SINGLY = frozenset({"layer", "kv_heads", "q_heads"})
 """Axes of a saved weight that are cut at every entry, so that a shard's heads are read alone. Long
 axes, feed-forward and vocabulary, are cut where a chunk is full."""
+CONFIG_FILE = "config.json"
 Progress = Callable[[int, int], None]
 """``progress(done_bytes, total_bytes)``."""
 
@@ -82,7 +84,7 @@ def open_source(
     if model.startswith(DUMMY):
         return RandomSource(model, preset(model.removeprefix(DUMMY)), seed)
     path = resolve_model(model, assets_dir=assets_dir, offline=offline)
-    config_path = path / "config.json"
+    config_path = path / CONFIG_FILE
     if config_path.is_file() and not any(path.glob("*.gguf")):
         # Before weights are looked for: fetching them would not help an architecture we lack.
         hf_config = read_json_object(config_path)
@@ -98,6 +100,24 @@ def open_source(
             source.name, source.model_config(), seed, source.config, source.tokenizer()
         )
     return source
+
+
+def read_model_config(model: str, *, assets_dir: Path, offline: bool) -> ModelConfig:
+    """Reads what a model is, and none of its weights: of a hub id only ``config.json`` is fetched.
+
+    Raises:
+        CheckpointError: it is not there, cannot be fetched, or is damaged.
+        UnsupportedModelError: no built-in model of that name, or not our architecture.
+    """
+    if model.startswith(DUMMY):
+        return preset(model.removeprefix(DUMMY))
+    path = resolve_model(model, assets_dir=assets_dir, offline=offline, files=(CONFIG_FILE,))
+    config_path = path if path.name == CONFIG_FILE else path / CONFIG_FILE
+    if config_path.is_file() and not any(path.glob("*.gguf")):
+        return model_config(read_json_object(config_path))
+    where = {"assets_dir": assets_dir, "offline": offline}
+    with closing(open_source(str(path), random_weights=False, seed=0, **where)) as source:
+        return source.model_config()
 
 
 class RandomSource:

@@ -63,6 +63,12 @@ def test_too_little_for_one_full_context_is_refused_with_the_arithmetic() -> Non
         plan_memory(BUDGET, least_pages=401, most_pages=10_000)
 
 
+def test_what_is_not_there_is_not_called_asked_for() -> None:
+    budget = replace(BUDGET, weight_bytes=1200 * MIB)
+    with pytest.raises(MemoryPlanError, match=r"^0 MiB make 0 pages .*= -400 MiB left.*--context"):
+        plan_memory(budget, least_pages=2, most_pages=10_000)
+
+
 def test_asking_for_more_than_is_left_is_refused() -> None:
     with pytest.raises(MemoryPlanError, match=r"asks for 600 MiB and only 500 MiB are left"):
         plan_memory(replace(BUDGET, kv_bytes=600 * MIB), least_pages=2, most_pages=10_000)

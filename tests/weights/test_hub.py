@@ -60,6 +60,8 @@ def test_a_hub_id_asks_only_for_files_that_cannot_run_code(
     assert asked["model"] == "owner/name"
     assert asked["local_files_only"] is True
     assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja"}
+    resolve_model("owner/name", assets_dir=tmp_path, files=("config.json",))
+    assert asked["allow_patterns"] == ["config.json"]
 
 
 @pytest.mark.parametrize(

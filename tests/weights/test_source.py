@@ -7,7 +7,8 @@ import pytest
 
 from jaxserve.errors import CheckpointError, UnsupportedModelError
 from jaxserve.models.presets import PRESETS, preset
-from jaxserve.weights.source import ModelSource, RandomSource, open_source
+from jaxserve.weights.source import ModelSource, RandomSource, open_source, read_model_config
+from tests.weights.gguf_writing import FFN, HIDDEN, LAYERS, write_tiny_llama
 
 
 def config_only(path: Path, **changes: object) -> Path:
@@ -31,6 +32,25 @@ def test_an_unsupported_architecture_is_refused_before_weights_are_looked_for(
         opened(path)
     with pytest.raises(CheckpointError, match=r"holds no \*.safetensors"):
         opened(config_only(tmp_path / "b"))
+
+
+def test_a_config_is_read_where_there_are_no_weights(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "a")
+    for model in (folder, folder / "config.json", "dummy:tiny-llama"):
+        config = read_model_config(str(model), assets_dir=tmp_path, offline=True)
+        assert config == preset("tiny-llama")
+    with pytest.raises(UnsupportedModelError, match="no built-in model 'nope'"):
+        read_model_config("dummy:nope", assets_dir=tmp_path, offline=True)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no \*.safetensors and no \*.gguf"):
+        read_model_config(str(tmp_path / "b"), assets_dir=tmp_path, offline=True)
+
+
+def test_the_config_of_a_gguf_file_stands_in_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_llama(path)
+    config = read_model_config(str(path), assets_dir=tmp_path, offline=True)
+    assert (config.layers, config.embed, config.ffn) == (LAYERS, HIDDEN, FFN)
 
 
 def test_random_weights_need_no_more_than_a_config(tmp_path: Path) -> None:

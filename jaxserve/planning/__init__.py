@@ -1,0 +1,1 @@
+"""What a launch would need and how fast it would be, worked out without devices or weights."""

@@ -1,0 +1,199 @@
+"""What one device would hold: the bytes that a launch plans, on devices that need not exist.
+
+The page count is ``plan_memory``'s and the sizes are ``launch``'s, so that the two cannot disagree.
+Temporaries are XLA's own number where it can compile, and a bound otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxserve.errors import MemoryPlanError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Model
+from jaxserve.planning.costs import peak_bytes, step_body
+from jaxserve.planning.devices import DeviceFacts
+from jaxserve.planning.sizes import Sizes
+from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
+from jaxserve.runner.runner import ProgramKey, Runner, RunnerConfig
+from sharding.mesh import AXES, MeshShape
+from sharding.placement import bytes_per_device
+
+MOST_DEVICES = 64
+"""The nearest mesh that fits is looked for among meshes of so many."""
+GPU_WORKSPACE_BYTES = 256 * 2**20
+"""For what cuBLAS and NCCL allocate for themselves, which no program shows. An assumption."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one device holds."""
+
+    runner: Runner
+    budget: MemoryBudget
+    temp_source: str
+    pages: int
+    """Of one data shard, the null page included; 0 when they are too few."""
+    refusal: str | None
+    """Why launch would not start."""
+
+    def rows(self, tokens: int) -> int:
+        """Returns how many sequences of so many tokens one data shard holds; at most its rows."""
+        config = self.runner.config
+        pages_each = -(-tokens // config.cache.page_tokens)
+        # The null page holds none.
+        return min(config.step.max_rows, max(self.pages - 1, 0) // pages_each)
+
+
+def plan_device(
+    model: ModelConfig,
+    shape: MeshShape,
+    facts: DeviceFacts,
+    sizes: Sizes,
+    *,
+    compile_on: Mesh | None = None,
+) -> Memory:
+    """Counts the bytes of one device, as ``launch`` would, and the pages that are left."""
+    least = sizes.step.table_width + 1
+    runner = _make_runner(model, shape, sizes, least, compile_on)
+    budget = _budget(runner, shape, facts, sizes)
+    temp_source = "estimated"
+    # The first guess takes no temporaries, as in a launch, which finds the program compiled.
+    pages, refusal = _pages(budget, sizes)
+    if compile_on is not None and refusal is None:
+        runner = _make_runner(model, shape, sizes, pages, compile_on)
+        list(runner.compile(_largest(runner)))
+        temp_source, temporary = "compiled", runner.temporary_bytes()
+    else:
+        temporary = estimate_temporaries(runner, facts)
+    budget = replace(budget, temporary_bytes=temporary)
+    pages, refusal = _pages(budget, sizes)
+    return Memory(runner, budget, temp_source, pages, refusal)
+
+
+def free_bytes(facts: DeviceFacts, shape: MeshShape) -> int:
+    """What ``launch`` would find free on each device before it loads anything."""
+    memory = host_free_bytes() if facts.memory_bytes is None else facts.memory_bytes
+    return int(memory * facts.usable_memory) // (shape.devices if facts.simulated else 1)
+
+
+def estimate_temporaries(runner: Runner, facts: DeviceFacts) -> int:
+    """Bounds what the largest programs keep beside their arguments."""
+    peak = max(peak_bytes(step_body(runner.trace(key).jaxpr)) for key in _largest(runner))
+    return peak + (GPU_WORKSPACE_BYTES if facts.platform == "gpu" else 0)
+
+
+def nearest_fit(
+    model: ModelConfig, facts: DeviceFacts, sizes: Sizes, known: dict[MeshShape, bool]
+) -> str | None:
+    """Finds the mesh of fewest devices that has room for one sequence of full context.
+
+    Only the tensor axis is tried: a data axis repeats the model, so a mesh ``DxT`` that fits has
+    a smaller one that does, ``1xT``.
+
+    Args:
+        model: its config.
+        facts: of one device.
+        sizes: of the launch.
+        known: whether it fits on meshes that were planned already.
+    """
+    for tensor in range(1, MOST_DEVICES + 1):
+        shape = MeshShape(tensor=tensor)
+        fits = known.get(shape)
+        if fits is None:
+            fits = _may_fit(model, shape, facts, sizes)
+            fits = fits and plan_device(model, shape, facts, sizes).refusal is None
+        if fits:
+            return short(shape)
+    return None
+
+
+def _may_fit(model: ModelConfig, shape: MeshShape, facts: DeviceFacts, sizes: Sizes) -> bool:
+    """Whether it would fit without temporaries, which take a second to trace."""
+    # No layout is smaller than its even share, and even that is known sooner than the layout.
+    if model.params * sizes.dtype.itemsize // shape.tensor > free_bytes(facts, shape):
+        return False
+    runner = _make_runner(model, shape, sizes, sizes.step.table_width + 1, None)
+    return _pages(_budget(runner, shape, facts, sizes), sizes)[1] is None
+
+
+def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
+    """Returns a line for each axis that is padded, copied or replicated, with its cost."""
+    layout, abstract = runner.model.layout, runner.abstract_params
+    item = runner.config.dtype.itemsize
+    stretched = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    held = bytes_per_device(abstract, runner.param_shardings)
+    notes = layout.notes()
+    if extra := stretched - layout.config.params:
+        notes.append(f"padding and copies: {_mb(extra * item)} of weights over the tensor axis")
+    if whole := held * shape.tensor - stretched * item:
+        here = whole // (shape.tensor - 1)
+        notes.append(f"replicated over tensor={shape.tensor}: norms, {_mb(here)} on every device")
+    if shape.data > 1:
+        notes.append(
+            f"replicated over data={shape.data}: all weights, {_mb(held * shape.tensor)} on each"
+        )
+    return notes
+
+
+def _budget(runner: Runner, shape: MeshShape, facts: DeviceFacts, sizes: Sizes) -> MemoryBudget:
+    cache, laid_out = runner.config.cache, runner.model.config
+    return MemoryBudget(
+        free_bytes=free_bytes(facts, shape),
+        weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
+        row_state_bytes=cache.row_bytes(laid_out) // shape.tensor,
+        temporary_bytes=0,
+        page_bytes=cache.page_bytes(laid_out) // shape.tensor,
+        fraction=sizes.kv_fraction,
+        kv_bytes=sizes.kv_bytes,
+        most_kv_bytes=sizes.most_kv_bytes,
+    )
+
+
+def _pages(budget: MemoryBudget, sizes: Sizes) -> tuple[int, str | None]:
+    """The page count of a launch; 0 and the reason when it would refuse."""
+    least = sizes.step.table_width + 1
+    most = sizes.step.max_rows * sizes.step.table_width + 1
+    try:
+        return plan_memory(budget, least_pages=least, most_pages=most), None
+    except MemoryPlanError as error:
+        return 0, str(error)
+
+
+def _make_runner(
+    model: ModelConfig, shape: MeshShape, sizes: Sizes, num_pages: int, mesh: Mesh | None
+) -> Runner:
+    config = RunnerConfig(
+        step=replace(sizes.step, data_shards=shape.data),
+        cache=CacheShape(
+            num_pages=num_pages,
+            page_tokens=sizes.page_tokens,
+            max_rows=sizes.step.max_rows,
+            dtype=sizes.kv_dtype,
+            data_shards=shape.data,
+        ),
+        dtype=sizes.dtype,
+        unrolled_rows=sizes.unrolled_rows,
+    )
+    abstract = AbstractMesh((shape.data, shape.tensor), AXES)
+    return Runner(Model(model, shape.tensor), config, abstract if mesh is None else mesh)
+
+
+def _largest(runner: Runner) -> list[ProgramKey]:
+    """The programs that need most beside their arguments: the most places, and the most rows, each
+    of which reads a block of its context."""
+    keys = runner.program_keys()
+    return [keys[-1], max(key for key in keys if key.kind == "decode")]
+
+
+def short(shape: MeshShape) -> str:
+    """Returns a mesh as people write it, ``2x4``."""
+    return f"{shape.data}x{shape.tensor}"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,31 @@
+"""The sizes that a launch and a plan share: everything that is decided before a device is asked.
+
+``launch.resolve_sizes`` decides them from a ``ServeConfig``, for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jaxserve.engine.step import StepShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What will run, apart from the model and the mesh. No "auto" is left."""
+
+    dtype: jnp.dtype
+    kv_dtype: jnp.dtype
+    unrolled_rows: int
+    """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
+    context_tokens: int
+    step: StepShape
+    page_tokens: int
+    kv_bytes: int | None
+    """Of pages on each device, when asked for outright."""
+    kv_fraction: float
+    """Of what is free after weights and temporaries, otherwise."""
+    most_kv_bytes: int | None
+    """What the fraction may come to."""
