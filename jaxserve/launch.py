@@ -1,7 +1,7 @@
 """The composition root: builds every part in order and tears it down in reverse.
 
     1 resolve    ServeConfig + the model's config + the visible devices -> LaunchPlan
-    2 compile    the largest program first: XLA says what it needs beside its arguments
+    2 compile    the largest programs first: XLA says what they need beside their arguments
     3 pages      plan_memory; the count of the last launch is taken again while it fits
     4 the rest   other programs compile in parallel, small ones first, while weights stream in
     5 ready      device state allocated, every program run once; after this nothing compiles
@@ -435,7 +435,7 @@ def _prepare(
         progress=lambda done, total: report("weights", done, total, source.name),
     )
     keys = runner.program_keys()
-    for done, key in enumerate(runner.compile(keys), start=2):
+    for done, key in enumerate(runner.compile(keys), start=1 + len(runner.largest_keys())):
         report("compile", done, len(keys), str(key))
         if loading.done():
             loading.result()  # A bad weight is heard of now, not when everything is compiled.
@@ -445,7 +445,7 @@ def _prepare(
 def _size_pool(
     config: ServeConfig, plan: LaunchPlan, model: Model, group: Group | None, report: Report
 ) -> tuple[Runner, int]:
-    """Finds the page count: compiles the largest program to learn what it needs beside it.
+    """Finds the page count: compiles the largest programs to learn what they need beside it.
 
     Of several hosts the one with the least room decides.
     """
@@ -478,10 +478,10 @@ def _size_pool(
     total = len(runner.program_keys())
     while True:
         runner = _make_runner(config, plan, model, num_pages)
-        largest = runner.program_keys()[-1]
-        report("compile", 0, total, str(largest))
-        for key in runner.compile([largest]):
-            report("compile", 1, total, str(key))
+        largest = runner.largest_keys()
+        report("compile", 0, total, " and ".join(map(str, largest)))
+        for done, key in enumerate(runner.compile(largest), start=1):
+            report("compile", done, total, str(key))
         fitting = agree(planned(runner, runner.temporary_bytes()))
         if num_pages <= fitting:
             memory.remember(num_pages)

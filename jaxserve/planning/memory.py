@@ -19,7 +19,7 @@ from jaxserve.planning.devices import DeviceFacts
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
-from jaxserve.runner.runner import ProgramKey, Runner, RunnerConfig
+from jaxserve.runner.runner import Runner, RunnerConfig
 from sharding.mesh import AXES, MeshShape
 from sharding.placement import bytes_per_device
 
@@ -66,7 +66,7 @@ def plan_device(
     pages, refusal = _pages(budget, sizes)
     if compile_on is not None and refusal is None:
         runner = _make_runner(model, shape, sizes, pages, compile_on)
-        list(runner.compile(_largest(runner)))
+        list(runner.compile(runner.largest_keys()))
         temp_source, temporary = "compiled", runner.temporary_bytes()
     else:
         temporary = estimate_temporaries(runner, facts)
@@ -83,7 +83,7 @@ def free_bytes(facts: DeviceFacts, shape: MeshShape) -> int:
 
 def estimate_temporaries(runner: Runner, facts: DeviceFacts) -> int:
     """Bounds what the largest programs keep beside their arguments."""
-    peak = max(peak_bytes(step_body(runner.trace(key).jaxpr)) for key in _largest(runner))
+    peak = max(peak_bytes(step_body(runner.trace(key).jaxpr)) for key in runner.largest_keys())
     return peak + (GPU_WORKSPACE_BYTES if facts.platform == "gpu" else 0)
 
 
@@ -181,13 +181,6 @@ def _make_runner(
     )
     abstract = AbstractMesh((shape.data, shape.tensor), AXES)
     return Runner(Model(model, shape.tensor), config, abstract if mesh is None else mesh)
-
-
-def _largest(runner: Runner) -> list[ProgramKey]:
-    """The programs that need most beside their arguments: the most places, and the most rows, each
-    of which reads a block of its context."""
-    keys = runner.program_keys()
-    return [keys[-1], max(key for key in keys if key.kind == "decode")]
 
 
 def short(shape: MeshShape) -> str:

@@ -228,6 +228,9 @@ class LeaderRunner:
         self._reported[member.host_id] = done.sequence
         with self._lock:
             own = self._digests.get(done.sequence)
+            oldest = next(iter(self._digests), 0)
+            if own is None and done.sequence < oldest:
+                raise GroupError(f"it is more than {MAX_STEPS_APART} steps behind host 0")
             if own is None:
                 self._theirs.setdefault(done.sequence, {})[member.host_id] = done.digest
         if own is not None:

@@ -151,6 +151,15 @@ class Runner:
         """Every program of the grid, cheapest first."""
         return self._config.program_keys()
 
+    def largest_keys(self) -> list[ProgramKey]:
+        """The programs that need most beside their arguments.
+
+        One has the most places. The other has the most rows, each of which reads a block of its
+        context: of SmolLM2's programs ``decode 64x1`` needs 88 MB, ``prefill 1x512`` 25.
+        """
+        keys = self.program_keys()
+        return [keys[-1], max(key for key in keys if key.kind == "decode")]
+
     @property
     def param_shardings(self) -> Params:
         """Where every weight lives."""

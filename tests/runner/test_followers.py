@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def configs(hosts: int, **values: Any) -> list[GroupConfig]:
-    defaults = {"host_timeout_s": 2.0, "join_timeout_s": 10.0, "secret": b"s"}
+    defaults = {"host_timeout_s": 10.0, "join_timeout_s": 20.0, "secret": b"s"}
     shared = {**defaults, "coordinator": f"127.0.0.1:{free_port()}", **values}
     return [GroupConfig(hosts=hosts, host_id=number, **shared) for number in range(hosts)]
 
@@ -287,6 +287,21 @@ def test_a_report_of_a_step_that_was_not_due_ends_the_group(start: Callable[[], 
     message = ending(hosts, lambda: hosts.groups[1].others[0].link.send(done))
 
     assert "host 1 (here) was lost: it reports step 99 where" in message
+
+
+def test_a_host_that_is_far_behind_ends_the_group(start: Callable[[], Hosts]) -> None:
+    """Its digests could not be compared any more."""
+    hosts = start()
+    slow(hosts)
+    steps = hosts.engine._runner
+    assert isinstance(steps, LeaderRunner)
+
+    def forget() -> None:
+        with steps._lock:
+            steps._digests.clear()
+            steps._digests[10**6] = b""
+
+    assert "was lost: it is more than 64 steps behind host 0" in ending(hosts, forget)
 
 
 def test_only_host_0_may_send_steps(start: Callable[[], Hosts]) -> None:
