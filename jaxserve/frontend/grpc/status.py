@@ -60,7 +60,7 @@ TABLE: dict[type[errors.JaxserveError], Row] = {
     errors.JaxserveError: Row(C.INTERNAL, shown=False),
 }
 """Looked up along the class's ancestors, nearest first; every class of ``errors.py`` has a row or
-an ancestor with one. Operator errors (``LaunchError``) fall to the last row."""
+an ancestor with one. Operator errors (``LaunchError``, ``GroupError``) fall to the last row."""
 
 UNKNOWN = Row(C.INTERNAL, shown=False)
 

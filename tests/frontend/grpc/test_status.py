@@ -35,6 +35,7 @@ ROWS = [
     (errors.RequestFailedError("r", "NaN"), Code.INTERNAL, "REQUEST_POISONED"),
     (errors.EngineDeadError("boom"), Code.UNAVAILABLE, "ENGINE_DEAD"),
     (errors.JaxserveError("secret"), Code.INTERNAL, "INTERNAL"),
+    (errors.GroupError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.LaunchError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.ConfigError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.MeshError("secret"), Code.INTERNAL, "INTERNAL"),
