@@ -194,7 +194,12 @@ def test_a_port_taken_while_the_model_compiled_closes_the_service(
     monkeypatch.setattr(lifecycle, "check_port", lambda config: None)
     built: list[Service] = []
     build = lifecycle.build
-    monkeypatch.setattr(lifecycle, "build", lambda *args: built.append(build(*args)) or built[-1])
+
+    def building(*args: Any, **kwargs: Any) -> Service:
+        built.append(build(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(lifecycle, "build", building)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = ServerConfig(port=taken.getsockname()[1])
         with pytest.raises(LaunchError, match="cannot listen on"):
