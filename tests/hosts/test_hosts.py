@@ -251,6 +251,7 @@ def test_a_fault_of_one_host_ends_the_streams_and_every_host(
     group.wait_nothing_left()
 
 
+@prove
 def test_two_hosts_with_a_data_shard_each_answer_what_one_device_answers(
     groups: Groups, alone: Callable[[], tuple[list[Request], list[list[int]]]]
 ) -> None:

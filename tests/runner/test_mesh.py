@@ -30,10 +30,9 @@ CASES = [
     ("tiny-llama", "1x8"),
     # One group of four: a copy for each device, with a query head each.
     ("tiny-gemma3", "1x4"),
-    # Pools and rows of their own for each half, a third, an eighth.
+    # Pools and rows of their own for each half.
     ("tiny-llama", "2x1"),
     ("tiny-llama", "2x4"),
-    ("tiny-llama", "4x2"),
 ]
 SETTINGS: dict[str, object] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
 PROMPTS = 20
