@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import ServeConfig
-from jaxserve.launch import LaunchPlan, Report, configure_jax, resolve, silent
+from jaxserve.launch import (
+    LaunchPlan,
+    Report,
+    configure_jax,
+    open_configured,
+    resolve,
+    silent,
+)
 from jaxserve.models.decoder import Model, Params
 from jaxserve.weights.orbax import check_new
-from jaxserve.weights.source import ModelSource, open_source, save_model
+from jaxserve.weights.source import ModelSource, save_model
 from sharding.rules import ShardingRules
 from sharding.specs import named_shardings, partition_specs, where_divisible
 
@@ -76,13 +83,7 @@ def open_model(config: ServeConfig, *, stretched: bool = True) -> Iterator[OpenM
         LaunchError: a flag, a file or the machine has to change; the message says which and how.
     """
     configure_jax(config)
-    source = open_source(
-        config.model,
-        assets_dir=config.assets_dir,
-        offline=config.offline,
-        random_weights=config.load_format == "dummy",
-        seed=config.seed,
-    )
+    source = open_configured(config)
     try:
         plan = resolve(config, source.model_config())
         tensor = plan.mesh.shape["tensor"] if stretched else 1

@@ -92,26 +92,13 @@ def silent(stage: str, done: int, total: int, detail: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchPlan:
+class LaunchPlan(Sizes):
     """What will run: no "auto" and no None is left. Page count excepted, see ``build``."""
 
     name: str
     model: ModelConfig
     mesh: Mesh
     platform: str
-    dtype: jnp.dtype
-    kv_dtype: jnp.dtype
-    unrolled_rows: int
-    """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
-    context_tokens: int
-    step: StepShape
-    page_tokens: int
-    kv_bytes: int | None
-    """Of pages on each device, when asked for outright."""
-    kv_fraction: float
-    """Of what is free after weights and temporaries, otherwise."""
-    most_kv_bytes: int | None
-    """What the fraction may come to."""
 
 
 @dataclass(eq=False)
@@ -244,6 +231,21 @@ def follow(
             raise
 
 
+def open_configured(config: ServeConfig) -> ModelSource:
+    """Opens the model that a config names.
+
+    Raises:
+        CheckpointError: it is not there, cannot be fetched, or is damaged.
+    """
+    return open_source(
+        config.model,
+        assets_dir=config.assets_dir,
+        offline=config.offline,
+        random_weights=config.load_format == "dummy",
+        seed=config.seed,
+    )
+
+
 def configure_jax(config: ServeConfig) -> None:
     """Selects the devices and the persistent compilation cache. Before JAX is used, if possible.
 
@@ -339,13 +341,7 @@ def _begin(
     configure_jax(config)
     # Compiling is what a launch is for, also while another service of this process is strict.
     CompileCounter.instance().strict = False
-    source = open_source(
-        config.model,
-        assets_dir=config.assets_dir,
-        offline=config.offline,
-        random_weights=config.load_format == "dummy",
-        seed=config.seed,
-    )
+    source = open_configured(config)
     undo.callback(source.close)
     if hosts is None or hosts.hosts == 1:
         return source, None

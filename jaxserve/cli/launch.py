@@ -67,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     launchers.add_flags(parser)
     parser.add_argument(
         "--restart",
-        type=int,
+        type=_restarts,
         default=0,
         metavar="N",
         help="start again up to N times in a row when it fails (default: 0)",
@@ -191,6 +191,12 @@ class Tagged:
     def fileno(self) -> int:
         """The stream's own."""
         return int(self._file.fileno())
+
+
+def _restarts(text: str) -> int:
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"a number of restarts, 0 or more, not {text!r}")
 
 
 def _without_restart(arguments: list[str]) -> list[str]:

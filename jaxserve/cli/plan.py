@@ -29,15 +29,8 @@ EXAMPLES = """\
   jaxserve plan owner/name --device l40s --context-tokens 8192 --prompt-tokens 2000
   jaxserve plan smollm2 --device cpu --json
 """
-MEMORY_FLAGS = (
-    "context_tokens",
-    "max_rows",
-    "step_tokens",
-    "page_tokens",
-    "kv_memory_fraction",
-    "kv_memory_bytes",
-    "prompt_logprobs",
-)
+MEMORY_FLAGS = [name for name in flags.MEMORY_FLAGS if name != "prefix_cache"]
+"""Of launch; sharing pages changes no size."""
 
 
 def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None:

@@ -225,16 +225,18 @@ class Group:
             self.on_lost(goodbye)
             member.link.close()
             return
-        self._fail(GroupError(failure or f"{member} was stopped"), member)
+        self.fail(GroupError(failure or f"{member} was stopped"), member)
 
     def _lose(self, member: Member, error: GroupError) -> GroupError:
-        return self._fail(GroupError(f"{member} was lost: {error}"), member)
+        return self.fail(GroupError(f"{member} was lost: {error}"), member)
 
-    def fail(self, error: GroupError) -> GroupError:
-        """Ends the group with an error of this host's; returns the first error there was."""
-        return self._fail(error, None)
+    def fail(self, error: GroupError, member: Member | None = None) -> GroupError:
+        """Ends the group; returns the first error there was.
 
-    def _fail(self, error: GroupError, member: Member | None) -> GroupError:
+        Args:
+            error: names the host, if ``member`` does not.
+            member: whoever waits for its next message hears of the error too.
+        """
         with self._lock:
             first = self.failure is None and not self._closed
             if first:

@@ -198,6 +198,13 @@ def test_a_signal_is_handed_on_and_nothing_is_started_again(tmp_path: Path) -> N
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize("text", ["-1", "often", "1.5"])
+def test_the_number_of_restarts_has_a_bound(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read(f"--restart={text}")
+    assert f"a number of restarts, 0 or more, not '{text}'" in capsys.readouterr().err
+
+
 def test_the_supervised_command_is_the_same_without_restart() -> None:
     assert _without_restart(["launch", "--restart", "3", "m", "--port", "1"]) == [
         "launch",

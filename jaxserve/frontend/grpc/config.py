@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
+from jaxserve.config import is_loopback
 from jaxserve.errors import ConfigError
 
 MOST = 2_000_000.0
@@ -95,11 +95,7 @@ class ServerConfig:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        host = self.host.strip("[]")
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.host.strip("[]"))
 
     def channel_options(self) -> list[tuple[str, int]]:
         """Returns these limits under gRPC's own names."""
