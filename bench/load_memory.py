@@ -144,7 +144,7 @@ def load(path: str, mesh: str, dtype: str, limit: float | None, out: str | None)
 
     from jaxserve.config import ServeConfig
     from jaxserve.convert import convert, open_model
-    from jaxserve.launch import configure_jax
+    from jaxserve.resolve import configure_jax
     from sharding.mesh import parse_mesh
     from sharding.placement import bytes_per_device
 

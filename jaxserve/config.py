@@ -1,7 +1,7 @@
 """What the operator asked for (``ServeConfig``) and the sizes that follow from the machine.
 
 Two types, so that nothing is patched afterwards: a ``ServeConfig`` may say None ("choose for me"),
-a ``LaunchPlan`` (in ``launch.py``, where the model is known) may not. Flags, fields and JSON keys
+a ``LaunchPlan`` (in ``resolve.py``, where the model is known) may not. Flags, fields and JSON keys
 have the same names. Environment variables are read in ``cli/`` only.
 """
 

@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import ServeConfig
-from jaxserve.launch import (
-    LaunchPlan,
-    Report,
-    configure_jax,
-    open_configured,
-    resolve,
-    silent,
-)
+from jaxserve.launch import Report, open_configured, silent
 from jaxserve.models.decoder import Model, Params
+from jaxserve.resolve import LaunchPlan, configure_jax, resolve
 from jaxserve.weights.orbax import check_new
 from jaxserve.weights.source import ModelSource, save_model
 from sharding.rules import ShardingRules

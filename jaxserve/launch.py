@@ -26,15 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from jaxserve.config import GroupConfig, ServeConfig, decode_buckets, prefill_buckets, score_buckets
+from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
-from jaxserve.engine.step import MAX_END_TOKENS, StepShape
-from jaxserve.errors import ConfigError, GroupError, MeshError, TokenizerError
+from jaxserve.engine.step import MAX_END_TOKENS
+from jaxserve.errors import GroupError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.model_info import ModelInfo
@@ -42,8 +40,7 @@ from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
-from jaxserve.models.layout import choose_layout
-from jaxserve.planning.sizes import Sizes
+from jaxserve.resolve import LaunchPlan, configure_jax, cpu_has_amx, resolve, sharding_summary
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
@@ -51,11 +48,9 @@ from jaxserve.runner.group import Group, HostFacts, join, lead
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
-from jaxserve.weights.source import DUMMY, ModelSource, open_source, save_model
-from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
+from jaxserve.weights.source import ModelSource, open_source, save_model
 from sharding.multihost import every_host_caches, join_runtime
 from sharding.placement import bytes_per_device
-from sharding.rules import ShardingRules
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +70,6 @@ SHARED_FLAGS = (
     "prompt_logprobs",
 )
 """Fields of ``ServeConfig`` that have to be the same on every host of a mesh."""
-KV_FRACTION = 0.9  # The rest is for fragmentation and for what XLA does not report.
-CPU_KV_BYTES = 2 * 2**30  # A laptop has other things to do with its memory.
-CPU_UNROLLED_ROWS = 4  # One stream took 36 ms a step instead of 50, four 67 instead of 80.
-BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
-
 Report = Callable[[str, int, int, str], None]
 """``report(stage, done, total, detail)``; stages: ``compile``, ``weights``, ``ready``."""
 
@@ -89,16 +79,6 @@ OnLost = Callable[[GroupError], None]
 
 def silent(stage: str, done: int, total: int, detail: str) -> None:
     """A ``Report`` that says nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchPlan(Sizes):
-    """What will run: no "auto" and no None is left. Page count excepted, see ``build``."""
-
-    name: str
-    model: ModelConfig
-    mesh: Mesh
-    platform: str
 
 
 @dataclass(eq=False)
@@ -246,91 +226,6 @@ def open_configured(config: ServeConfig) -> ModelSource:
     )
 
 
-def configure_jax(config: ServeConfig) -> None:
-    """Selects the devices and the persistent compilation cache. Before JAX is used, if possible.
-
-    Raises:
-        ConfigError: the device is unknown, or JAX was initialised with others already.
-    """
-    kind, _, count = config.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (count and not (kind == "cpu" and count.isdecimal())):
-        raise ConfigError(
-            f"device is {config.device!r}; choose auto, cpu, cpu:N (N simulated devices) or cuda"
-        )
-    if count:
-        try:
-            jax.config.update("jax_num_cpu_devices", int(count))
-        except RuntimeError:
-            if len(jax.devices("cpu")) < int(count):
-                raise ConfigError(
-                    f"device is {config.device!r} but JAX already runs with "
-                    f"{len(jax.devices('cpu'))} CPU devices; restart the process"
-                ) from None
-    directory = config.cache_dir / "xla"
-    directory.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    # Defaults leave out programs that compile in under a second, which most of a small model's do.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
-    """Decides everything that can be decided before compiling.
-
-    Raises:
-        MeshError: the mesh cannot be read or does not fit the devices.
-        ConfigError: the context is longer than the model's.
-    """
-    mesh = _mesh(config)
-    platform = mesh.devices.flat[0].platform
-    sizes = resolve_sizes(config, model, platform, data_shards=mesh.shape["data"])
-    name = config.served_name or _served_name(config.model)
-    return LaunchPlan(name=name, model=model, mesh=mesh, platform=platform, **vars(sizes))
-
-
-def resolve_sizes(
-    config: ServeConfig, model: ModelConfig, platform: str, *, data_shards: int
-) -> Sizes:
-    """The part of ``resolve`` that asks for no device.
-
-    Raises:
-        ConfigError: the context is longer than the model's.
-    """
-    dtype = _dtype(config, platform)
-    context = config.context_tokens or model.context_tokens
-    if context > model.context_tokens:
-        raise ConfigError(
-            f"context_tokens is {context} and the model's window is {model.context_tokens}; "
-            "lower --context-tokens"
-        )
-    on_cpu = platform == "cpu"
-    smallest = BF16_CPU_ROWS if on_cpu and dtype == jnp.bfloat16 else 1
-    prefill = prefill_buckets(min(config.step_tokens, max(16, context)))
-    step = StepShape(
-        max_rows=config.max_rows,
-        table_width=math.ceil(context / config.page_tokens),
-        vocab_size=model.vocab_size,
-        decode_buckets=decode_buckets(config.max_rows, smallest),
-        prefill_buckets=prefill,
-        score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
-        data_shards=data_shards,
-    )
-    most_kv_bytes = None
-    if config.kv_memory_fraction is None and on_cpu:
-        most_kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
-    return Sizes(
-        dtype=dtype,
-        kv_dtype=dtype if config.kv_dtype == "auto" else jnp.dtype(config.kv_dtype),
-        unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu else 0,
-        context_tokens=context,
-        step=step,
-        page_tokens=config.page_tokens,
-        kv_bytes=config.kv_memory_bytes,
-        kv_fraction=config.kv_memory_fraction or KV_FRACTION,
-        most_kv_bytes=most_kv_bytes,
-    )
-
-
 # -- the parts, in the order of ``build`` ----------------------------------------------------------
 
 
@@ -374,7 +269,7 @@ def _host_facts(config: ServeConfig, hosts: GroupConfig, model: ModelConfig) -> 
         "jax": jax.__version__,
         "--hosts": str(hosts.hosts),
         "model config": hashlib.sha256(model_facts.encode()).hexdigest()[:12],
-        "CPU with AMX": str(_cpu_has_amx()),
+        "CPU with AMX": str(cpu_has_amx()),
         **{f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in SHARED_FLAGS},
     }
 
@@ -545,7 +440,7 @@ def _model_info(
         kv_dtype=plan.kv_dtype.name,
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
-        sharding_summary=_sharding_summary(plan),
+        sharding_summary=sharding_summary(plan),
         max_rows=plan.step.max_rows * plan.step.data_shards,
         pages_total=engine.stats().pages_total,
         page_tokens=plan.page_tokens,
@@ -560,47 +455,11 @@ def _model_info(
 # -- small decisions -------------------------------------------------------------------------------
 
 
-def _mesh(config: ServeConfig) -> Mesh:
-    try:
-        shape = parse_mesh(config.mesh)
-        backend = {"cpu": "cpu", "cuda": "cuda"}.get(config.device.partition(":")[0])
-        return make_mesh(shape, jax.devices(backend))
-    except MeshShapeError as error:
-        raise MeshError(f"--mesh {config.mesh}: {error}") from error
-    except RuntimeError as error:  # JAX: the platform is not there.
-        raise ConfigError(
-            f"device {config.device!r} is not available: {error}; try --device cpu, or install "
-            "jaxserve[cuda13] for GPUs"
-        ) from error
-
-
-def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    if platform != "cpu" or _cpu_has_amx():
-        return jnp.dtype(jnp.bfloat16)
-    # Without AMX, XLA's float32 products are as fast as its bfloat16 ones, and exact.
-    return jnp.dtype(jnp.float32)
-
-
-def _cpu_has_amx() -> bool:
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def _free_bytes(plan: LaunchPlan) -> int:
     if plan.platform == "cpu":
         return host_free_bytes() // plan.mesh.devices.size
     stats = [device.memory_stats() or {} for device in plan.mesh.local_devices]
     return min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
-
-
-def _served_name(model: str) -> str:
-    if model.startswith(DUMMY) or not Path(model).exists():
-        return model
-    return Path(model).resolve().name.removesuffix(".gguf")
 
 
 def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -612,22 +471,6 @@ def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
             "shorten eos_token_id in its generation_config.json"
         )
     return ids
-
-
-def _sharding_summary(plan: LaunchPlan) -> str:
-    """One line on what is split, and what that pads or copies; empty on one device."""
-    if plan.mesh.size == 1:
-        return ""
-    rules = ShardingRules()
-    split = {
-        name: axis
-        for name in ("kv_heads", "q_heads", "ffn", "vocab")
-        if (axis := rules.mesh_axis(name)) is not None
-    }
-    parts = [f"{name} over {axis}={plan.mesh.shape[axis]}" for name, axis in split.items()]
-    return "; ".join(
-        [", ".join(parts), *choose_layout(plan.model, plan.mesh.shape["tensor"]).notes()]
-    )
 
 
 def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:

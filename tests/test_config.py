@@ -8,8 +8,8 @@ import pytest
 
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
-from jaxserve.launch import configure_jax, resolve
 from jaxserve.models.presets import preset
+from jaxserve.resolve import configure_jax, resolve
 
 TINY = preset("tiny-llama")
 
@@ -118,6 +118,6 @@ def test_a_plan_leaves_nothing_open() -> None:
 def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     asked: dict[str, str], amx: bool, got: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxserve.launch._cpu_has_amx", lambda: amx)
+    monkeypatch.setattr("jaxserve.resolve.cpu_has_amx", lambda: amx)
     plan = resolve(config(device="cpu", **asked), TINY)
     assert (plan.dtype.name, plan.kv_dtype.name) == got

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     # After what can be refused at once: this imports jax.
     import jax
 
-    from jaxserve.launch import configure_jax, resolve, resolve_sizes
     from jaxserve.planning.plan import predict
+    from jaxserve.resolve import configure_jax, resolve, resolve_sizes
     from jaxserve.weights.source import read_model_config
     from sharding.mesh import MeshShapeError, parse_mesh
 

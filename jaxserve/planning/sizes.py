@@ -1,6 +1,6 @@
 """The sizes that a launch and a plan share: everything that is decided before a device is asked.
 
-``launch.resolve_sizes`` decides them from a ``ServeConfig``, for both.
+``resolve.resolve_sizes`` decides them from a ``ServeConfig``, for both.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ import pytest
 from jaxserve import Client, ServeConfig
 from jaxserve.engine.request import Request
 from jaxserve.frontend.client_types import GenerateOptions
-from jaxserve.launch import _make_runner, configure_jax, resolve
+from jaxserve.launch import _make_runner
 from jaxserve.models.decoder import Model
 from jaxserve.models.presets import preset
+from jaxserve.resolve import configure_jax, resolve
 from sharding import make_mesh, parse_mesh
 from tests.agreement.ways import STYLES, ask_together, make_service, requests
 from tests.hosts.group_process import MODEL, PROVE, SIZES, HostGroup, prove

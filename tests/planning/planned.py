@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxserve.config import ServeConfig
-from jaxserve.launch import resolve_sizes
 from jaxserve.models.presets import preset
 from jaxserve.planning.devices import DeviceFacts, device_facts
 from jaxserve.planning.memory import Memory, plan_device
 from jaxserve.planning.plan import Prediction, predict
 from jaxserve.planning.sizes import Sizes
 from jaxserve.planning.traffic import typical
+from jaxserve.resolve import resolve_sizes
 from sharding.mesh import parse_mesh
 
 
