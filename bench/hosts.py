@@ -23,7 +23,8 @@ from bench.host import CONTEXT_TOKENS, PHASES, PROMPT_TOKENS, VOCAB_SIZE, Instan
 from jaxserve.config import GroupConfig
 from jaxserve.engine.engine import Runner
 from jaxserve.runner.followers import LeaderRunner, follow_steps
-from jaxserve.runner.group import Group, HostFacts, join, lead
+from jaxserve.runner.group import Group
+from jaxserve.runner.preflight import HostFacts, join, lead
 
 GOAL_MS = 0.2
 DEVICE_STEP_S = 0.005

@@ -44,8 +44,9 @@ from jaxserve.resolve import LaunchPlan, configure_jax, cpu_has_amx, resolve, sh
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
-from jaxserve.runner.group import Group, HostFacts, join, lead
+from jaxserve.runner.group import Group
 from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
+from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model

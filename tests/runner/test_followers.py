@@ -23,7 +23,8 @@ from jaxserve.engine.stream import ThreadWaker
 from jaxserve.errors import ConfigError, EngineDeadError, GroupError
 from jaxserve.internal.v1 import group_pb2 as pb
 from jaxserve.runner.followers import LeaderRunner, LineMirror, follow_steps
-from jaxserve.runner.group import Group, GroupGoodbye, HostFacts, compare, join, lead, probe
+from jaxserve.runner.group import Group, GroupGoodbye
+from jaxserve.runner.preflight import HostFacts, compare, join, lead, probe
 from jaxserve.testing import CountingRunner, EngineSizes, expected_tokens
 from tests.agreement.ways import events_of, tokens_of
 
