@@ -132,9 +132,9 @@ def test_two_hosts_that_share_every_layer_answer_what_one_device_answers(
     group = groups.serving("1x4")
     assert ask_over_grpc(group.address, together) == expected
     assert len({tuple(tokens) for tokens in expected}) > PROMPTS, "the prompts have own answers"
-    ranks = [group.hosts[host_id].gloo_ranks for host_id in (0, 1)]
-    assert {(0, 3), (1, 3)} <= ranks[0], "two of the four devices that exchange data are here"
-    assert {(2, 3), (3, 3)} <= ranks[1], "and two there"
+    numbers = [group.hosts[host_id].gloo_numbers for host_id in (0, 1)]
+    assert numbers[0] == "013333", "two of the four devices are here"
+    assert numbers[1] == "233333", "and two there"
 
 
 # -- where the mesh lies ---------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_two_hosts_with_a_data_shard_each_answer_what_one_device_answers(
     group = groups.serving("2x4")
     assert ask_over_grpc(group.address, together) == expected
     for host in group.hosts.values():
-        assert {(rank, 3) for rank in range(4)} <= host.gloo_ranks, "a tensor group of its own"
+        assert host.gloo_numbers == "012" + 9 * "3", "a tensor group of its own"
 
 
 def test_sigterm_of_host_0_lets_a_stream_finish_and_every_host_exit_with_0(
