@@ -1,7 +1,7 @@
 """A mesh of two hosts, each a real `jaxserve launch`: the same tokens, and one fate.
 
 With ``1x4`` over two hosts of two devices every all-reduce of the layers crosses the hosts; with
-``2x4`` over two hosts of four each host is a data shard, and only steps cross. The faults that
+``2x4`` over two hosts of four each host is a data shard; steps and results cross. The faults that
 ``make test`` leaves out run with JAXSERVE_PROVE_HOSTS=1, in ``make prove-hosts``.
 """
 
@@ -259,8 +259,10 @@ def test_two_hosts_with_a_data_shard_each_answer_what_one_device_answers(
     together, expected = alone()
     group = groups.serving("2x4")
     assert ask_over_grpc(group.address, together) == expected
-    for host in group.hosts.values():
-        assert host.gloo_numbers == "012" + 9 * "3", "a tensor group of its own"
+    for host_id, host in group.hosts.items():
+        tensor_group = "0123" + 4 * "33"  # one of this host's four devices alone
+        like_elsewhere = 4 * f"{host_id}11"  # each with its like of the other host: results
+        assert host.gloo_numbers == "".join(sorted(tensor_group + like_elsewhere))
 
 
 def test_sigterm_of_host_0_lets_a_stream_finish_and_every_host_exit_with_0(
