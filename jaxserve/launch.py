@@ -5,7 +5,8 @@
     3 pages      plan_memory; the count of the last launch is taken again while it fits
     4 the rest   other programs compile in parallel, small ones first, while weights stream in
     5 ready      device state allocated, every program run once; after this nothing compiles
-    6 engine     the loop thread starts
+    6 beside     for a server, memory and a step are measured beside what was planned
+    7 engine     the loop thread starts
 
 The server and its port come after that, in ``frontend/grpc``; ``serve`` ties both together.
 Nothing else in the package constructs long-lived objects.
@@ -40,18 +41,21 @@ from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
+from jaxserve.planning.beside import Beside, compare
+from jaxserve.planning.devices import facts_of_kind
+from jaxserve.planning.memory import budget_of
 from jaxserve.resolve import LaunchPlan, configure_jax, cpu_has_amx, resolve, sharding_summary
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
 from jaxserve.runner.group import Group
-from jaxserve.runner.memory import MemoryBudget, PageCountMemory, host_free_bytes, plan_memory
+from jaxserve.runner.measure import MemoryMeter
+from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model
 from sharding.multihost import every_host_caches, join_runtime
-from sharding.placement import bytes_per_device
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,8 @@ class Service:
     """From the call of ``build`` until the first request could be taken."""
     group: Group | None = None
     """The other hosts of the mesh, if there are any."""
+    beside: Beside | None = None
+    """What was predicted of this launch, and what was measured, if ``build`` was asked to."""
 
     def save(self, path: Path) -> None:
         """Writes the weights, as they are served, for a faster start from ``MODEL = path``.
@@ -132,6 +138,7 @@ def build(
     *,
     hosts: GroupConfig | None = None,
     on_lost: OnLost = lambda error: None,
+    measure: bool = False,
 ) -> Service:
     """Builds a ready service, on host 0 of the mesh.
 
@@ -141,6 +148,7 @@ def build(
         hosts: the hosts of the mesh, when there are several.
         on_lost: called when one of them is lost before all are ready, on another thread. This one
             may be waiting for that host where nothing can interrupt it, so the process should end.
+        measure: also predicts and measures memory and a step, in half a second; see ``beside``.
 
     Raises:
         LaunchError: a flag, a file or the machine has to change; the message says which and how.
@@ -149,6 +157,7 @@ def build(
     with ExitStack() as undo:
         source, group = _begin(config, hosts, on_lost, undo)
         plan = resolve(config, source.model_config())
+        free_bytes, meter = _free_bytes(plan), MemoryMeter()
         tokenizer, template = _text_parts(config, source)
         if template is not None:
             undo.callback(template.close)
@@ -161,12 +170,25 @@ def build(
         if isinstance(steps, LeaderRunner):
             steps.watch_group(engine.fail)
         info = _model_info(plan, engine, tokenizer, digest, config)
+        facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
+        beside = None
+        if measure and facts is not None:
+            beside = compare(
+                plan.name,
+                plan.model,
+                plan,
+                facts,
+                free_bytes=free_bytes,
+                meter=meter,
+                runner=runner,
+                steps=steps,
+            )
         undo.pop_all()  # From here on the service closes them.
     engine.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
     text = TextEngine(engine, tokenizer, template)
-    return Service(config, plan, engine, runner, text, info, source, ready_seconds, group)
+    return Service(config, plan, engine, runner, text, info, source, ready_seconds, group, beside)
 
 
 def follow(
@@ -350,18 +372,7 @@ def _size_pool(
     most = plan.step.max_rows * plan.step.table_width + 1
 
     def planned(runner: Runner, temporary_bytes: int) -> int:
-        shape = runner.config.cache
-        tensor = plan.mesh.shape["tensor"]
-        budget = MemoryBudget(
-            free_bytes=_free_bytes(plan),
-            weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
-            row_state_bytes=shape.row_bytes(model.config) // tensor,
-            temporary_bytes=temporary_bytes,
-            page_bytes=shape.page_bytes(model.config) // tensor,
-            fraction=plan.kv_fraction,
-            kv_bytes=plan.kv_bytes,
-            most_kv_bytes=plan.most_kv_bytes,
-        )
+        budget = budget_of(runner, _free_bytes(plan), plan, temporary_bytes=temporary_bytes)
         return plan_memory(budget, least_pages=least, most_pages=most)
 
     runner = _make_runner(config, plan, model, least)

@@ -102,7 +102,7 @@ def serve(
     """
     check_port(server_config)
     with StopSignals(before_ready) as signals:
-        service = build(config, report, hosts=hosts, on_lost=on_lost)
+        service = build(config, report, hosts=hosts, on_lost=on_lost, measure=True)
         server = ServerThread(service.text, service.info, server_config)
         try:
             address = server.start()

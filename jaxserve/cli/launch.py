@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jaxserve.cli import flags, launchers, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import ensure_asset, report_environment
+from jaxserve.cli.plan_table import describe_beside
 from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import ConfigError, GroupError, JaxserveError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -313,6 +314,11 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
             if value != field.default:
                 default = "" if field.default is MISSING else f"  [{field.default}]"
                 lines.append(f"  {field.name:22} {value}{default}")
+    if service.beside is not None:
+        lines += ["what `jaxserve plan` predicts, and what this launch takes:"]
+        lines += [describe_beside(service.beside)]
+    else:
+        lines += [f"no plan: no facts are known of {plan.mesh.devices.flat[0].device_kind}"]
     return "\n".join(lines)
 
 

@@ -31,6 +31,8 @@ class DeviceFacts:
     name: str
     platform: str
     """JAX's word: ``gpu`` or ``cpu``."""
+    kind: str
+    """How JAX's ``device_kind`` begins."""
     memory_bytes: int | None
     """None: the machine that plans is asked, as ``launch`` would."""
     memory_bytes_per_s: float
@@ -62,6 +64,7 @@ DEVICES = (
     DeviceFacts(
         name="h200",
         platform="gpu",
+        kind="NVIDIA H200",
         memory_bytes=141 * 10**9,
         memory_bytes_per_s=4.8e12,
         flops_per_s=_gpu_flops(989.0, 67.0),
@@ -74,6 +77,7 @@ DEVICES = (
     DeviceFacts(
         name="h100",
         platform="gpu",
+        kind="NVIDIA H100 80GB",
         memory_bytes=80 * 10**9,
         memory_bytes_per_s=3.35e12,
         flops_per_s=_gpu_flops(989.0, 67.0),
@@ -86,6 +90,7 @@ DEVICES = (
     DeviceFacts(
         name="a100-80",
         platform="gpu",
+        kind="NVIDIA A100-SXM4-80GB",
         memory_bytes=80 * 10**9,
         memory_bytes_per_s=2.039e12,
         flops_per_s=_gpu_flops(312.0, 19.5),
@@ -98,6 +103,7 @@ DEVICES = (
     DeviceFacts(
         name="l40s",
         platform="gpu",
+        kind="NVIDIA L40S",
         memory_bytes=48 * 10**9,
         memory_bytes_per_s=864e9,
         flops_per_s=_gpu_flops(362.0, 91.6),
@@ -110,6 +116,7 @@ DEVICES = (
     DeviceFacts(
         name="rtx-4090",
         platform="gpu",
+        kind="NVIDIA GeForce RTX 4090",
         memory_bytes=24 * 10**9,
         memory_bytes_per_s=1.008e12,
         flops_per_s=_gpu_flops(165.2, 82.6),  # Half precision with float32 sums.
@@ -122,6 +129,7 @@ DEVICES = (
     DeviceFacts(
         name="cpu",
         platform="cpu",
+        kind="cpu",
         memory_bytes=None,
         memory_bytes_per_s=20e9,
         flops_per_s={"float32": 0.16e12, "bfloat16": 0.14e12, "float16": 0.14e12},
@@ -159,3 +167,8 @@ def device_facts(name: str) -> DeviceFacts:
         f"device is {name!r}, of which nothing is known; choose {', '.join(device_names())}, or "
         "cpu:N (N simulated devices)"
     )
+
+
+def facts_of_kind(device_kind: str) -> DeviceFacts | None:
+    """Looks up what JAX calls ``device_kind``; None when nothing is known of it."""
+    return next((facts for facts in DEVICES if device_kind.startswith(facts.kind)), None)

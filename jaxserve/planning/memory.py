@@ -60,7 +60,7 @@ def plan_device(
     """Counts the bytes of one device, as ``launch`` would, and the pages that are left."""
     least = sizes.step.table_width + 1
     runner = _make_runner(model, shape, sizes, least, compile_on)
-    budget = _budget(runner, shape, facts, sizes)
+    budget = budget_of(runner, free_bytes(facts, shape), sizes)
     temp_source = "estimated"
     # The first guess takes no temporaries, as in a launch, which finds the program compiled.
     pages, refusal = _pages(budget, sizes)
@@ -73,6 +73,24 @@ def plan_device(
     budget = replace(budget, temporary_bytes=temporary)
     pages, refusal = _pages(budget, sizes)
     return Memory(runner, budget, temp_source, pages, refusal)
+
+
+def budget_of(
+    runner: Runner, free_bytes: int, sizes: Sizes, *, temporary_bytes: int = 0
+) -> MemoryBudget:
+    """Adds up what one device holds beside its pages, and what becomes of the rest."""
+    cache, laid_out = runner.config.cache, runner.model.config
+    tensor = runner.mesh_shape["tensor"]
+    return MemoryBudget(
+        free_bytes=free_bytes,
+        weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
+        row_state_bytes=cache.row_bytes(laid_out) // tensor,
+        temporary_bytes=temporary_bytes,
+        page_bytes=cache.page_bytes(laid_out) // tensor,
+        fraction=sizes.kv_fraction,
+        kv_bytes=sizes.kv_bytes,
+        most_kv_bytes=sizes.most_kv_bytes,
+    )
 
 
 def free_bytes(facts: DeviceFacts, shape: MeshShape) -> int:
@@ -118,7 +136,8 @@ def _may_fit(model: ModelConfig, shape: MeshShape, facts: DeviceFacts, sizes: Si
     if model.params * sizes.dtype.itemsize // shape.tensor > free_bytes(facts, shape):
         return False
     runner = _make_runner(model, shape, sizes, sizes.step.table_width + 1, None)
-    return _pages(_budget(runner, shape, facts, sizes), sizes)[1] is None
+    budget = budget_of(runner, free_bytes(facts, shape), sizes)
+    return _pages(budget, sizes)[1] is None
 
 
 def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
@@ -138,20 +157,6 @@ def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
             f"replicated over data={shape.data}: all weights, {_mb(held * shape.tensor)} on each"
         )
     return notes
-
-
-def _budget(runner: Runner, shape: MeshShape, facts: DeviceFacts, sizes: Sizes) -> MemoryBudget:
-    cache, laid_out = runner.config.cache, runner.model.config
-    return MemoryBudget(
-        free_bytes=free_bytes(facts, shape),
-        weight_bytes=bytes_per_device(runner.abstract_params, runner.param_shardings),
-        row_state_bytes=cache.row_bytes(laid_out) // shape.tensor,
-        temporary_bytes=0,
-        page_bytes=cache.page_bytes(laid_out) // shape.tensor,
-        fraction=sizes.kv_fraction,
-        kv_bytes=sizes.kv_bytes,
-        most_kv_bytes=sizes.most_kv_bytes,
-    )
 
 
 def _pages(budget: MemoryBudget, sizes: Sizes) -> tuple[int, str | None]:

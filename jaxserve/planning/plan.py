@@ -14,10 +14,18 @@ from jax.sharding import Mesh
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.planning.devices import DeviceFacts
-from jaxserve.planning.memory import Memory, layout_notes, nearest_fit, plan_device, short
+from jaxserve.planning.memory import (
+    Memory,
+    budget_of,
+    layout_notes,
+    nearest_fit,
+    plan_device,
+    short,
+)
 from jaxserve.planning.sizes import Sizes
 from jaxserve.planning.speed import Roofline, decode_costs, prompt_seconds, roofline_of
 from jaxserve.planning.traffic import Traffic
+from jaxserve.runner.runner import Runner
 from sharding.mesh import AXES, MeshShape
 
 
@@ -27,8 +35,7 @@ class Details:
 
     sizes: Sizes
     traffic: Traffic
-    source: str
-    """Of the device's facts."""
+    facts: DeviceFacts
     memory: Memory
     roofline: Roofline | None
     notes: list[str]
@@ -104,6 +111,49 @@ def predict(
             temporaries. None: they are estimated.
     """
     memory = plan_device(model, shape, facts, sizes, compile_on=compile_on)
+    fits = memory.refusal is None
+    return _prediction(
+        name, model, memory, facts, sizes, traffic, nearest_fit(model, facts, sizes, {shape: fits})
+    )
+
+
+def predict_launched(
+    name: str,
+    model: ModelConfig,
+    runner: Runner,
+    free_bytes: int,
+    facts: DeviceFacts,
+    sizes: Sizes,
+    traffic: Traffic,
+) -> Prediction:
+    """The plan of what a launch has compiled.
+
+    Args:
+        name: of the model, to be shown.
+        model: its config.
+        runner: has compiled its largest programs.
+        free_bytes: of each device, before anything was loaded.
+        facts: of one device.
+        sizes: of the launch.
+        traffic: what the expected sequences look like.
+    """
+    budget = budget_of(runner, free_bytes, sizes, temporary_bytes=runner.temporary_bytes())
+    memory = Memory(runner, budget, "compiled", runner.config.cache.num_pages, None)
+    return _prediction(
+        name, model, memory, facts, sizes, traffic, short(MeshShape(**runner.mesh_shape))
+    )
+
+
+def _prediction(
+    name: str,
+    model: ModelConfig,
+    memory: Memory,
+    facts: DeviceFacts,
+    sizes: Sizes,
+    traffic: Traffic,
+    nearest: str | None,
+) -> Prediction:
+    shape = MeshShape(**memory.runner.mesh_shape)
     rows = memory.rows(traffic.tokens)
     roofline, step = None, dict[str, Any]()
     if memory.refusal is None:
@@ -135,11 +185,11 @@ def predict(
         temp_bytes_per_device=memory.budget.temporary_bytes,
         temp_source=memory.temp_source,
         **step,
-        nearest_fit=nearest_fit(model, facts, sizes, {shape: memory.refusal is None}),
+        nearest_fit=nearest,
         details=Details(
             sizes=sizes,
             traffic=traffic,
-            source=facts.source,
+            facts=facts,
             memory=memory,
             roofline=roofline,
             notes=layout_notes(memory.runner, shape),

@@ -371,6 +371,16 @@ class Runner:
         """The weights, for looking inside; None before ``make_ready`` and after ``close``."""
         return self._params
 
+    def arrays(self) -> dict[str, Any]:
+        """Everything that is held on the devices, by what it is for."""
+        assert self._state is not None, "make_ready comes first"
+        state = self._state
+        return {
+            "weights": (self._params, self._unstacked),
+            "pages": state.pools,
+            "row state": (state.last_token, state.counts, state.bias),
+        }
+
     def close(self) -> None:
         """Drops weights, state and programs, so that their memory can be used again."""
         self._counter.strict = False

@@ -40,8 +40,8 @@ SEEDED = SamplingParams(
 STYLES = {"greedy": GREEDY, "seeded": SEEDED}
 
 
-def make_service(model: str, cache_dir: Path, assets_dir: Path, **options: object) -> Service:
-    """A ready service with a small bucket grid."""
+def service_config(model: str, cache_dir: Path, assets_dir: Path, **options: object) -> ServeConfig:
+    """A small bucket grid."""
     settings: dict[str, object] = {
         "dtype": "float32",
         "device": "cpu",
@@ -52,7 +52,12 @@ def make_service(model: str, cache_dir: Path, assets_dir: Path, **options: objec
         "strict_compile": True,
         **options,
     }
-    return build(ServeConfig(model=model, cache_dir=cache_dir, assets_dir=assets_dir, **settings))  # pyright: ignore[reportArgumentType]
+    return ServeConfig(model=model, cache_dir=cache_dir, assets_dir=assets_dir, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def make_service(model: str, cache_dir: Path, assets_dir: Path, **options: object) -> Service:
+    """A ready service with a small bucket grid."""
+    return build(service_config(model, cache_dir, assets_dir, **options))
 
 
 def prompts(vocab_size: int, count: int = PROMPTS) -> list[list[int]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.errors import ConfigError
-from jaxserve.planning.devices import DEVICES, device_facts, device_names
+from jaxserve.planning.devices import DEVICES, device_facts, facts_of_kind, device_names
 from jaxserve.planning.traffic import Traffic, typical
 
 
@@ -44,3 +44,23 @@ def test_a_sequence_that_the_context_does_not_hold_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"no sequence within 512 tokens of context; change --pr"):
         typical(prompt, output, 512)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("cpu", "cpu"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_device_at_hand_is_looked_up_by_what_jax_calls_it(
+    device_kind: str, name: str | None
+) -> None:
+    facts = facts_of_kind(device_kind)
+    assert (facts and facts.name) == name

@@ -5,22 +5,14 @@ The published parameter counts and cache sizes are in no way taken from the code
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import jax
 import pytest
 
 from jaxserve.planning.devices import device_facts
-from jaxserve.planning.memory import estimate_temporaries, layout_notes
-from jaxserve.planning.plan import predict
-from jaxserve.planning.sizes import Sizes
+from jaxserve.planning.memory import layout_notes
 from jaxserve.planning.speed import Roofline
-from jaxserve.planning.traffic import typical
-from sharding.mesh import MeshShape, parse_mesh
-from tests.agreement.ways import make_service
+from sharding.mesh import parse_mesh
 from tests.planning.planned import memory_of, planned, planned_on
 
 pytestmark = pytest.mark.slow
@@ -110,59 +102,6 @@ def test_notes_name_every_padded_copied_and_replicated_axis_with_its_cost() -> N
         "replicated over data=2: all weights, 286.8 MB on each",
     ]
     assert notes("1x1") == []
-
-
-def live_spans() -> dict[Any, set[tuple[int, int]]]:
-    """First byte and the one past the last of every array that JAX holds, on each device."""
-    spans: dict[Any, set[tuple[int, int]]] = defaultdict(set)
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            begin = shard.data.unsafe_buffer_pointer()
-            spans[shard.device].add((begin, begin + shard.data.nbytes))
-    return spans
-
-
-def covered(spans: set[tuple[int, int]]) -> int:
-    """Bytes in any of the spans: a layer may be a view of the stack that it was taken from."""
-    total, reached = 0, 0
-    for begin, end in sorted(spans):
-        total += max(0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
-
-
-SETTINGS: dict[str, Any] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
-"""Those of ``tests/runner/test_mesh.py``, whose programs are found compiled."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "mesh"), [("tiny-llama", "1x1"), ("tiny-gemma3", "1x4"), ("tiny-llama", "2x4")]
-)
-def test_predicted_memory_is_what_a_launch_holds(model: str, mesh: str, cache_dir: Path) -> None:
-    """Weights, pages, row state and temporaries of a device, within 5 %."""
-    before = live_spans()
-    settings = {"strict_compile": False, "mesh": mesh, **SETTINGS}
-    with make_service(f"dummy:{model}", cache_dir, cache_dir, **settings) as service:
-        now = live_spans()
-        plan, runner = service.plan, service.runner
-        sizes = Sizes(**{name: getattr(plan, name) for name in Sizes.__dataclass_fields__})
-        facts = replace(device_facts("cpu"), memory_bytes=10**10)
-        traffic = typical(None, None, sizes.context_tokens)
-        shape = MeshShape(**plan.mesh.shape)
-        predicted = predict(model, plan.model, shape, facts, sizes, traffic, compile_on=plan.mesh)
-        assert predicted.temp_source == "compiled"
-        budget = predicted.details.memory.budget
-        total = predicted.weight_bytes_per_device + budget.row_state_bytes
-        total += predicted.pages_per_data_shard * budget.page_bytes
-        for device in plan.mesh.devices.flat:
-            measured = covered(now[device] - before[device]) + runner.temporary_bytes()
-            assert total + predicted.temp_bytes_per_device == pytest.approx(measured, rel=0.05)
-        usable = shape.data * (predicted.pages_per_data_shard - 1)
-        assert usable == service.info.pages_total
-        # The estimate, where nothing can be compiled, is a bound and not far away.
-        compiled = predicted.temp_bytes_per_device
-        assert compiled <= estimate_temporaries(runner, facts) <= 2 * compiled
 
 
 # -- speed -----------------------------------------------------------------------------------------
