@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.errors import ConfigError
-from jaxserve.planning.devices import DEVICES, device_facts, facts_of_kind, device_names
+from jaxserve.planning.devices import DEVICES, device_facts, device_names, facts_of_kind
 from jaxserve.planning.traffic import Traffic, typical
 
 
