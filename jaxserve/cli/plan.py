@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from jaxserve.cli import flags
 from jaxserve.cli.environment import Environment
@@ -59,9 +60,12 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     config = ServeConfig(**flags.field_values(options, ServeConfig))
     with show_progress() as progress:
         ensure_asset(config, progress)
-    # After what can be refused at once: this imports jax.
+    # After what can be refused at once: this imports jax. Its compiler for GPUs remarks on all that
+    # it cannot tune without one.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
+    from jaxserve.planning import aot
     from jaxserve.planning.plan import predict
     from jaxserve.resolve import configure_jax, resolve, resolve_sizes
     from jaxserve.weights.source import read_model_config
@@ -76,13 +80,15 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     model = read_model_config(config.model, assets_dir=config.assets_dir, offline=config.offline)
     sizes = resolve_sizes(config, model, facts.platform, data_shards=shape.data)
     traffic = typical(options.prompt_tokens, options.output_tokens, sizes.context_tokens)
-    compile_on = None
+    compile_on = why_estimated = None
     if facts.simulated:
         configure_jax(config)
         compile_on = resolve(config, model).mesh
+    elif (why_estimated := aot.why_not(facts, shape)) is None:
+        compile_on = aot.absent_mesh(facts, shape)
     prediction = predict(config.model, model, shape, facts, sizes, traffic, compile_on=compile_on)
     if options.json:
         print(json.dumps(prediction.as_json(), indent=2))
     else:
-        print(describe(prediction))
+        print(describe(prediction, why_estimated=why_estimated))
     return 0 if prediction.fits else 1

@@ -9,12 +9,19 @@ if TYPE_CHECKING:
     from jaxserve.planning.plan import Prediction
 
 
-def describe(plan: Prediction) -> str:
-    """Returns the plan as a table for people."""
+def describe(plan: Prediction, *, why_estimated: str | None = None) -> str:
+    """Returns the plan as a table for people.
+
+    Args:
+        plan: the plan.
+        why_estimated: why temporaries are not compiled, if they are not.
+    """
     lines = [f"{plan.model} on {plan.mesh} {plan.device}: {_verdict(plan)}"]
     rows = _memory_rows(plan) + _step_rows(plan)
     lines += [f"  {name:22} {value:>12}  {remark}".rstrip() for name, value, remark in rows]
     lines += [f"  note: {note}" for note in plan.details.notes]
+    if plan.temp_source == "estimated" and why_estimated is not None:
+        lines.append(f"  note: temporaries are a bound: {why_estimated}")
     lines.append(f"  device facts: {plan.details.facts.source}")
     lines.append("predicted, not measured; docs/planning.md says what is exact")
     return "\n".join(lines)
