@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LOCK := .ci/requirements.lock
 PYTEST := $(BIN)/python -m pytest
+# Workers of the default runs; a file's tests stay together, since they share services.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
 CODE := jaxserve pallas_kernels sharding tests bench .ci
 RELEASED := proto/released/v1.binpb
 # The models that are assets; any other MODEL is a path, a hub id or dummy:NAME.
@@ -50,11 +53,11 @@ assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the test
 
 .PHONY: test
 test: $(STAMP) assets lint types layers proto-check proto-lint ## All checks, all tests but gpu and prove-*
-	$(PYTEST) -m "not gpu and not prove" $(ARGS)
+	$(PYTEST) -m "not gpu and not prove" $(PARALLEL) $(ARGS)
 
 .PHONY: quick
 quick: $(STAMP) ## The unmarked tests
-	$(PYTEST) -m "not gpu and not slow and not prove" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not prove" $(PARALLEL) $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## The tests that need an accelerator

@@ -23,8 +23,14 @@ if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could set it up")
 
 # One compilation cache for the whole session and for the processes it starts, gone afterwards:
-# tests share programs, and no test depends on what an earlier session left behind.
-COMPILATION_CACHE = tempfile.mkdtemp(prefix="jaxserve-compiled-")
+# tests share programs, and no test depends on what an earlier session left behind. A worker of
+# pytest-xdist takes that of the process that started it.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+COMPILATION_CACHE = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if IS_WORKER
+    else tempfile.mkdtemp(prefix="jaxserve-compiled-")
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -43,7 +49,8 @@ settings.load_profile("jaxserve")
 
 def pytest_unconfigure() -> None:
     """Removes the compilation cache of this session."""
-    shutil.rmtree(COMPILATION_CACHE, ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(COMPILATION_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
