@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LOCK := .ci/requirements.lock
+# The editable install of the environment compiles the native kernels in place.
+NATIVE := setup.py pallas_kernels/native/build.py $(wildcard pallas_kernels/*/*.cc pallas_kernels/*/*.h)
 PYTEST := $(BIN)/python -m pytest
 CODE := jaxserve pallas_kernels sharding tests bench .ci
 RELEASED := proto/released/v1.binpb
@@ -41,6 +43,10 @@ demo: $(STAMP) ## Start a server, stream one chat answer, print its timing, stop
 
 .PHONY: env
 env: $(STAMP) ## Build .venv from the lock
+
+.PHONY: native
+native: ## Compile the native CPU kernels in place, with CXX=
+	@$(BIN)/python pallas_kernels/native/build.py --compiler "$(CXX)"
 
 .PHONY: assets
 assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the tests read
@@ -152,7 +158,7 @@ clean: ## Remove what was built, and .venv; the asset cache stays
 	rm -rf $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-$(STAMP): $(LOCK) pyproject.toml .ci/environment.py
+$(STAMP): $(LOCK) pyproject.toml .ci/environment.py $(NATIVE)
 	@python="$(PYTHON)"; \
 	[ -n "$$python" ] || python=$$(sh .ci/find-python $(LOCK)) || exit 1; \
 	exec "$$python" .ci/environment.py $(VENV)
