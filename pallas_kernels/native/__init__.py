@@ -57,7 +57,7 @@ def call(
     *operands: Any,
     aliases: dict[int, int] | None = None,
     **attributes: Any,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Calls a handler of the library; use while tracing.
 
     Args:

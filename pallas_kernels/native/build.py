@@ -52,11 +52,9 @@ def build_library(out: Path, compiler: str) -> None:
     Raises:
         BuildError: There is no such compiler, jaxlib's headers are missing, or it failed.
     """
-    include = ("-isystem", str(xla_headers()))
+    flags = (*FLAGS, *HIDDEN, "-isystem", str(xla_headers()))
     with tempfile.TemporaryDirectory() as scratch:
-        objects = compile_objects(
-            Path(scratch), compiler, (*FLAGS, *HIDDEN, *include), has_xla=True
-        )
+        objects = compile_objects(Path(scratch), compiler, flags, has_xla=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         # Linked beside its place and moved there: a process may have the old one mapped.
         unfinished = out.with_suffix(".new")
