@@ -33,6 +33,7 @@ LEVELS = {
 # No contraction: a product and a sum are fused where the source says so and nowhere else, so that
 # an answer does not depend on which of several equal loops the compiler unrolled.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
+FLAGS += ("-Wno-maybe-uninitialized",)  # GCC 12 warns of what its own intrinsics leave undefined.
 HIDDEN = ("-fvisibility=hidden", "-fvisibility-inlines-hidden")
 # A wheel may meet a machine with an older libstdc++ than the one it was linked with.
 LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")

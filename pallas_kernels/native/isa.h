@@ -25,15 +25,15 @@ Isa CurrentIsa();
 
 }  // namespace jaxserve
 
-// The implementations of one kernel by level, best last; index it with CurrentIsa().
+// The addresses of one name in every level, best last; index it with CurrentIsa().
 #if JAXSERVE_ISA_LEVELS == 3
-#define JAXSERVE_BY_ISA(name) {portable::name, avx2::name, avx512::name}
+#define JAXSERVE_BY_ISA(name) {&portable::name, &avx2::name, &avx512::name}
 #define JAXSERVE_FOR_EACH_ISA(declaration) \
-  namespace portable { declaration; }      \
-  namespace avx2 { declaration; }          \
-  namespace avx512 { declaration; }
+  namespace portable { declaration }      \
+  namespace avx2 { declaration }          \
+  namespace avx512 { declaration }
 #else
-#define JAXSERVE_BY_ISA(name) {portable::name}
+#define JAXSERVE_BY_ISA(name) {&portable::name}
 #define JAXSERVE_FOR_EACH_ISA(declaration) \
-  namespace portable { declaration; }
+  namespace portable { declaration }
 #endif

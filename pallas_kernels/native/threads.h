@@ -27,12 +27,29 @@ class Executor {
 
 namespace internal {
 
+// Makes denormal numbers zero while it lives, so that an answer does not depend on which thread
+// computed it: XLA sets this on its own threads, and others run tasks, too.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  const unsigned before_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
 class Loop {
  public:
   Loop(int64_t items, const std::function<void(int64_t)>* body) : items_(items), body_(body) {}
 
   // Takes items until there are none left.
   void Work() {
+    const FlushDenormals flush;
     int64_t done = 0;
     for (;;) {
       // Acquired, so that a helper sees what the caller wrote before the loop.
@@ -76,15 +93,19 @@ class Loop {
 
 }  // namespace internal
 
+// Runs body(0) to body(items - 1), each once, in order on this thread: for work that is done before
+// another thread has woken up.
+inline void SerialFor(int64_t items, const std::function<void(int64_t)>& body) {
+  const internal::FlushDenormals flush;
+  for (int64_t item = 0; item < items; ++item) body(item);
+}
+
 // Runs body(0) to body(items - 1), each once, in any order and on any threads.
 inline void ParallelFor(Executor& executor, int64_t items,
                         const std::function<void(int64_t)>& body) {
   int64_t helpers = executor.threads() - 1;
   if (helpers > items - 1) helpers = items - 1;
-  if (helpers <= 0) {
-    for (int64_t item = 0; item < items; ++item) body(item);
-    return;
-  }
+  if (helpers <= 0) return SerialFor(items, body);
   auto loop = std::make_shared<internal::Loop>(items, &body);
   for (int64_t helper = 0; helper < helpers; ++helper) {
     executor.Schedule([loop] { loop->Work(); });

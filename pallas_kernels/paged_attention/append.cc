@@ -49,7 +49,7 @@ void RunAppend(const Append& a, Executor& executor) {
   if (bytes > kAloneBytes) {
     ParallelFor(executor, rows.rows * tiles, write_tile);
   } else {
-    for (int64_t item = 0; item < rows.rows * tiles; ++item) write_tile(item);
+    SerialFor(rows.rows * tiles, write_tile);
   }
 }
 

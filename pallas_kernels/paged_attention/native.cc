@@ -1,5 +1,6 @@
 // What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
 #include "append.h"
+#include "attention.h"
 #include "native/xla.h"
 
 namespace jaxserve {
@@ -50,6 +51,44 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
   return ffi::Error::Success();
 }
 
+bool ReadNumber(const ffi::AnyBuffer& buffer, Number& number) {
+  switch (buffer.element_type()) {
+    case ffi::F32: number = Number::kFloat32; return true;
+    case ffi::BF16: number = Number::kBFloat16; return true;
+    case ffi::F16: number = Number::kFloat16; return true;
+    default: return false;
+  }
+}
+
+ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k_pool,
+                         ffi::AnyBuffer v_pool, Int32Table table, Int32Rows start,
+                         Int32Rows length, Int32Scalar layer, Int32Scalar window,
+                         ffi::Result<ffi::AnyBuffer> out, int64_t pages, float scale,
+                         float softcap) {
+  Attention attention;
+  if (!ReadNumber(q, attention.q_number) || !ReadNumber(k_pool, attention.pool_number)) {
+    return ffi::Error::InvalidArgument("paged_attention: a dtype that is not a float of 16 or 32");
+  }
+  attention.pool = ReadPoolShape(k_pool, pages);
+  attention.rows = ReadRows(table, start, length, q.dimensions()[1]);
+  attention.layer = ReadLayer(layer, attention.pool);
+  attention.q_heads = q.dimensions()[2];
+  attention.k_pool = k_pool.untyped_data();
+  attention.v_pool = v_pool.untyped_data();
+  attention.q = q.untyped_data();
+  attention.out = out->untyped_data();
+  attention.scale = scale;
+  attention.softcap = softcap;
+  attention.window = *window.typed_data();
+  const Kernel& kernel = CurrentKernel();
+  if (const char* reason = WhyNotAttend(attention, kernel)) {
+    return ffi::Error::InvalidArgument(reason);
+  }
+  XlaExecutor executor(threads);
+  RunAttention(attention, kernel, executor);
+  return ffi::Error::Success();
+}
+
 auto AppendBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -66,7 +105,25 @@ auto AppendBinding() {
       .Attr<int64_t>("pages");
 }
 
+auto AttendBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // q
+      .Arg<ffi::AnyBuffer>()  // k_pool
+      .Arg<ffi::AnyBuffer>()  // v_pool
+      .Arg<Int32Table>()
+      .Arg<Int32Rows>()    // start
+      .Arg<Int32Rows>()    // length
+      .Arg<Int32Scalar>()  // layer
+      .Arg<Int32Scalar>()  // window
+      .Ret<ffi::AnyBuffer>()
+      .Attr<int64_t>("pages")
+      .Attr<float>("scale")
+      .Attr<float>("softcap");
+}
+
 }  // namespace
 }  // namespace jaxserve
 
 JAXSERVE_FFI_HANDLER(jaxserve_append, jaxserve::AppendHandler, jaxserve::AppendBinding());
+JAXSERVE_FFI_HANDLER(jaxserve_paged_attention, jaxserve::AttendHandler, jaxserve::AttendBinding());
