@@ -49,7 +49,15 @@ JAXSERVE_INLINE To Bits(From value) {
   return result;
 }
 
-JAXSERVE_INLINE Vec Splat(float value) { return Vec{} + value; }
+JAXSERVE_INLINE Vec Splat(float value) {
+#if defined(ISA_AVX512)
+  return _mm512_set1_ps(value);
+#elif defined(ISA_AVX2)
+  return _mm256_set1_ps(value);
+#else
+  return Vec{value, value, value, value};
+#endif
+}
 JAXSERVE_INLINE VecI SplatI(int32_t value) { return VecI{} + value; }
 
 // The number of each lane.
@@ -72,25 +80,42 @@ JAXSERVE_INLINE Vec Fma(Vec a, Vec b, Vec c) {
 // Picks a where the mask is all ones and b where it is zero, whatever the other holds.
 JAXSERVE_INLINE Vec Select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
 
-JAXSERVE_INLINE float Sum(Vec v) {
-  float lanes[kLanes];
-  StoreAs(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
+typedef float Vec4 __attribute__((vector_size(16)));
 
-JAXSERVE_INLINE float Max(Vec v) {
-  float lanes[kLanes];
-  StoreAs(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      if (lanes[lane + half] > lanes[lane]) lanes[lane] = lanes[lane + half];
-    }
+// Folds the upper half of the lanes into the lower, until four are left, and those likewise.
+struct Add {
+  template <typename V>
+  static JAXSERVE_INLINE V Of(V a, V b) {
+    return a + b;
   }
-  return lanes[0];
+};
+struct Larger {
+  template <typename V>
+  static JAXSERVE_INLINE V Of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+template <typename Operation>
+JAXSERVE_INLINE float Reduce(Vec v) {
+#if defined(ISA_AVX512)
+  typedef float Vec8 __attribute__((vector_size(32)));
+  const Vec8 eight = Operation::Of(static_cast<Vec8>(_mm512_castps512_ps256(v)),
+                                   static_cast<Vec8>(_mm512_extractf32x8_ps(v, 1)));
+#elif defined(ISA_AVX2)
+  const Vec eight = v;
+#endif
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+  Vec4 four = Operation::Of(static_cast<Vec4>(_mm256_castps256_ps128(eight)),
+                            static_cast<Vec4>(_mm256_extractf128_ps(eight, 1)));
+#else
+  Vec4 four = v;
+#endif
+  four = Operation::Of(four, static_cast<Vec4>(__builtin_shufflevector(four, four, 2, 3, 0, 1)));
+  four = Operation::Of(four, static_cast<Vec4>(__builtin_shufflevector(four, four, 1, 0, 3, 2)));
+  return four[0];
 }
+JAXSERVE_INLINE float Sum(Vec v) { return Reduce<Add>(v); }
+JAXSERVE_INLINE float Max(Vec v) { return Reduce<Larger>(v); }
 
 // -- stored numbers ------------------------------------------------------------------------------
 
@@ -106,7 +131,14 @@ struct BFloat16 {
   using Storage = uint16_t;
   static constexpr bool kIsHighHalf = true;
   static JAXSERVE_INLINE Vec Load(const uint16_t* p) {
-    return Bits<Vec>(__builtin_convertvector(LoadAs<VecH>(p), VecU) << 16);
+#if defined(ISA_AVX512)  // GCC 12 widens in two halves what one instruction can.
+    const VecU wide = Bits<VecU>(_mm512_cvtepu16_epi32(LoadAs<__m256i>(p)));
+#elif defined(ISA_AVX2)
+    const VecU wide = Bits<VecU>(_mm256_cvtepu16_epi32(LoadAs<__m128i>(p)));
+#else
+    const VecU wide = __builtin_convertvector(LoadAs<VecH>(p), VecU);
+#endif
+    return Bits<Vec>(wide << 16);
   }
   // To the nearest, ties to even; NaN stays NaN.
   static JAXSERVE_INLINE void Store(uint16_t* p, Vec v) {

@@ -27,12 +27,14 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 // Far below kFloor, and finite: the difference of two masked scores is 0 and not NaN.
 constexpr float kMasked = -1e30f;
 
+int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // -- products ------------------------------------------------------------------------------------
 
-// C[ROWS, VECS lanes] (+)= A[ROWS, depth] B[depth, VECS lanes]
-template <int ROWS, int VECS>
-void Multiply(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-              float* c, int64_t c_stride, bool adds) {
+// C[ROWS, VECS lanes] (+)= A[ROWS, depth] B[depth, VECS lanes], B as it is stored
+template <typename T, int ROWS, int VECS>
+void Multiply(int64_t depth, const float* a, int64_t a_stride, const typename T::Storage* b,
+              int64_t b_stride, float* c, int64_t c_stride, bool adds) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) {
@@ -44,7 +46,7 @@ void Multiply(int64_t depth, const float* a, int64_t a_stride, const float* b, i
   for (int64_t d = 0; d < depth; ++d) {
     Vec right[VECS];
 #pragma GCC unroll 4
-    for (int vec = 0; vec < VECS; ++vec) right[vec] = LoadAs<Vec>(b + d * b_stride + vec * kLanes);
+    for (int vec = 0; vec < VECS; ++vec) right[vec] = T::Load(b + d * b_stride + vec * kLanes);
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row) {
       const Vec left = Splat(a[row * a_stride + d]);
@@ -61,32 +63,37 @@ void Multiply(int64_t depth, const float* a, int64_t a_stride, const float* b, i
   }
 }
 
-using Multiplier = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t,
-                            bool);
-
-#define MULTIPLIERS(vecs)                                                               \
-  {Multiply<1, vecs>, Multiply<2, vecs>, Multiply<3, vecs>, Multiply<4, vecs>, Multiply<5, vecs>, \
-   Multiply<6, vecs>}
-constexpr Multiplier kMultipliers[kTileVecs][kTileRows] = {
-    MULTIPLIERS(1),
-    MULTIPLIERS(2),
+template <typename T>
+struct Multipliers {
+  using Function = void (*)(int64_t, const float*, int64_t, const typename T::Storage*, int64_t,
+                            float*, int64_t, bool);
+#define ROW(vecs)                                                                    \
+  {Multiply<T, 1, vecs>, Multiply<T, 2, vecs>, Multiply<T, 3, vecs>,                 \
+   Multiply<T, 4, vecs>, Multiply<T, 5, vecs>, Multiply<T, 6, vecs>}
+  static constexpr Function kTable[kTileVecs][kTileRows] = {
+      ROW(1),
+      ROW(2),
 #if defined(ISA_AVX512)
-    MULTIPLIERS(3),
-    MULTIPLIERS(4),
+      ROW(3),
+      ROW(4),
 #endif
+  };
+#undef ROW
 };
-#undef MULTIPLIERS
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns are whole vectors.
+template <typename T>
 void Product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
-             const float* b, int64_t b_stride, float* c, int64_t c_stride, bool adds) {
+             const typename T::Storage* b, int64_t b_stride, float* c, int64_t c_stride,
+             bool adds) {
   for (int64_t column = 0; column < columns;) {
     const int64_t left = (columns - column) / kLanes;
     const int64_t vecs = left < kTileVecs ? left : kTileVecs;
     for (int64_t row = 0; row < rows;) {
       const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
-      kMultipliers[vecs - 1][count - 1](depth, a + row * a_stride, a_stride, b + column, b_stride,
-                                        c + row * c_stride + column, c_stride, adds);
+      Multipliers<T>::kTable[vecs - 1][count - 1](depth, a + row * a_stride, a_stride, b + column,
+                                                  b_stride, c + row * c_stride + column, c_stride,
+                                                  adds);
       row += count;
     }
     column += vecs * kLanes;
@@ -101,19 +108,33 @@ struct Places {
   int64_t offset[kBlockKeys];
 };
 
-Places Find(const Tile& tile, int64_t block, int64_t first, int64_t end) {
-  Places places;
+void Find(const Tile& tile, int64_t block, int64_t first, int64_t end, Places& places) {
   int64_t entry = first / tile.page_tokens, token = first % tile.page_tokens;
-  for (int64_t key = first; key < end; ++key) {
+  for (int64_t key = first; key < end; ++entry, token = 0) {
     int64_t page = tile.table[entry];
     if (page < 0 || page >= tile.pages) page = 0;
-    places.offset[key - block] = page * tile.page_stride + token * tile.head_dim;
-    if (++token == tile.page_tokens) ++entry, token = 0;
+    const int64_t left = tile.page_tokens - token;
+    const int64_t count = left < end - key ? left : end - key;
+    const int64_t offset = page * tile.page_stride + token * tile.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      places.offset[key - block + i] = offset + i * tile.head_dim;
+    }
+    key += count;
   }
   const int64_t stand_in = places.offset[first - block];
   for (int64_t key = block; key < first; ++key) places.offset[key - block] = stand_in;
   for (int64_t key = end; key < block + kBlockKeys; ++key) places.offset[key - block] = stand_in;
-  return places;
+}
+
+// Asks for what is read a product later: pages lie anywhere, and the machine cannot foresee them.
+template <typename T>
+void Prefetch(const typename T::Storage* pages, const Places& places, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(typename T::Storage);
+  for (int64_t key = 0; key < kBlockKeys; ++key) {
+    for (int64_t d = 0; d < head_dim; d += kLine) {
+      __builtin_prefetch(pages + places.offset[key] + d);
+    }
+  }
 }
 
 template <typename T>
@@ -152,14 +173,30 @@ void PackKeys(const typename T::Storage* k, const Places& places, int64_t head_d
   }
 }
 
+// weighted[vectors, head_dim] += weights[vectors, keys] V[keys, head_dim]
 template <typename T>
-void PackValues(const typename T::Storage* v, const Places& places, int64_t first, int64_t end,
-                int64_t head_dim, float* packed) {
+void AddValues(const Tile& tile, const typename T::Storage* v, const Places& places, int64_t first,
+               int64_t end, const Scratch& scratch, float* weighted) {
+  const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
+  if (sizeof(typename T::Storage) == sizeof(float) || vectors <= kTileRows) {
+    // Straight out of the pages, as many keys at once as lie side by side.
+    for (int64_t key = first; key < end;) {
+      int64_t after = key + 1;
+      while (after < end && places.offset[after] == places.offset[after - 1] + head_dim) ++after;
+      Product<T>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
+                 v + places.offset[key], head_dim, weighted, head_dim, true);
+      key = after;
+    }
+    return;
+  }
+  // Each number would be converted again for every few queries: once is enough.
   for (int64_t key = first; key < end; ++key) {
     const typename T::Storage* source = v + places.offset[key];
-    float* target = packed + key * head_dim;
+    float* target = scratch.v + key * head_dim;
     for (int64_t d = 0; d < head_dim; d += kLanes) StoreAs(target + d, T::Load(source + d));
   }
+  Product<Float32>(vectors, head_dim, end - first, scratch.scores + first, kBlockKeys,
+                   scratch.v + first * head_dim, head_dim, weighted, head_dim, true);
 }
 
 // -- softmax -------------------------------------------------------------------------------------
@@ -222,24 +259,30 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
   for (int64_t i = 0; i < vectors * head_dim; i += kLanes) StoreAs(state.weighted + i, Splat(0));
   const auto* k = static_cast<const typename T::Storage*>(tile.k);
   const auto* v = static_cast<const typename T::Storage*>(tile.v);
-  for (int64_t block = first / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+  Places places[2];
+  int turn = 0;
+  const int64_t first_block = first / kBlockKeys * kBlockKeys;
+  if (first < end) Find(tile, first_block, first, Least(first_block + kBlockKeys, end), places[0]);
+  for (int64_t block = first_block; block < end; block += kBlockKeys, turn ^= 1) {
     const int64_t from = block < first ? first : block;
-    const int64_t to = block + kBlockKeys < end ? block + kBlockKeys : end;
-    const Places places = Find(tile, block, from, to);
-    PackKeys<T>(k, places, head_dim, scratch.k);
-    Product(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k, kBlockKeys,
-            scratch.scores, kBlockKeys, false);
+    const int64_t to = Least(block + kBlockKeys, end);
+    PackKeys<T>(k, places[turn], head_dim, scratch.k);
+    Prefetch<T>(v, places[turn], head_dim);
+    Product<Float32>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k, kBlockKeys,
+                     scratch.scores, kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
       const int64_t token = m / tile.group;
-      int64_t sees_first = tile.KeyFirst(token), sees_end = tile.KeyEnd(token);
+      int64_t sees_first = tile.KeyFirst(token);
       if (sees_first < from) sees_first = from;
-      if (sees_end > to) sees_end = to;
+      const int64_t sees_end = Least(tile.KeyEnd(token), to);
       Weigh(tile, sees_first - block, sees_end - block, scratch.scores + m * kBlockKeys,
             state.maximum + m, state.total + m, state.weighted + m * head_dim);
     }
-    PackValues<T>(v, places, from - block, to - block, head_dim, scratch.v);
-    Product(vectors, head_dim, to - from, scratch.scores + (from - block), kBlockKeys,
-            scratch.v + (from - block) * head_dim, head_dim, state.weighted, head_dim, true);
+    if (to < end) {
+      Find(tile, to, to, Least(to + kBlockKeys, end), places[turn ^ 1]);
+      Prefetch<T>(k, places[turn ^ 1], head_dim);
+    }
+    AddValues<T>(tile, v, places[turn], from - block, to - block, scratch, state.weighted);
   }
 }
 
