@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
@@ -80,8 +81,12 @@ def call(
             jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying") if axes - _varying(x) else x
             for x in operands
         )
+        here = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
         kind = jax.typeof(operands[0]).manual_axis_type
-        results = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind) for x in results]
+        results = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here, manual_axis_type=kind)
+            for x in results
+        ]
     return jax.ffi.ffi_call(_target(symbol), results, input_output_aliases=aliases)(
         *operands, **attributes
     )

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import native
 from pallas_kernels.paged_attention.pool import Pools
 
-
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 """What the kernel's scratch memory is sized for; attention.h has the same numbers."""
