@@ -89,6 +89,18 @@ layers: $(STAMP) ## Who may import whom
 bench: $(STAMP) ## Run bench/BENCH=offline, serving, frontend, host or kernels, with flags in ARGS=
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
+.PHONY: native-sanitize
+native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and ThreadSanitizer, without Python
+	@mkdir -p build/native
+	@JAX_PLATFORMS=cpu $(BIN)/python -m tests.pallas_kernels.native_cases build/native/cases
+	@for sanitizer in address,undefined thread; do \
+	    program=build/native/check-$$sanitizer; \
+	    $(BIN)/python pallas_kernels/native/build.py --compiler "$(CXX)" \
+	        --program tests/pallas_kernels/native_check.cc --out $$program \
+	        --flags "-O1 -g -fsanitize=$$sanitizer -fno-sanitize-recover=all" && \
+	    echo "$$sanitizer:" && $$program build/native/cases || exit 1; \
+	done
+
 ##@ The contract
 
 .PHONY: proto
