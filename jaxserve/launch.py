@@ -50,6 +50,7 @@ from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model
+from pallas_kernels import native
 from sharding.multihost import every_host_caches, join_runtime
 from sharding.placement import bytes_per_device
 
@@ -271,6 +272,7 @@ def _host_facts(config: ServeConfig, hosts: GroupConfig, model: ModelConfig) -> 
         "--hosts": str(hosts.hosts),
         "model config": hashlib.sha256(model_facts.encode()).hexdigest()[:12],
         "CPU with AMX": str(cpu_has_amx()),
+        "native kernels": native.build_name(),
         **{f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in SHARED_FLAGS},
     }
 
@@ -284,6 +286,10 @@ def _make_ready(
     undo: ExitStack,
 ) -> tuple[Runner, int, str]:
     """Compiles, loads and warms up; returns the runner, its page count and the model's digest."""
+    if plan.platform == "cpu" and (reason := native.why_not()):
+        logger.warning(
+            "%s; attention runs in plain XLA, a decode step's 2 to 5 times slower", reason
+        )
     caching = nullcontext() if group is None else every_host_caches()
     with caching, ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
         digest = pool.submit(source.digest)

@@ -42,6 +42,15 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def build_name() -> str:
+    """The build of the library and the instruction set it uses here; ``"none"`` without one.
+
+    Two processes with one name compute the same bits. Asks JAX for nothing.
+    """
+    loaded = _load()
+    return "none" if isinstance(loaded, str) else f"{loaded[1]} {isa().name.lower()}"
+
+
 def isa() -> Isa:
     """The instruction set that kernels use now."""
     return Isa(_library()[0].jaxserve_isa())

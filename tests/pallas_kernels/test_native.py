@@ -240,9 +240,11 @@ def test_what_it_was_not_written_for_is_declined(monkeypatch: pytest.MonkeyPatch
         assert declined(tiny, "float16") == "float16 needs AVX2 at least"
     finally:
         native.limit_isa(max(native.Isa))
+    assert native.build_name().endswith(native.isa().name.lower())
     missing = "the native kernels are not built: `make native`, or install with a C++ compiler"
     monkeypatch.setattr(native, "_load", lambda: missing)
     assert native.why_not() == missing
+    assert native.build_name() == "none"
     assert declined(tiny) == missing
     inputs = tiny.arrays(seed=0, dtype="float32")
     paged_attention(*inputs, layer=0, scale=1.0)
