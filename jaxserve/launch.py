@@ -493,5 +493,6 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         config.kv_memory_bytes,
         config.kv_memory_fraction,
         plan.unrolled_rows,
+        native.build_name(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
