@@ -97,7 +97,7 @@ native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and Threa
 	    program=build/native/check-$$sanitizer; \
 	    $(BIN)/python pallas_kernels/native/build.py --compiler "$(CXX)" \
 	        --program tests/pallas_kernels/native_check.cc --out $$program \
-	        --flags "-O1 -g -fsanitize=$$sanitizer -fno-sanitize-recover=all" && \
+	        --flags="-O1 -g -fsanitize=$$sanitizer -fno-sanitize-recover=all" && \
 	    echo "$$sanitizer:" && $$program build/native/cases || exit 1; \
 	done
 
