@@ -167,7 +167,7 @@ wheel: $(STAMP) ## Build dist/jaxserve-*.whl
 
 .PHONY: clean
 clean: ## Remove what was built, and .venv; the asset cache stays
-	rm -rf $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf pallas_kernels/native/_native.so $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(STAMP): $(LOCK) pyproject.toml .ci/environment.py $(NATIVE)

@@ -40,7 +40,7 @@ def test_make_alone_lists_the_targets() -> None:
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for verb in (
         "serve", "demo", "assets", "test", "quick", "test-gpu", "lint", "fmt", "types", "layers",
-        "proto", "proto-lint", "bench", "lock", "wheel", "clean",
+        "proto", "proto-lint", "bench", "lock", "wheel", "clean", "native", "native-sanitize",
     ):  # fmt: skip
         assert re.search(rf"^  {verb} +\S", listed, flags=re.MULTILINE), verb
 

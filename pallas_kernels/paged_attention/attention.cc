@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace jaxserve {
@@ -101,9 +102,9 @@ void RunCut(const std::vector<Job>& jobs, const Kernel& kernel, Executor& execut
   };
   int64_t floats = 0;
   for (const Job& job : jobs) floats += job.parts() * job.state_floats();
-  std::vector<float> memory(floats);
+  const std::unique_ptr<float[]> memory(new float[floats]);  // Not zeroed: attend does that.
   std::vector<Piece> pieces;
-  float* next = memory.data();
+  float* next = memory.get();
   for (const Job& job : jobs) {
     for (int64_t part = 0; part < job.parts(); ++part) {
       pieces.push_back({&job, part, CutState(next, job.tile)});
