@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LOCK := .ci/requirements.lock
+# The editable install of the environment compiles the native kernels in place.
+NATIVE := setup.py pallas_kernels/native/build.py $(wildcard pallas_kernels/*/*.cc pallas_kernels/*/*.h)
 PYTEST := $(BIN)/python -m pytest
 # Workers of the default runs; a file's tests stay together, since they share services.
 JOBS ?= 2
@@ -44,6 +46,10 @@ demo: $(STAMP) ## Start a server, stream one chat answer, print its timing, stop
 
 .PHONY: env
 env: $(STAMP) ## Build .venv from the lock
+
+.PHONY: native
+native: ## Compile the native CPU kernels in place, with CXX=
+	@$(BIN)/python pallas_kernels/native/build.py --compiler "$(CXX)"
 
 .PHONY: assets
 assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the tests read
@@ -85,6 +91,18 @@ layers: $(STAMP) ## Who may import whom
 .PHONY: bench
 bench: $(STAMP) ## Run bench/BENCH=offline, serving, frontend, host or kernels, with flags in ARGS=
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+.PHONY: native-sanitize
+native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and ThreadSanitizer, without Python
+	@mkdir -p build/native
+	@JAX_PLATFORMS=cpu $(BIN)/python -m tests.pallas_kernels.native_cases build/native/cases
+	@for sanitizer in address,undefined thread; do \
+	    program=build/native/check-$$sanitizer; \
+	    $(BIN)/python pallas_kernels/native/build.py --compiler "$(CXX)" \
+	        --program tests/pallas_kernels/native_check.cc --out $$program \
+	        --flags="-O1 -g -fsanitize=$$sanitizer -fno-sanitize-recover=all" && \
+	    echo "$$sanitizer:" && $$program build/native/cases || exit 1; \
+	done
 
 ##@ The contract
 
@@ -160,10 +178,10 @@ wheel: $(STAMP) ## Build dist/jaxserve-*.whl
 
 .PHONY: clean
 clean: ## Remove what was built, and .venv; the asset cache stays
-	rm -rf $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf pallas_kernels/native/_native.so $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-$(STAMP): $(LOCK) pyproject.toml .ci/environment.py
+$(STAMP): $(LOCK) pyproject.toml .ci/environment.py $(NATIVE)
 	@python="$(PYTHON)"; \
 	[ -n "$$python" ] || python=$$(sh .ci/find-python $(LOCK)) || exit 1; \
 	exec "$$python" .ci/environment.py $(VENV)

@@ -48,7 +48,10 @@ def step(number: int, text: str) -> None:
 def fingerprint() -> str:
     """Returns a digest of everything the environment is made from."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in (LOCK, ROOT / "pyproject.toml"):
+    sources = sorted((ROOT / "pallas_kernels").glob("*/*.cc"))
+    headers = sorted((ROOT / "pallas_kernels").glob("*/*.h"))
+    build = (ROOT / "setup.py", ROOT / "pallas_kernels" / "native" / "build.py")
+    for path in (LOCK, ROOT / "pyproject.toml", *build, *sources, *headers):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import native
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, POOL_DTYPES, append, paged_attention
 from pallas_kernels.paged_attention.cases import LAYER, SERVING, Case, Inputs
 
@@ -35,7 +36,11 @@ def main() -> None:
     """Runs the cases that the arguments select."""
     parser = argparse.ArgumentParser(description="Measures the kernels of cases.SERVING.")
     parser.add_argument("--dtype", choices=POOL_DTYPES, default="float32")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="blocked")
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        default="blocked" if native.why_not() else "native",
+    )
     parser.add_argument("--only", default="", help="measure the cases whose name contains this")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
     arguments = parser.parse_args()
@@ -84,7 +89,16 @@ def layer_step(case: Case, dtype: str, implementation: str) -> Callable[[], jax.
     @partial(jax.jit, donate_argnames="pools")
     def step(q, pools, table, start, length):
         new = q[:, :, : case.kv_heads]
-        pools = append(pools, new, new, table, start, length, layer=LAYER)
+        pools = append(
+            pools,
+            new,
+            new,
+            table,
+            start,
+            length,
+            layer=LAYER,
+            implementation="native" if implementation == "native" else "scatter",
+        )
         out = paged_attention(
             q,
             pools,

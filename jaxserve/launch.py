@@ -55,6 +55,7 @@ from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model
+from pallas_kernels import native
 from sharding.multihost import every_host_caches, join_runtime
 
 logger = logging.getLogger(__name__)
@@ -293,6 +294,7 @@ def _host_facts(config: ServeConfig, hosts: GroupConfig, model: ModelConfig) -> 
         "--hosts": str(hosts.hosts),
         "model config": hashlib.sha256(model_facts.encode()).hexdigest()[:12],
         "CPU with AMX": str(cpu_has_amx()),
+        "native kernels": native.build_name(),
         **{f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in SHARED_FLAGS},
     }
 
@@ -306,6 +308,10 @@ def _make_ready(
     undo: ExitStack,
 ) -> tuple[Runner, int, str]:
     """Compiles, loads and warms up; returns the runner, its page count and the model's digest."""
+    if plan.platform == "cpu" and (reason := native.why_not()):
+        logger.warning(
+            "%s; attention runs in plain XLA, a decode step's 2 to 5 times slower", reason
+        )
     caching = nullcontext() if group is None else every_host_caches()
     with caching, ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
         digest = pool.submit(source.digest)
@@ -498,5 +504,6 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         config.kv_memory_bytes,
         config.kv_memory_fraction,
         plan.unrolled_rows,
+        native.build_name(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -81,7 +81,9 @@ def _count_one(equation: Any, axis_sizes: Mapping[str, int]) -> Costs:
             exchanges=Counter({axis: 1}),
         )
     if name in OPAQUE:
-        return Costs(opaque=1)
+        # A kernel that only writes into its operands computes nothing, as a scatter does not.
+        writes = {result for _, result in equation.params.get("input_output_aliases", ())}
+        return Costs(opaque=int(name != "ffi_call" or len(writes) < len(equation.outvars)))
     parts = [count(part, axis_sizes) for part in _parts(equation)]
     if name == "cond":
         return min(parts, key=lambda costs: (costs.flops.total(), costs.wire_bytes.total()))
@@ -190,6 +192,8 @@ def _shared(equation: Any, inner: list[_Lifetimes]) -> list[tuple[int, int]]:
     name = equation.primitive.name
     if name in IN_PLACE:
         return [(0, 0)]
+    if name == "ffi_call":
+        return [(place, source) for source, place in equation.params["input_output_aliases"]]
     if name == "while":
         constants = len(equation.invars) - len(equation.outvars)
         return [(place, constants + place) for place in range(len(equation.outvars))]

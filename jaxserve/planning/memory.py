@@ -59,13 +59,13 @@ def plan_device(
 ) -> Memory:
     """Counts the bytes of one device, as ``launch`` would, and the pages that are left."""
     least = sizes.step.table_width + 1
-    runner = _make_runner(model, shape, sizes, least, compile_on)
+    runner = _make_runner(model, shape, facts, sizes, least, compile_on)
     budget = budget_of(runner, free_bytes(facts, shape), sizes)
     temp_source = "estimated"
     # The first guess takes no temporaries, as in a launch, which finds the program compiled.
     pages, refusal = _pages(budget, sizes)
     if compile_on is not None and refusal is None:
-        runner = _make_runner(model, shape, sizes, pages, compile_on)
+        runner = _make_runner(model, shape, facts, sizes, pages, compile_on)
         list(runner.compile(runner.largest_keys()))
         temp_source, temporary = "compiled", runner.temporary_bytes()
     else:
@@ -135,7 +135,7 @@ def _may_fit(model: ModelConfig, shape: MeshShape, facts: DeviceFacts, sizes: Si
     # No layout is smaller than its even share, and even that is known sooner than the layout.
     if model.params * sizes.dtype.itemsize // shape.tensor > free_bytes(facts, shape):
         return False
-    runner = _make_runner(model, shape, sizes, sizes.step.table_width + 1, None)
+    runner = _make_runner(model, shape, facts, sizes, sizes.step.table_width + 1, None)
     budget = budget_of(runner, free_bytes(facts, shape), sizes)
     return _pages(budget, sizes)[1] is None
 
@@ -170,7 +170,12 @@ def _pages(budget: MemoryBudget, sizes: Sizes) -> tuple[int, str | None]:
 
 
 def _make_runner(
-    model: ModelConfig, shape: MeshShape, sizes: Sizes, num_pages: int, mesh: Mesh | None
+    model: ModelConfig,
+    shape: MeshShape,
+    facts: DeviceFacts,
+    sizes: Sizes,
+    num_pages: int,
+    mesh: Mesh | None,
 ) -> Runner:
     config = RunnerConfig(
         step=replace(sizes.step, data_shards=shape.data),
@@ -183,6 +188,7 @@ def _make_runner(
         ),
         dtype=sizes.dtype,
         unrolled_rows=sizes.unrolled_rows,
+        has_native=facts.platform == "cpu",
     )
     abstract = AbstractMesh((shape.data, shape.tensor), AXES)
     return Runner(Model(model, shape.tensor), config, abstract if mesh is None else mesh)

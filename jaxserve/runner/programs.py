@@ -34,6 +34,8 @@ class StepPrograms:
     table_width: int
     tensor_axis: str | None
     """Mesh axis that heads, ffn and vocabulary are split over; None: one device has all."""
+    has_native: bool = True
+    """Kernels of this machine may be called; not when another device's programs are traced here."""
 
     @property
     def vocab(self) -> VocabShard:
@@ -113,7 +115,8 @@ class StepPrograms:
         def attend(
             pools: Pools, layer: Array | int, q: Array, k: Array, v: Array, window: Array | int
         ) -> tuple[Array, Pools]:
-            pools = append(pools, k, v, table, start, length, layer=layer)
+            write = "auto" if self.has_native else "scatter"
+            pools = append(pools, k, v, table, start, length, layer=layer, implementation=write)
             out = paged_attention(
                 q,
                 pools,
@@ -124,6 +127,7 @@ class StepPrograms:
                 scale=config.attention_scale,
                 window=window,
                 softcap=config.attention_softcap,
+                implementation="auto" if self.has_native else "blocked",
             )
             return out, pools
 

@@ -64,6 +64,8 @@ class RunnerConfig:
     over stacked layers. XLA's CPU backend copies a layer's weights out of their stack in each turn
     of a loop, which a step of few rows feels; unrolled programs take three times as long to compile
     and eight times to load."""
+    has_native: bool = True
+    """Programs may call native kernels, where this machine has them; see ``StepPrograms``."""
     rules: ShardingRules = field(default_factory=ShardingRules)
 
     def program_keys(self) -> list[ProgramKey]:
@@ -112,7 +114,12 @@ class Runner:
         self._config = config
         self._mesh = mesh
         tensor = mesh.shape["tensor"] > 1
-        self._programs = StepPrograms(model, config.step.table_width, "tensor" if tensor else None)
+        self._programs = StepPrograms(
+            model,
+            config.step.table_width,
+            "tensor" if tensor else None,
+            has_native=config.has_native,
+        )
         self._abstract_params = model.abstract(config.dtype, stacked=True)
         self._param_specs = partition_specs(model.logical_axes(stacked=True), config.rules)
         check_divisible(self._abstract_params, self._param_specs, mesh)

@@ -1,7 +1,8 @@
 """Attention of new tokens over the paged key/value pool: the public function and the pool.
 
-``pool`` owns the layout, ``reference`` the meaning, ``blocked`` the speed. Projections, rotary
-positions and the mesh are the model's business; which page belongs to whom is the engine's.
+``pool`` owns the layout, ``reference`` the meaning, ``native`` the speed on a CPU and ``blocked``
+the speed anywhere else. Projections, rotary positions and the mesh are the model's business; which
+page belongs to whom is the engine's.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
-from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append, pool_shape
+from pallas_kernels.paged_attention.native import append_native, paged_attention_native
+from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append_scatter, pool_shape
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 __all__ = ["NULL_PAGE", "Pools", "append", "paged_attention", "pool_shape"]
 
 IMPLEMENTATIONS = {
+    "native": paged_attention_native,
     "blocked": paged_attention_blocked,
     "reference": paged_attention_reference,
 }
 """By name, best first."""
+
+APPENDS = {"native": append_native, "scatter": append_scatter}
+"""Of ``append``, by name, best first."""
 
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,6 +83,44 @@ def paged_attention(
             scale=scale,
             window=window,
             softcap=softcap,
+        )
+
+
+def append(
+    pools: Pools,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    implementation: str = "auto",
+) -> Pools:
+    """Writes new keys and values of one layer into the pages of their rows.
+
+    Token ``t`` of row ``b`` goes to position ``start[b] + t``. Tokens from ``length[b]`` on are
+    padding and go to the null page or nowhere, as does a position that the table has no entry for,
+    so that no mistake of a caller can overwrite the page of another sequence.
+
+    Args:
+        pools: Updated in place when the caller's ``jit`` donates them: do not use again.
+        k: New keys, rotated already; cast to the pool's dtype.
+        v: New values; cast to the pool's dtype.
+        table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
+        start: Position of each row's first new token.
+        length: Real new tokens of each row, 0 for a padding row.
+        layer: Which layer's pages; a Python int or a traced scalar.
+        implementation: A name in ``APPENDS``, or ``"auto"`` for the first that accepts.
+
+    Returns:
+        The pools with the new cells written and every other cell, the null page apart, unchanged.
+        XLA writes in place if the pools are donated and ``k`` and ``v`` depend on what the layer
+        before read, as they do in a model; a write that could overtake a read costs a copy.
+    """
+    with jax.named_scope("append"):
+        return dispatch(
+            "append", APPENDS, implementation, pools, k, v, table, start, length, layer=layer
         )
 
 

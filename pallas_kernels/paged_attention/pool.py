@@ -68,7 +68,7 @@ def pool_shape(
     return layers * pages, kv_heads, page_tokens, head_dim
 
 
-def append(
+def append_scatter(
     pools: Pools,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -78,26 +78,7 @@ def append(
     *,
     layer: int | Int[Array, ""],
 ) -> Pools:
-    """Writes new keys and values of one layer into the pages of their rows.
-
-    Token ``t`` of row ``b`` goes to position ``start[b] + t``. Tokens from ``length[b]`` on are
-    padding and go to the null page, as does a position that the table has no entry for, so that no
-    mistake of a caller can overwrite the page of another sequence.
-
-    Args:
-        pools: Updated in place when the caller's ``jit`` donates them: do not use again.
-        k: New keys, rotated already; cast to the pool's dtype.
-        v: New values; cast to the pool's dtype.
-        table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
-        start: Position of each row's first new token.
-        length: Real new tokens of each row, 0 for a padding row.
-        layer: Which layer's pages; a Python int or a traced scalar.
-
-    Returns:
-        The pools with the new cells written and every other cell, the null page apart, unchanged.
-        XLA writes in place if the pools are donated and ``k`` and ``v`` depend on what the layer
-        before read, as they do in a model; a write that could overtake a read costs a copy.
-    """
+    """Computes ``append`` as two scatters of XLA; see there for the arguments."""
     page_tokens = pools.page_tokens
     width = table.shape[1]
     token_T = jnp.arange(k.shape[1], dtype=jnp.int32)

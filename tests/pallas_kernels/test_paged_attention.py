@@ -28,6 +28,7 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
 
 from .dense_attention import dense_attention
+from .native_here import usable
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 """Relative, and absolute for answers below 1. Both sides compute in float32 in another order; the
@@ -73,7 +74,7 @@ def test_blocked_equals_the_reference(case: Case, dtype: str):
     np.testing.assert_allclose(blocked, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_answer_is_dense_attention_over_each_rows_own_tokens(case: Case, implementation: str):
     inputs = case.arrays(seed=1, dtype=np.float32)
@@ -97,7 +98,7 @@ def test_the_answer_is_dense_attention_over_each_rows_own_tokens(case: Case, imp
         assert not answer[b, row.length :].any(), "padding answers zero"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
 def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str):
     """Appends and attends as the engine does; two sequences in pages dealt out in turn."""
     tokens, q_heads, kv_heads, head_dim, page_tokens = 45, 4, 2, 16, 4
@@ -155,7 +156,7 @@ def test_a_row_answers_bit_for_bit_the_same_alone_and_in_company(name: str):
         np.testing.assert_array_equal(attend(case, masked, "blocked")[b], together[b])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
 def test_huge_numbers_in_the_null_page_move_no_answer(implementation: str):
     case = BY_NAME["smollm2-chunk"]
     inputs = case.arrays(seed=4, dtype=np.float32)
@@ -170,7 +171,7 @@ def test_huge_numbers_in_the_null_page_move_no_answer(implementation: str):
     np.testing.assert_array_equal(answers[0], answers[2])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
 def test_a_step_of_padding_only_answers_zeros(implementation: str):
     case = replace(BY_NAME["tiny"], rows=(Row(0, 0), Row(0, 0)))
     answer = attend(case, case.arrays(seed=0, dtype=np.float32), implementation)
@@ -205,17 +206,18 @@ def test_a_window_that_covers_everything_equals_no_window():
     )
 
 
-def test_pages_below_the_window_are_never_read():
+@pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
+def test_pages_below_the_window_are_never_read(implementation: str):
     """They may have been given away: the table may say anything there, the null page for one."""
     case = replace(BY_NAME["gemma3-270m-local"], rows=(Row(600, 8), Row(650, 1)))
     inputs = case.arrays(seed=7, dtype=np.float32)
     forgotten = inputs._replace(table=inputs.table.at[:, : (601 - 100) // 16].set(NULL_PAGE))
-    for name in IMPLEMENTATIONS:
-        np.testing.assert_array_equal(
-            attend(case, inputs, name), attend(case, forgotten, name), err_msg=name
-        )
+    np.testing.assert_array_equal(
+        attend(case, inputs, implementation), attend(case, forgotten, implementation)
+    )
 
 
+@pytest.mark.parametrize("implementation", usable(("native", "blocked")))
 @settings(max_examples=50)
 @given(
     page_tokens=st.sampled_from([8, 96]),
@@ -226,7 +228,9 @@ def test_pages_below_the_window_are_never_read():
     ),
     window=st.sampled_from([0, 1, 50, 260]),
 )
-def test_any_rows_agree_with_the_reference(page_tokens: int, rows: list[Row], window: int):
+def test_any_rows_agree_with_the_reference(
+    implementation: str, page_tokens: int, rows: list[Row], window: int
+):
     """Neither table is a whole number of blocks; the pools have one size, for one program each."""
     table_width = {8: 48, 96: 5}[page_tokens]
     case = replace(
@@ -240,7 +244,10 @@ def test_any_rows_agree_with_the_reference(page_tokens: int, rows: list[Row], wi
     spare_pages = 3 * table_width - sum(map(case.pages_of, rows))
     inputs = case.arrays(seed=9, dtype=np.float32, spare_pages=spare_pages)
     np.testing.assert_allclose(
-        attend(case, inputs, "blocked"), attend(case, inputs, "reference"), rtol=2e-6, atol=2e-6
+        attend(case, inputs, implementation),
+        attend(case, inputs, "reference"),
+        rtol=2e-6,
+        atol=2e-6,
     )
 
 
@@ -332,7 +339,7 @@ def _same(inputs: Inputs) -> Inputs:
         (_refused(_same, softcap=-2.0), r"softcap must be 0 \(none\) or above, got -2\.0"),
         (
             _refused(_same, implementation="fast"),
-            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'blocked'",
+            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'native', 'bl",
         ),
     ],
 )

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pallas_kernels.paged_attention import NULL_PAGE, Pools, append, paged_attention, pool_shape
 from pallas_kernels.paged_attention.pool import read
 
+from .native_here import needs_native
+
 LAYERS, PAGES, KV_HEADS, PAGE_TOKENS, HEAD_DIM = 3, 9, 2, 4, 8
 SHAPE = pool_shape(
     layers=LAYERS, pages=PAGES, kv_heads=KV_HEADS, page_tokens=PAGE_TOKENS, head_dim=HEAD_DIM
@@ -128,14 +130,17 @@ def test_pools_are_a_pytree_that_keeps_its_page_count():
     assert len(jax.tree.leaves(specs)) == 2
 
 
-def _step(pools: Pools, x, table, start, length, *, scanned: bool):
+def _step(pools: Pools, x, table, start, length, *, scanned: bool, native: bool):
     """Two layers of a model as far as the pool can tell: each writes what the one before read."""
+    where = (table, start, length)
+    write = partial(append, implementation="native" if native else "scatter")
+    attend = partial(paged_attention, implementation="native" if native else "blocked")
 
     def layer(carry, index):
         pools, x = carry
         kv = x[:, :, :KV_HEADS]
-        pools = append(pools, kv, kv, table, start, length, layer=index)
-        out = paged_attention(x, pools, table, start, length, layer=index, scale=0.25)
+        pools = write(pools, kv, kv, *where, layer=index)
+        out = attend(x, pools, *where, layer=index, scale=0.25)
         return (pools, x + out), None
 
     if scanned:
@@ -145,6 +150,7 @@ def _step(pools: Pools, x, table, start, length, *, scanned: bool):
     return pools, x
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
 @pytest.mark.parametrize(
     ("scanned", "query_tokens", "dtype"),
     [
@@ -154,13 +160,15 @@ def _step(pools: Pools, x, table, start, length, *, scanned: bool):
         (True, 16, "float32"),
     ],
 )
-def test_a_donated_pool_is_updated_in_place(dtype: str, query_tokens: int, scanned: bool):
-    """No instruction of the compiled program makes a pool but the scatters that write into it."""
+def test_a_donated_pool_is_updated_in_place(
+    dtype: str, query_tokens: int, scanned: bool, native: bool
+):
+    """No instruction of the compiled program makes a pool but those that write into it."""
     shape = pool_shape(layers=LAYERS, pages=999, kv_heads=KV_HEADS, page_tokens=16, head_dim=64)
     pool = jax.ShapeDtypeStruct(shape, dtype)
     row = jax.ShapeDtypeStruct((4,), "int32")
     compiled = (
-        jax.jit(partial(_step, scanned=scanned), donate_argnames="pools")
+        jax.jit(partial(_step, scanned=scanned, native=native), donate_argnames="pools")
         .lower(
             Pools(pool, pool, pages=999),
             jax.ShapeDtypeStruct((4, query_tokens, 6, 64), dtype),
@@ -171,12 +179,18 @@ def test_a_donated_pool_is_updated_in_place(dtype: str, query_tokens: int, scann
         .compile()
     )
     dimensions = ",".join(map(str, shape))
-    makers = re.findall(rf"= \w+\[{dimensions}\]\S* ([\w-]+)\(", compiled.as_text() or "")
-    assert "scatter" in makers
-    assert set(makers) <= {"parameter", "get-tuple-element", "scatter", "fusion", "call"}
+    results = re.findall(
+        rf"= \(?(?:[^(=]*, )?\w+\[{dimensions}\][^(=]* ([\w-]+)\(", compiled.as_text() or ""
+    )
+    makers = [name for name in results if name not in ("parameter", "get-tuple-element", "tuple")]
+    writer = "custom-call" if native else "scatter"
+    assert writer in makers
     # A fusion or call that makes a pool is a scatter in a wrapper: one per pool and layer.
     wrappers = makers.count("fusion") + makers.count("call")
-    assert wrappers <= makers.count("scatter") <= 2 * LAYERS
+    writes = makers.count(writer)
+    assert len(makers) == writes + wrappers + makers.count("while")
+    assert wrappers <= (0 if native else writes)
+    assert writes <= 2 * LAYERS
 
     pool_bytes = int(np.prod(shape)) * pool.dtype.itemsize
     memory = compiled.memory_analysis()

@@ -1,0 +1,51 @@
+// Writing new keys and values into the pages of their rows.
+#pragma once
+
+#include <cstdint>
+
+#include "native/threads.h"
+
+namespace jaxserve {
+
+// Page 0 of each layer, which no row owns; padding in a table points there.
+constexpr int64_t kNullPage = 0;
+
+// The pool's shape is [layers * pages, kv_heads, page_tokens, head_dim]; see pool.py.
+struct PoolShape {
+  int64_t layers;
+  int64_t pages;
+  int64_t kv_heads;
+  int64_t page_tokens;
+  int64_t head_dim;
+};
+
+// The rows of a step: which pages each has, and where its new tokens stand.
+struct Rows {
+  int64_t rows;
+  int64_t query_tokens;  // Places for new tokens in each row, padding included.
+  int64_t table_width;
+  const int32_t* table;   // [rows, table_width]
+  const int32_t* start;   // [rows] position of the first new token
+  const int32_t* length;  // [rows] real new tokens
+};
+
+// The page at a place of a row's table. One that the pool does not have counts as the null page:
+// no mistake of a caller reads or writes outside the pool.
+inline int64_t PageAt(const Rows& rows, const PoolShape& pool, int64_t row, int64_t entry) {
+  const int64_t page = rows.table[row * rows.table_width + entry];
+  return page >= 0 && page < pool.pages ? page : kNullPage;
+}
+
+struct Append {
+  PoolShape pool;
+  Rows rows;
+  int64_t layer;
+  int64_t item_bytes;  // Of one number, in the pool and in what is new.
+  char* pools[2];      // Keys and values.
+  const char* fresh[2];  // [rows, query_tokens, kv_heads, head_dim] each
+};
+
+// Padding, and positions that the table has no page for, are not written.
+void RunAppend(const Append& append, Executor& executor);
+
+}  // namespace jaxserve

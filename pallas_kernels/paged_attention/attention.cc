@@ -1,0 +1,225 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace jaxserve {
+namespace {
+
+// Multiplications that one thread does sooner than another one wakes up: about 10 microseconds.
+constexpr int64_t kAloneProducts = 1 << 18;
+// Tiles for each thread from which on there is no need to cut them.
+constexpr int64_t kPlentyOfTiles = 4;
+
+// A cache line: no two threads' memory shares one, and vectors do not straddle them.
+constexpr int64_t kAlignFloats = 16;
+
+int64_t NumberBytes(Number number) { return number == Number::kFloat32 ? 4 : 2; }
+
+// One tile with the keys that any of its queries sees.
+struct Job {
+  Tile tile;
+  int64_t first;
+  int64_t end;
+
+  int64_t first_part() const { return first / kPartKeys; }
+  int64_t parts() const {
+    return end > first ? (end + kPartKeys - 1) / kPartKeys - first_part() : 0;
+  }
+  int64_t products() const { return 2 * (end - first) * tile.vectors() * tile.head_dim; }
+  int64_t state_floats() const { return tile.vectors() * (tile.head_dim + 2); }
+};
+
+// The float32 memory of one thread: scratch and two states.
+int64_t ScratchFloats(int64_t vectors, int64_t head_dim) {
+  return vectors * head_dim + 2 * kBlockKeys * head_dim + vectors * kBlockKeys +
+         2 * vectors * (head_dim + 2);
+}
+
+float* ThreadMemory(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats + kAlignFloats) {
+    memory.resize(floats + kAlignFloats);
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (kAlignFloats - address / sizeof(float) % kAlignFloats);
+}
+
+Softmax CutState(float*& memory, const Tile& tile) {
+  Softmax state;
+  state.weighted = memory;
+  state.maximum = state.weighted + tile.vectors() * tile.head_dim;
+  state.total = state.maximum + tile.vectors();
+  memory = state.total + tile.vectors();
+  return state;
+}
+
+struct ThreadState {
+  Scratch scratch;
+  Softmax part;
+  Softmax whole;
+};
+
+ThreadState CutThreadMemory(const Tile& tile) {
+  const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
+  float* memory = ThreadMemory(ScratchFloats(vectors, head_dim));
+  ThreadState state;
+  state.scratch.k = memory;
+  state.scratch.v = state.scratch.k + kBlockKeys * head_dim;
+  state.scratch.scores = state.scratch.v + kBlockKeys * head_dim;
+  state.scratch.q = state.scratch.scores + vectors * kBlockKeys;
+  memory = state.scratch.q + vectors * head_dim;
+  state.part = CutState(memory, tile);
+  state.whole = CutState(memory, tile);
+  return state;
+}
+
+void AttendPart(const Job& job, const Kernel& kernel, int64_t part, const Scratch& scratch,
+                const Softmax& state) {
+  const int64_t begin = (job.first_part() + part) * kPartKeys;
+  kernel.attend(job.tile, std::max(begin, job.first), std::min(begin + kPartKeys, job.end),
+                scratch, state);
+}
+
+void RunWhole(const Job& job, const Kernel& kernel) {
+  const ThreadState state = CutThreadMemory(job.tile);
+  kernel.load(job.tile, state.scratch);
+  for (int64_t part = 0; part < job.parts(); ++part) {
+    AttendPart(job, kernel, part, state.scratch, part == 0 ? state.whole : state.part);
+    if (part > 0) kernel.merge(job.tile, state.part, state.whole);
+  }
+  kernel.store(job.tile, state.whole);
+}
+
+// Every part of every job by itself, then a merge of each job's.
+void RunCut(const std::vector<Job>& jobs, const Kernel& kernel, Executor& executor) {
+  struct Piece {
+    const Job* job;
+    int64_t part;
+    Softmax state;
+  };
+  int64_t floats = 0;
+  for (const Job& job : jobs) floats += job.parts() * job.state_floats();
+  const std::unique_ptr<float[]> memory(new float[floats]);  // Not zeroed: attend does that.
+  std::vector<Piece> pieces;
+  float* next = memory.get();
+  for (const Job& job : jobs) {
+    for (int64_t part = 0; part < job.parts(); ++part) {
+      pieces.push_back({&job, part, CutState(next, job.tile)});
+    }
+  }
+  ParallelFor(executor, pieces.size(), [&](int64_t item) {
+    const Piece& piece = pieces[item];
+    const Scratch scratch = CutThreadMemory(piece.job->tile).scratch;
+    kernel.load(piece.job->tile, scratch);
+    AttendPart(*piece.job, kernel, piece.part, scratch, piece.state);
+  });
+  const Piece* first = pieces.data();
+  SerialFor(jobs.size(), [&](int64_t number) {
+    const Job& job = jobs[number];
+    for (int64_t part = 1; part < job.parts(); ++part) {
+      kernel.merge(job.tile, first[part].state, first->state);
+    }
+    kernel.store(job.tile, first->state);
+    first += job.parts();
+  });
+}
+
+// The row's tiles with at least one visible key; everything else of its answer is zeros.
+void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
+  const PoolShape& pool = a.pool;
+  const int64_t group = a.q_heads / pool.kv_heads;
+  const int64_t q_bytes = NumberBytes(a.q_number), pool_bytes = NumberBytes(a.pool_number);
+  const int64_t token_stride = a.q_heads * pool.head_dim;
+  const int64_t row_offset = row * a.rows.query_tokens * token_stride;
+  const int64_t length =
+      std::clamp<int64_t>(a.rows.length[row], 0, a.rows.query_tokens);
+  const int64_t tile_tokens = std::max<int64_t>(kTileVectors / group, 1);
+  char* row_out = static_cast<char*>(a.out) + row_offset * q_bytes;
+  std::memset(row_out + length * token_stride * q_bytes, 0,
+              (a.rows.query_tokens - length) * token_stride * q_bytes);
+  for (int64_t first = 0; first < length; first += tile_tokens) {
+    for (int64_t head = 0; head < pool.kv_heads; ++head) {
+      const int64_t offset = row_offset + first * token_stride + head * group * pool.head_dim;
+      const int64_t head_numbers = pool.page_tokens * pool.head_dim;
+      const int64_t page_stride = pool.kv_heads * head_numbers;
+      const int64_t pool_offset = a.layer * pool.pages * page_stride + head * head_numbers;
+      Job job;
+      Tile& tile = job.tile;
+      tile.q_number = a.q_number;
+      tile.pool_number = a.pool_number;
+      tile.q = static_cast<const char*>(a.q) + offset * q_bytes;
+      tile.out = static_cast<char*>(a.out) + offset * q_bytes;
+      tile.token_stride = token_stride;
+      tile.tokens = std::min(tile_tokens, length - first);
+      tile.group = group;
+      tile.head_dim = pool.head_dim;
+      tile.k = static_cast<const char*>(a.k_pool) + pool_offset * pool_bytes;
+      tile.v = static_cast<const char*>(a.v_pool) + pool_offset * pool_bytes;
+      tile.page_stride = page_stride;
+      tile.page_tokens = pool.page_tokens;
+      tile.pages = pool.pages;
+      tile.table = a.rows.table + row * a.rows.table_width;
+      tile.first_position = int64_t{a.rows.start[row]} + first;
+      tile.context = a.rows.table_width * pool.page_tokens;
+      tile.window = a.window;
+      tile.scale = a.scale;
+      tile.softcap = a.softcap;
+      job.first = tile.KeyFirst(0);
+      job.end = tile.KeyEnd(tile.tokens - 1);
+      if (job.parts() > 0) {
+        jobs.push_back(job);
+      } else {
+        for (int64_t token = 0; token < tile.tokens; ++token) {
+          std::memset(static_cast<char*>(tile.out) + token * token_stride * q_bytes, 0,
+                      group * pool.head_dim * q_bytes);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const char* WhyNotAttend(const Attention& a, const Kernel& kernel) {
+  if (a.pool.head_dim % 16 != 0 || a.pool.head_dim > kMaxHeadDim) {
+    return "head_dim is not a multiple of 16 up to 256";
+  }
+  if (a.q_heads % a.pool.kv_heads != 0 || a.q_heads / a.pool.kv_heads > kMaxGroup) {
+    return "query heads are not 1 to 128 for each key head";
+  }
+  const bool has_float16 =
+      a.q_number == Number::kFloat16 || a.pool_number == Number::kFloat16;
+  if (has_float16 && !kernel.has_float16) return "no float16 on this instruction set";
+  return nullptr;
+}
+
+void RunAttention(const Attention& attention, const Kernel& kernel, Executor& executor) {
+  std::vector<Job> jobs;
+  for (int64_t row = attention.rows.rows - 1; row >= 0; --row) AddJobs(attention, row, jobs);
+  int64_t products = 0, parts = 0, part_floats = 0;
+  for (const Job& job : jobs) {
+    products += job.products();
+    parts += job.parts();
+    part_floats += job.parts() * job.state_floats();
+  }
+  const int64_t count = jobs.size();
+  if (products <= kAloneProducts || executor.threads() <= 1) {
+    SerialFor(count, [&](int64_t item) { RunWhole(jobs[item], kernel); });
+  } else if (count < kPlentyOfTiles * executor.threads() && parts > count &&
+             part_floats <= kMaxPartFloats) {
+    RunCut(jobs, kernel, executor);
+  } else {
+    // The last tiles of a prompt see the most keys: taken first, they leave no long tail.
+    ParallelFor(executor, count, [&](int64_t item) { RunWhole(jobs[count - 1 - item], kernel); });
+  }
+}
+
+const Kernel& CurrentKernel() {
+  static const Kernel* const kernels[] = JAXSERVE_BY_ISA(kKernel);
+  return *kernels[static_cast<int>(CurrentIsa())];
+}
+
+}  // namespace jaxserve

@@ -1,0 +1,363 @@
+// FlashAttention's loop over key blocks (Dao et al. 2022, algorithm 1) for one tile of queries.
+//
+// A block of keys is packed transposed, a block of values as it is, both in float32; each is then
+// multiplied with all queries of the tile out of the cache. Every number of an answer is one chain
+// of operations, the same in any tile:
+//
+//     score     over head_dim in order
+//     value     over the block's keys in order, then over the blocks
+//     total     over lanes in order, then a tree over the lanes, then over the blocks
+//
+// A key that a query does not see adds an exact zero, so neighbours in the tile leave no trace.
+#include "kernel.h"
+
+#include "native/simd.h"
+
+namespace jaxserve {
+namespace ISA_NAMESPACE {
+namespace {
+
+// Queries and vectors that one product keeps in registers: 24 sums of 32, or 12 of 16.
+#if defined(ISA_AVX512)
+constexpr int kTileRows = 6, kTileVecs = 4;
+#else
+constexpr int kTileRows = 6, kTileVecs = 2;
+#endif
+
+// Far below kFloor, and finite: the difference of two masked scores is 0 and not NaN.
+constexpr float kMasked = -1e30f;
+
+int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// -- products ------------------------------------------------------------------------------------
+
+// C[ROWS, VECS lanes] (+)= A[ROWS, depth] B[depth, VECS lanes], B as it is stored
+template <typename T, int ROWS, int VECS>
+void Multiply(int64_t depth, const float* a, int64_t a_stride, const typename T::Storage* b,
+              int64_t b_stride, float* c, int64_t c_stride, bool adds) {
+  Vec sum[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < VECS; ++vec) {
+      sum[row][vec] = adds ? LoadAs<Vec>(c + row * c_stride + vec * kLanes) : Splat(0);
+    }
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec right[VECS];
+#pragma GCC unroll 4
+    for (int vec = 0; vec < VECS; ++vec) right[vec] = T::Load(b + d * b_stride + vec * kLanes);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) {
+      const Vec left = Splat(a[row * a_stride + d]);
+#pragma GCC unroll 4
+      for (int vec = 0; vec < VECS; ++vec) sum[row][vec] = Fma(left, right[vec], sum[row][vec]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < VECS; ++vec) {
+      StoreAs(c + row * c_stride + vec * kLanes, sum[row][vec]);
+    }
+  }
+}
+
+template <typename T>
+struct Multipliers {
+  using Function = void (*)(int64_t, const float*, int64_t, const typename T::Storage*, int64_t,
+                            float*, int64_t, bool);
+#define ROW(vecs)                                                                    \
+  {Multiply<T, 1, vecs>, Multiply<T, 2, vecs>, Multiply<T, 3, vecs>,                 \
+   Multiply<T, 4, vecs>, Multiply<T, 5, vecs>, Multiply<T, 6, vecs>}
+  static constexpr Function kTable[kTileVecs][kTileRows] = {
+      ROW(1),
+      ROW(2),
+#if defined(ISA_AVX512)
+      ROW(3),
+      ROW(4),
+#endif
+  };
+#undef ROW
+};
+
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns are whole vectors.
+template <typename T>
+void Product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
+             const typename T::Storage* b, int64_t b_stride, float* c, int64_t c_stride,
+             bool adds) {
+  for (int64_t column = 0; column < columns;) {
+    const int64_t left = (columns - column) / kLanes;
+    const int64_t vecs = left < kTileVecs ? left : kTileVecs;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
+      Multipliers<T>::kTable[vecs - 1][count - 1](depth, a + row * a_stride, a_stride, b + column,
+                                                  b_stride, c + row * c_stride + column, c_stride,
+                                                  adds);
+      row += count;
+    }
+    column += vecs * kLanes;
+  }
+}
+
+// -- packing -------------------------------------------------------------------------------------
+
+// Where the keys of a block lie, in numbers from the head's first page. Keys outside the span of
+// the tile stand in for the span's first: they are masked, and only have to be readable.
+struct Places {
+  int64_t offset[kBlockKeys];
+};
+
+void Find(const Tile& tile, int64_t block, int64_t first, int64_t end, Places& places) {
+  int64_t entry = first / tile.page_tokens, token = first % tile.page_tokens;
+  for (int64_t key = first; key < end; ++entry, token = 0) {
+    int64_t page = tile.table[entry];
+    if (page < 0 || page >= tile.pages) page = 0;
+    const int64_t left = tile.page_tokens - token;
+    const int64_t count = left < end - key ? left : end - key;
+    const int64_t offset = page * tile.page_stride + token * tile.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      places.offset[key - block + i] = offset + i * tile.head_dim;
+    }
+    key += count;
+  }
+  const int64_t stand_in = places.offset[first - block];
+  for (int64_t key = block; key < first; ++key) places.offset[key - block] = stand_in;
+  for (int64_t key = end; key < block + kBlockKeys; ++key) places.offset[key - block] = stand_in;
+}
+
+// Asks for what is read a product later: pages lie anywhere, and the machine cannot foresee them.
+template <typename T>
+void Prefetch(const typename T::Storage* pages, const Places& places, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(typename T::Storage);
+  for (int64_t key = 0; key < kBlockKeys; ++key) {
+    for (int64_t d = 0; d < head_dim; d += kLine) {
+      __builtin_prefetch(pages + places.offset[key] + d);
+    }
+  }
+}
+
+template <typename T>
+void PackKeys(const typename T::Storage* k, const Places& places, int64_t head_dim, float* packed) {
+  for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
+    int64_t d = 0;
+    if constexpr (T::kIsHighHalf) {
+      // Two numbers at a time; each is float32 once it stands in the upper half.
+      for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+        VecU pairs[kLanes];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          pairs[lane] = LoadAs<VecU>(k + places.offset[key + lane] + d);
+        }
+        Transpose(pairs);
+#pragma GCC unroll 16
+        for (int pair = 0; pair < kLanes; ++pair) {
+          float* target = packed + (d + 2 * pair) * kBlockKeys + key;
+          StoreAs(target, pairs[pair] << 16);
+          StoreAs(target + kBlockKeys, pairs[pair] & 0xffff0000u);
+        }
+      }
+    }
+    for (; d < head_dim; d += kLanes) {
+      VecU rows[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        rows[lane] = Bits<VecU>(T::Load(k + places.offset[key + lane] + d));
+      }
+      Transpose(rows);
+#pragma GCC unroll 16
+      for (int row = 0; row < kLanes; ++row) {
+        StoreAs(packed + (d + row) * kBlockKeys + key, rows[row]);
+      }
+    }
+  }
+}
+
+// weighted[vectors, head_dim] += weights[vectors, keys] V[keys, head_dim]
+template <typename T>
+void AddValues(const Tile& tile, const typename T::Storage* v, const Places& places, int64_t first,
+               int64_t end, const Scratch& scratch, float* weighted) {
+  const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
+  if (sizeof(typename T::Storage) == sizeof(float) || vectors <= kTileRows) {
+    // Straight out of the pages, as many keys at once as lie side by side.
+    for (int64_t key = first; key < end;) {
+      int64_t after = key + 1;
+      while (after < end && places.offset[after] == places.offset[after - 1] + head_dim) ++after;
+      Product<T>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
+                 v + places.offset[key], head_dim, weighted, head_dim, true);
+      key = after;
+    }
+    return;
+  }
+  // Each number would be converted again for every few queries: once is enough.
+  for (int64_t key = first; key < end; ++key) {
+    const typename T::Storage* source = v + places.offset[key];
+    float* target = scratch.v + key * head_dim;
+    for (int64_t d = 0; d < head_dim; d += kLanes) StoreAs(target + d, T::Load(source + d));
+  }
+  Product<Float32>(vectors, head_dim, end - first, scratch.scores + first, kBlockKeys,
+                   scratch.v + first * head_dim, head_dim, weighted, head_dim, true);
+}
+
+// -- softmax -------------------------------------------------------------------------------------
+
+// Turns one query's scores of a block into weights. It sees the keys first <= key < end of it.
+void Weigh(const Tile& tile, int64_t first, int64_t end, float* scores, float* maximum,
+           float* total, float* weighted) {
+  constexpr int kVecs = kBlockKeys / kLanes;
+  if (first >= end) {
+    for (int vec = 0; vec < kVecs; ++vec) StoreAs(scores + vec * kLanes, Splat(0));
+    return;
+  }
+  Vec score[kVecs];
+  Vec most = Splat(*maximum);
+#pragma GCC unroll 16
+  for (int vec = 0; vec < kVecs; ++vec) {
+    score[vec] = LoadAs<Vec>(scores + vec * kLanes) * Splat(tile.scale);
+  }
+  if (tile.softcap > 0) {
+    for (int vec = 0; vec < kVecs; ++vec) {
+      score[vec] = Tanh(score[vec] / Splat(tile.softcap)) * Splat(tile.softcap);
+    }
+  }
+  if (first > 0 || end < kBlockKeys) {
+#pragma GCC unroll 16
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const VecI key = LaneNumbers() + SplatI(vec * kLanes);
+      const VecI seen = (key >= SplatI(static_cast<int32_t>(first))) &
+                        (key < SplatI(static_cast<int32_t>(end)));
+      score[vec] = Select(seen, score[vec], Splat(kMasked));
+    }
+  }
+#pragma GCC unroll 16
+  for (int vec = 0; vec < kVecs; ++vec) most = Select(score[vec] > most, score[vec], most);
+  const float top = Max(most);
+  const float shrink = Exp(Splat(*maximum - top))[0];
+  Vec sum = Splat(0);
+#pragma GCC unroll 16
+  for (int vec = 0; vec < kVecs; ++vec) {
+    const Vec weight = Exp(score[vec] - Splat(top));
+    sum += weight;
+    StoreAs(scores + vec * kLanes, weight);
+  }
+  *maximum = top;
+  *total = *total * shrink + Sum(sum);
+  if (shrink != 1) {
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      StoreAs(weighted + d, LoadAs<Vec>(weighted + d) * Splat(shrink));
+    }
+  }
+}
+
+// -- the kernel ----------------------------------------------------------------------------------
+
+template <typename T>
+void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
+              const Softmax& state) {
+  const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
+  for (int64_t m = 0; m < vectors; ++m) state.maximum[m] = kFloor, state.total[m] = 0;
+  for (int64_t i = 0; i < vectors * head_dim; i += kLanes) StoreAs(state.weighted + i, Splat(0));
+  const auto* k = static_cast<const typename T::Storage*>(tile.k);
+  const auto* v = static_cast<const typename T::Storage*>(tile.v);
+  Places places[2];
+  int turn = 0;
+  const int64_t first_block = first / kBlockKeys * kBlockKeys;
+  if (first < end) Find(tile, first_block, first, Least(first_block + kBlockKeys, end), places[0]);
+  for (int64_t block = first_block; block < end; block += kBlockKeys, turn ^= 1) {
+    const int64_t from = block < first ? first : block;
+    const int64_t to = Least(block + kBlockKeys, end);
+    PackKeys<T>(k, places[turn], head_dim, scratch.k);
+    Prefetch<T>(v, places[turn], head_dim);
+    Product<Float32>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k, kBlockKeys,
+                     scratch.scores, kBlockKeys, false);
+    for (int64_t m = 0; m < vectors; ++m) {
+      const int64_t token = m / tile.group;
+      int64_t sees_first = tile.KeyFirst(token);
+      if (sees_first < from) sees_first = from;
+      const int64_t sees_end = Least(tile.KeyEnd(token), to);
+      Weigh(tile, sees_first - block, sees_end - block, scratch.scores + m * kBlockKeys,
+            state.maximum + m, state.total + m, state.weighted + m * head_dim);
+    }
+    if (to < end) {
+      Find(tile, to, to, Least(to + kBlockKeys, end), places[turn ^ 1]);
+      Prefetch<T>(k, places[turn ^ 1], head_dim);
+    }
+    AddValues<T>(tile, v, places[turn], from - block, to - block, scratch, state.weighted);
+  }
+}
+
+void Attend(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
+            const Softmax& state) {
+  switch (tile.pool_number) {
+    case Number::kFloat32: return AttendAs<Float32>(tile, first, end, scratch, state);
+    case Number::kBFloat16: return AttendAs<BFloat16>(tile, first, end, scratch, state);
+    case Number::kFloat16: return AttendAs<Float16>(tile, first, end, scratch, state);
+  }
+}
+
+template <typename T>
+void LoadAsFloat(const Tile& tile, const Scratch& scratch) {
+  const auto* q = static_cast<const typename T::Storage*>(tile.q);
+  const int64_t width = tile.group * tile.head_dim;
+  for (int64_t token = 0; token < tile.tokens; ++token) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      StoreAs(scratch.q + token * width + i, T::Load(q + token * tile.token_stride + i));
+    }
+  }
+}
+
+void Load(const Tile& tile, const Scratch& scratch) {
+  switch (tile.q_number) {
+    case Number::kFloat32: return LoadAsFloat<Float32>(tile, scratch);
+    case Number::kBFloat16: return LoadAsFloat<BFloat16>(tile, scratch);
+    case Number::kFloat16: return LoadAsFloat<Float16>(tile, scratch);
+  }
+}
+
+void Merge(const Tile& tile, const Softmax& part, const Softmax& whole) {
+  for (int64_t m = 0; m < tile.vectors(); ++m) {
+    const float top =
+        part.maximum[m] > whole.maximum[m] ? part.maximum[m] : whole.maximum[m];
+    const Vec old = Splat(Exp(Splat(whole.maximum[m] - top))[0]);
+    const Vec fresh = Splat(Exp(Splat(part.maximum[m] - top))[0]);
+    whole.maximum[m] = top;
+    whole.total[m] = Fma(Splat(part.total[m]), fresh, Splat(whole.total[m]) * old)[0];
+    float* target = whole.weighted + m * tile.head_dim;
+    const float* source = part.weighted + m * tile.head_dim;
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      StoreAs(target + d,
+              Fma(LoadAs<Vec>(source + d), fresh, LoadAs<Vec>(target + d) * old));
+    }
+  }
+}
+
+template <typename T>
+void StoreFrom(const Tile& tile, const Softmax& whole) {
+  auto* out = static_cast<typename T::Storage*>(tile.out);
+  for (int64_t m = 0; m < tile.vectors(); ++m) {
+    // A query that saw no key has total 0 and weighted 0: its answer is 0. Others have 1 or more.
+    const float total = whole.total[m] == 0 ? 1 : whole.total[m];
+    auto* target =
+        out + m / tile.group * tile.token_stride + m % tile.group * tile.head_dim;
+    const float* source = whole.weighted + m * tile.head_dim;
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      T::Store(target + d, LoadAs<Vec>(source + d) / Splat(total));
+    }
+  }
+}
+
+void Store(const Tile& tile, const Softmax& whole) {
+  switch (tile.q_number) {
+    case Number::kFloat32: return StoreFrom<Float32>(tile, whole);
+    case Number::kBFloat16: return StoreFrom<BFloat16>(tile, whole);
+    case Number::kFloat16: return StoreFrom<Float16>(tile, whole);
+  }
+}
+
+}  // namespace
+
+extern const Kernel kKernel;
+const Kernel kKernel = {Load, Attend, Merge, Store, kHasFloat16};
+
+}  // namespace ISA_NAMESPACE
+}  // namespace jaxserve

@@ -1,0 +1,106 @@
+"""Paged attention and append in C++ on the CPU: each byte of the context is read once.
+
+XLA moves it three times, since it gathers pages into an array before it can multiply them. The
+sources beside this file read them where they lie; ``attention.h`` describes the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import native
+from pallas_kernels.paged_attention.pool import Pools
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128
+"""What the kernel's scratch memory is sized for; attention.h has the same numbers."""
+
+
+def paged_attention_native(
+    q: Float[Array, "B T N H"],
+    pools: Pools,
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    window: int | Int[Array, ""] = 0,
+    softcap: float = 0.0,
+) -> Float[Array, "B T N H"]:
+    """Computes ``paged_attention``; see there for the arguments.
+
+    Everything is float32 once it is loaded. The answer of a query has the same bits alone, in any
+    batch, in any chunk and on any number of threads; another instruction set may round otherwise.
+    """
+    _decline(q, pools)
+    (out,) = native.call(
+        "jaxserve_paged_attention",
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        q,
+        pools.k,
+        pools.v,
+        table,
+        start,
+        length,
+        jnp.asarray(layer, jnp.int32),
+        jnp.asarray(window, jnp.int32),
+        pages=np.int64(pools.pages),
+        scale=np.float32(scale),
+        softcap=np.float32(softcap),
+    )
+    return out
+
+
+def _decline(q: Float[Array, "B T N H"], pools: Pools) -> None:
+    """Says what the kernel was not written for; runs while tracing only."""
+    if reason := native.why_not():
+        raise NotImplementedError(reason)
+    head_dim, group = q.shape[3], q.shape[2] // pools.k.shape[1]
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    if group > MAX_GROUP:
+        raise NotImplementedError(
+            f"{group} query heads share a key head, and at most {MAX_GROUP} may"
+        )
+    for dtype in (jnp.dtype(q.dtype).name, jnp.dtype(pools.k.dtype).name):
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise NotImplementedError(f"dtypes are float32, bfloat16 and float16, got {dtype}")
+        if dtype == "float16" and native.isa() is native.Isa.PORTABLE:
+            raise NotImplementedError("float16 needs AVX2 at least")
+
+
+def append_native(
+    pools: Pools,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+) -> Pools:
+    """Computes ``append``; see there. Padding is not written anywhere, the null page neither."""
+    pool = jax.ShapeDtypeStruct(pools.k.shape, pools.k.dtype)
+    k_pool, v_pool = native.call(
+        "jaxserve_append",
+        [pool, pool],
+        pools.k,
+        pools.v,
+        k.astype(pools.k.dtype),
+        v.astype(pools.v.dtype),
+        table,
+        start,
+        length,
+        jnp.asarray(layer, jnp.int32),
+        aliases={0: 0, 1: 1},
+        pages=np.int64(pools.pages),
+    )
+    return replace(pools, k=k_pool, v=v_pool)

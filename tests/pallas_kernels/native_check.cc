@@ -1,0 +1,228 @@
+// Runs the native kernels without Python, for the sanitizers: native_check FILE, written by
+// native_cases.py. Each array has an allocation of its own, so a read past its end is found; each
+// case runs on every instruction set of this machine and with several numbers of threads, which
+// must not change a bit.
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "paged_attention/append.h"
+#include "paged_attention/attention.h"
+
+extern "C" void jaxserve_set_isa_limit(int level);
+
+namespace {
+
+using namespace jaxserve;
+
+class Pool final : public Executor {
+ public:
+  explicit Pool(int threads) : size_(threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { Work(); });
+  }
+  ~Pool() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_closed_ = true;
+    }
+    ready_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+  int64_t threads() const override { return size_; }
+  void Schedule(std::function<void()> task) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    ready_.notify_one();
+  }
+
+ private:
+  void Work() {
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ready_.wait(lock, [this] { return is_closed_ || !tasks_.empty(); });
+        if (tasks_.empty()) return;
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      task();
+    }
+  }
+
+  const int64_t size_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<std::function<void()>> tasks_;
+  bool is_closed_ = false;
+};
+
+template <typename T>
+using Array = std::unique_ptr<T[]>;
+
+template <typename T>
+Array<T> Read(std::istream& file, size_t count) {
+  Array<T> array(new T[count]);
+  file.read(reinterpret_cast<char*>(array.get()), count * sizeof(T));
+  return array;
+}
+
+[[noreturn]] void Fail(const std::string& what) {
+  std::cerr << "FAILED " << what << "\n";
+  std::exit(1);
+}
+
+float AsFloat(const char* numbers, Number number, size_t i) {
+  if (number == Number::kFloat32) {
+    float value;
+    std::memcpy(&value, numbers + 4 * i, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, numbers + 2 * i, 2);
+  if (number == Number::kBFloat16) {
+    const uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const float size = exponent == 0 ? std::ldexp(float(fraction), -24)
+                                   : std::ldexp(float(1024 + fraction), exponent - 25);
+  return half >> 15 ? -size : size;
+}
+
+// The new cells, and nothing else, are what the step wrote.
+void CheckAppend(const std::string& name, const Attention& a, const char* k_pool, size_t pool_bytes,
+                 Executor& executor) {
+  const PoolShape& pool = a.pool;
+  const int64_t item = a.pool_number == Number::kFloat32 ? 4 : 2, cell = pool.head_dim * item;
+  const size_t fresh_bytes = a.rows.rows * a.rows.query_tokens * pool.kv_heads * cell;
+  Array<char> fresh(new char[fresh_bytes]), k(new char[pool_bytes]), v(new char[pool_bytes]);
+  for (size_t i = 0; i < fresh_bytes; ++i) fresh[i] = static_cast<char>(i * 131 + 7);
+  std::memcpy(k.get(), k_pool, pool_bytes);
+  std::memcpy(v.get(), k_pool, pool_bytes);
+  Append append{pool, a.rows, a.layer, item, {k.get(), v.get()}, {fresh.get(), fresh.get()}};
+  RunAppend(append, executor);
+  Array<char> expected(new char[pool_bytes]);
+  std::memcpy(expected.get(), k_pool, pool_bytes);
+  for (int64_t row = 0; row < a.rows.rows; ++row) {
+    for (int64_t token = 0; token < a.rows.length[row]; ++token) {
+      const int64_t position = a.rows.start[row] + token;
+      const int64_t page = a.rows.table[row * a.rows.table_width + position / pool.page_tokens];
+      for (int64_t head = 0; head < pool.kv_heads; ++head) {
+        const int64_t target = (((a.layer * pool.pages + page) * pool.kv_heads + head) *
+                                    pool.page_tokens + position % pool.page_tokens) * cell;
+        const int64_t source =
+            ((row * a.rows.query_tokens + token) * pool.kv_heads + head) * cell;
+        std::memcpy(&expected[target], &fresh[source], cell);
+      }
+    }
+  }
+  if (std::memcmp(expected.get(), k.get(), pool_bytes) != 0 ||
+      std::memcmp(expected.get(), v.get(), pool_bytes) != 0) {
+    Fail(name + ": append wrote something else");
+  }
+}
+
+void CheckCase(const std::string& line, std::istream& file, const std::vector<Pool*>& pools) {
+  std::istringstream header(line);
+  std::string name;
+  int number;
+  Attention a;
+  PoolShape& pool = a.pool;
+  Rows& rows = a.rows;
+  header >> name >> number >> pool.layers >> pool.pages >> pool.kv_heads >> pool.page_tokens >>
+      pool.head_dim >> rows.rows >> rows.query_tokens >> rows.table_width >> a.layer >>
+      a.q_heads >> a.window >> a.scale >> a.softcap;
+  if (!header) Fail("the header " + line);
+  a.q_number = a.pool_number = static_cast<Number>(number);
+  const size_t item = a.q_number == Number::kFloat32 ? 4 : 2;
+  const size_t pool_bytes = pool.layers * pool.pages * pool.kv_heads * pool.page_tokens *
+                            pool.head_dim * item;
+  const size_t answers = rows.rows * rows.query_tokens * a.q_heads * pool.head_dim;
+  const auto k = Read<char>(file, pool_bytes), v = Read<char>(file, pool_bytes);
+  const auto q = Read<char>(file, answers * item);
+  const auto table = Read<int32_t>(file, rows.rows * rows.table_width);
+  const auto start = Read<int32_t>(file, rows.rows), length = Read<int32_t>(file, rows.rows);
+  const auto expected = Read<float>(file, answers);
+  if (!file) Fail(name + ": the file ends early");
+  rows.table = table.get(), rows.start = start.get(), rows.length = length.get();
+  a.k_pool = k.get(), a.v_pool = v.get(), a.q = q.get();
+
+  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
+  for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
+    jaxserve_set_isa_limit(level);
+    if (static_cast<int>(CurrentIsa()) != level) continue;
+    const Kernel& kernel = CurrentKernel();
+    if (WhyNotAttend(a, kernel)) continue;
+    Array<char> first;
+    for (Pool* executor : pools) {
+      Array<char> out(new char[answers * item]);
+      a.out = out.get();
+      RunAttention(a, kernel, *executor);
+      for (size_t i = 0; i < answers; ++i) {
+        const float got = AsFloat(out.get(), a.q_number, i);
+        const float most = tolerances[number] * (1 + std::fabs(expected[i]));
+        if (!(std::fabs(got - expected[i]) <= most)) {
+          std::ostringstream what;
+          what << name << " on level " << level << ": number " << i << " is " << got << ", not "
+               << expected[i];
+          Fail(what.str());
+        }
+      }
+      if (first && std::memcmp(first.get(), out.get(), answers * item) != 0) {
+        Fail(name + ": the number of threads changed a bit");
+      }
+      first = std::move(out);
+    }
+  }
+  for (Pool* executor : pools) CheckAppend(name, a, k.get(), pool_bytes, *executor);
+}
+
+// More loops at once than the pool has threads, some of them inside the pool's own tasks.
+void CheckLoopsShareThreads(Pool& pool) {
+  std::atomic<int64_t> sum{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 8; ++caller) {
+    callers.emplace_back([&] {
+      for (int turn = 0; turn < 200; ++turn) {
+        ParallelFor(pool, 7, [&](int64_t outer) {
+          if (outer == 3) ParallelFor(pool, 5, [&](int64_t inner) { sum += inner; });
+          sum += outer;
+        });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  if (sum != 8 * 200 * (21 + 10)) Fail("parallel loops");
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  std::ifstream file(arguments[1], std::ios::binary);
+  Pool one(1), two(2), five(5);
+  int cases = 0;
+  for (std::string line; std::getline(file, line); ++cases) {
+    CheckCase(line, file, {&one, &two, &five});
+  }
+  if (cases == 0) Fail(std::string("no case in ") + arguments[1]);
+  CheckLoopsShareThreads(two);
+  std::cout << cases << " cases\n";
+}

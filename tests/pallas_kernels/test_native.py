@@ -1,0 +1,250 @@
+"""The native kernels: equal to the reference on every instruction set, bit for bit in any company.
+
+What every implementation must do is in ``test_paged_attention``; this is what native adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import native
+from pallas_kernels.paged_attention import (
+    NULL_PAGE,
+    POOL_DTYPES,
+    Pools,
+    append,
+    paged_attention,
+)
+from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
+
+from .native_here import needs_native
+
+pytestmark = needs_native
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
+"""As in ``test_paged_attention``: float32 sums in another order, then one rounding."""
+
+BY_NAME = {case.name: case for case in CASES}
+compiled = jax.jit(paged_attention, static_argnames=("scale", "softcap", "implementation"))
+
+
+@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
+def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
+    """Each instruction set that this machine has, one after the other."""
+    native.limit_isa(request.param)
+    try:
+        if native.isa() is not request.param:
+            pytest.skip(f"this machine has no {request.param.name}")
+        yield request.param
+    finally:
+        native.limit_isa(max(native.Isa))
+
+
+def attend(case: Case, inputs: Inputs, implementation: str = "native") -> np.ndarray:
+    out = compiled(
+        *inputs,
+        layer=jnp.int32(LAYER),
+        scale=case.scale,
+        window=jnp.int32(case.window),
+        softcap=case.softcap,
+        implementation=implementation,
+    )
+    return np.asarray(out.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_native_equals_the_reference(case: Case, dtype: str, isa: native.Isa):
+    """Cells that no row sees hold NaN, infinities and huge numbers, so a leak of one shows."""
+    if dtype == "float16" and isa is native.Isa.PORTABLE:
+        pytest.skip("declined: see test_what_it_was_not_written_for_is_declined")
+    inputs = case.arrays(seed=0, dtype=dtype)
+    answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+    np.testing.assert_allclose(answer, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 112, 240])
+def test_every_head_dim_has_its_remainders(head_dim: int, isa: native.Isa):
+    """Vectors are summed four at a time, bfloat16 is unpacked in pairs: neither divides these."""
+    case = replace(BY_NAME["smollm2-chunk"], head_dim=head_dim, q_heads=8, kv_heads=1, window=37)
+    for dtype in ("float32", "bfloat16"):
+        inputs = case.arrays(seed=1, dtype=dtype)
+        answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+        np.testing.assert_allclose(answer, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_float32_queries_read_a_bfloat16_pool():
+    case = BY_NAME["smollm2-chunk"]
+    inputs = case.arrays(seed=2, dtype="bfloat16")
+    inputs = inputs._replace(q=inputs.q.astype(jnp.float32))
+    answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+    np.testing.assert_allclose(answer, reference, rtol=2e-6, atol=2e-6)
+
+
+LONG = replace(
+    BY_NAME["smollm2-chunk"],
+    name="long",
+    table_width=64,
+    query_tokens=24,
+    rows=tuple(Row(start, 24) for start in (0, 40, 239, 500, 1000, 1500, 1900, 2000)),
+)
+"""Rows of many parts: alone, one is cut over the threads; together, whole tiles are dealt out."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_row_has_the_same_bits_alone_and_in_company(dtype: str, window: int, isa: native.Isa):
+    case = replace(LONG, window=window)
+    inputs = case.arrays(seed=3, dtype=dtype)
+    together = attend(case, inputs)
+    for b in range(len(case.rows)):
+        row = slice(b, b + 1)
+        alone = inputs._replace(
+            q=inputs.q[row],
+            table=inputs.table[row],
+            start=inputs.start[row],
+            length=inputs.length[row],
+        )
+        np.testing.assert_array_equal(attend(case, alone)[0], together[b])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24])
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_query_has_the_same_bits_in_any_chunk(chunk: int, window: int, isa: native.Isa):
+    case = replace(LONG, window=window)
+    inputs = case.arrays(seed=4, dtype="float32")
+    whole = attend(case, inputs)
+    for first in range(0, 24, chunk):
+        real = min(chunk, 24 - first)
+        q = jnp.zeros((len(case.rows), chunk, *inputs.q.shape[2:]), inputs.q.dtype)
+        part = inputs._replace(
+            q=q.at[:, :real].set(inputs.q[:, first : first + real]),
+            start=inputs.start + first,
+            length=jnp.full_like(inputs.length, real),
+        )
+        np.testing.assert_array_equal(attend(case, part)[:, :real], whole[:, first : first + real])
+
+
+def test_the_same_call_has_the_same_bits_however_threads_share_it():
+    """Threads take parts as they come; the standalone program also varies how many there are."""
+    case = replace(LONG, rows=(Row(2000, 24),))
+    inputs = case.arrays(seed=5, dtype="float32")
+    first = attend(case, inputs)
+    for _ in range(50):
+        np.testing.assert_array_equal(attend(case, inputs), first)
+
+
+def test_a_token_that_is_not_finite_spoils_the_answers_that_see_it():
+    """The engine finds out by it: a sum that swallowed a NaN would answer with nonsense."""
+    case = replace(BY_NAME["tiny"], rows=(Row(20, 4),))
+    inputs = case.arrays(seed=6, dtype="float32")
+    page = LAYER * inputs.pools.pages + int(inputs.table[0, 1])
+    for name in ("k", "v"):
+        cells = getattr(inputs.pools, name).at[page, :, 3].set(jnp.nan)
+        spoiled = inputs._replace(pools=replace(inputs.pools, **{name: cells}))
+        assert np.isnan(attend(case, spoiled)).all(), name
+
+
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
+@pytest.mark.parametrize("query_tokens", [1, 7, 200])
+def test_append_writes_what_the_scatter_writes(dtype: str, query_tokens: int):
+    case = replace(
+        BY_NAME["smollm2-chunk"],
+        query_tokens=query_tokens,
+        # The last row runs past its table.
+        rows=(Row(30, query_tokens), Row(0, 0), Row(3, 1), Row(639, query_tokens)),
+        table_width=27,
+    )
+    inputs = case.arrays(seed=7, dtype=dtype)
+    table = inputs.table[:, :20]
+    new = inputs.q[:, :, :3].astype(jnp.float32), inputs.q[:, :, 3:6].astype(jnp.float32)
+    written: list[Pools] = [
+        append(
+            inputs.pools, *new, table, inputs.start, inputs.length, layer=LAYER, implementation=name
+        )
+        for name in ("native", "scatter")
+    ]
+    real = np.arange(inputs.pools.k.shape[0]) % inputs.pools.pages != NULL_PAGE
+    for name in ("k", "v"):
+        ours, theirs = (np.asarray(getattr(pools, name), np.float32)[real] for pools in written)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_devices_that_share_the_threads_do_not_wait_for_each_other():
+    """Eight devices run the kernel at once on a pool that has a thread for each core."""
+    case = replace(LONG, q_heads=24, kv_heads=8)
+    inputs = case.arrays(seed=8, dtype="float32")
+    heads, pool, rows = P(None, None, "tensor"), P(None, "tensor"), P()
+    specs = Inputs(heads, Pools(pool, pool, inputs.pools.pages), rows, rows, rows)  # pyright: ignore
+
+    @jax.jit
+    @partial(
+        jax.shard_map,
+        mesh=Mesh(np.array(jax.devices()[:8]), ("tensor",)),
+        in_specs=(specs,),
+        out_specs=heads,
+    )
+    def sharded(local: Inputs):
+        def layer(_: int, q: jax.Array) -> jax.Array:
+            out = paged_attention(
+                q, *local[1:], layer=LAYER, scale=case.scale, implementation="native"
+            )
+            return local.q + 0 * out
+
+        return paged_attention(
+            jax.lax.fori_loop(0, 20, layer, local.q),
+            *local[1:],
+            layer=LAYER,
+            scale=case.scale,
+            implementation="native",
+        )
+
+    np.testing.assert_array_equal(sharded(inputs), attend(case, inputs))
+
+
+def test_a_program_names_the_build_of_the_library_that_it_was_compiled_for():
+    """So the compilation cache misses when the library changes."""
+    case = BY_NAME["tiny"]
+    inputs = case.arrays(seed=0, dtype="float32")
+    lowered = compiled.lower(
+        *inputs, layer=jnp.int32(0), scale=1.0, implementation="native"
+    ).as_text()
+    loaded = native._load()
+    assert not isinstance(loaded, str)
+    assert f"jaxserve_paged_attention.{loaded[1]}" in lowered
+
+
+def declined(case: Case, dtype: str = "float32") -> str:
+    inputs = case.arrays(seed=0, dtype=dtype)
+    with pytest.raises(ExceptionGroup) as caught:
+        paged_attention(*inputs, layer=0, scale=1.0, implementation="native")
+    return str(caught.value.exceptions[0])
+
+
+def test_what_it_was_not_written_for_is_declined(monkeypatch: pytest.MonkeyPatch):
+    tiny = BY_NAME["tiny"]
+    assert declined(replace(tiny, head_dim=24)).startswith("head_dim must be a multiple of 16")
+    assert "got 272" in declined(replace(tiny, head_dim=272))
+    assert "129 query heads share" in declined(replace(tiny, q_heads=129, kv_heads=1))
+    native.limit_isa(native.Isa.PORTABLE)
+    try:
+        assert declined(tiny, "float16") == "float16 needs AVX2 at least"
+    finally:
+        native.limit_isa(max(native.Isa))
+    assert native.build_name().endswith(native.isa().name.lower())
+    missing = "the native kernels are not built: `make native`, or install with a C++ compiler"
+    monkeypatch.setattr(native, "_load", lambda: missing)
+    assert native.why_not() == missing
+    assert native.build_name() == "none"
+    assert declined(tiny) == missing
+    inputs = tiny.arrays(seed=0, dtype="float32")
+    paged_attention(*inputs, layer=0, scale=1.0)
