@@ -10,6 +10,7 @@ The main thread only watches; the engine and the port have threads of their own.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from jaxserve.errors import GroupError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread, port_problem
 from jaxserve.launch import OnLost, Report, Service, build, follow, silent
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """How late a signal or a failure may be noticed."""
@@ -106,7 +109,9 @@ def serve(
         server = ServerThread(service.text, service.info, server_config)
         try:
             address = server.start()
-        except LaunchError:
+        except LaunchError as error:
+            if service.group is not None:
+                service.group.close(str(error))
             service.close()
             raise
         signals.ready = True
@@ -160,7 +165,12 @@ def serve_follower(
         nonlocal left_to_host_0
         if not is_ready or left_to_host_0:
             before_ready(number)
+            return
         left_to_host_0 = True
+        logger.warning(
+            "%s is left to host 0, which ends the group when it stops; a second one ends it now",
+            signal.Signals(number).name,
+        )
 
     def ready(seconds: float) -> None:
         nonlocal is_ready

@@ -196,6 +196,14 @@ def test_what_is_there_is_never_replaced_and_nothing_is_loaded_before(
         convert(config("dummy:no-such-model", tmp_path), out)
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"out cannot be written: Not a directory; check the"):
+        convert(config("dummy:no-such-model", tmp_path), tmp_path / "file" / "out")
+
+
 def test_a_model_or_mesh_that_cannot_be_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="nope"):
         convert(config("dummy:nope", tmp_path), tmp_path / "out")

@@ -14,7 +14,7 @@ import pytest
 
 import jaxserve.serve as lifecycle
 from jaxserve import Client
-from jaxserve.config import ServeConfig
+from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import EngineDeadError, JaxserveError, LaunchError
 from jaxserve.frontend.client import RetryPolicy
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -194,9 +194,11 @@ def test_a_port_taken_while_the_model_compiled_closes_the_service(
     monkeypatch.setattr(lifecycle, "check_port", lambda config: None)
     built: list[Service] = []
     build = lifecycle.build
+    group = FakeGroup()
 
     def building(*args: Any, **kwargs: Any) -> Service:
         built.append(build(*args, **kwargs))
+        built[-1].group = group  # pyright: ignore[reportAttributeAccessIssue]
         return built[-1]
 
     monkeypatch.setattr(lifecycle, "build", building)
@@ -206,3 +208,39 @@ def test_a_port_taken_while_the_model_compiled_closes_the_service(
             serve(tiny_config(), config, on_ready=lambda *_: None, before_ready=never)
     assert built[0].engine.draining
     assert built[0].runner.params is None
+    assert "cannot listen on" in group.goodbyes[0], "before an orderly one: followers exit with 1"
+
+
+class FakeGroup:
+    """Keeps what the other hosts would be told at the end."""
+
+    def __init__(self) -> None:
+        self.goodbyes: list[str] = []
+
+    def close(self, failure: str = "") -> None:
+        self.goodbyes.append(failure)
+
+
+def test_a_follower_leaves_the_first_signal_to_host_0_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    early: list[int] = []
+    seen: list[list[int]] = []
+
+    def following(*args: Any, on_ready: Callable[[float], None], **kwargs: Any) -> None:
+        on_ready(1.0)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            seen.append(list(early))
+
+    monkeypatch.setattr(lifecycle, "follow", following)
+    ended = lifecycle.serve_follower(
+        tiny_config(),
+        GroupConfig(hosts=2, host_id=1, coordinator="127.0.0.1:1"),
+        on_ready=lambda seconds: None,
+        before_ready=early.append,
+        on_lost=lambda error: None,
+    )
+    assert ended.failure is None
+    assert seen == [[], [signal.SIGTERM]]
+    assert caplog.messages[0].startswith("SIGTERM is left to host 0, which ends the group when it")

@@ -52,10 +52,27 @@ def check_new(path: Path) -> None:
     """Finds out that ``save`` would refuse a path before anything is loaded.
 
     Raises:
-        CheckpointError: it exists.
+        CheckpointError: it exists, or nothing can be written there.
     """
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path} exists already; remove it or save under another name")
+    partial = _partial(path)
+    try:
+        partial.mkdir(parents=True)
+        partial.rmdir()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written: {error.strerror or error}; check the path, its permissions and "
+        "the disk's free space"
+    )
 
 
 def save(
@@ -82,7 +99,7 @@ def save(
     """
     path = path.absolute()
     check_new(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = _partial(path)
 
     def save_args(axes: Split) -> ocp.SaveArgs:
         return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes.axes)
@@ -103,10 +120,7 @@ def save(
         (partial / MARKER).write_text(json.dumps(document, indent=1), "utf-8")
         partial.rename(path)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}; check the disk's free space and "
-            "the permissions"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
