@@ -486,6 +486,62 @@ def test_who_asks_late_hears_of_a_loss_too(groups: list[Group]) -> None:
     assert "host 1 (here) was lost" in str(heard[0])
 
 
+class Between:
+    """A lock; what is to happen after it was first let go happens then."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._todo = [happens]
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        while self._todo:
+            self._todo.pop()()
+
+
+def test_who_asks_while_the_group_fails_hears_of_it_once() -> None:
+    heard: list[GroupError] = []
+    group = Group(configs(2)[0], "127.0.0.1")
+    between: Any = Between(lambda: group.tell(heard.append))
+    group._lock = between
+    error = group.fail(GroupError("it burns"))
+    assert heard == [error]
+
+
+def test_who_asks_late_hears_of_goodbye_and_of_no_loss_after_it(groups: list[Group]) -> None:
+    groups[0].close()
+    with pytest.raises(GroupGoodbye):
+        groups[1].others[0].expect("agreement")
+    heard: list[GroupError] = []
+    groups[1].tell(heard.append)
+    groups[1].fail(GroupError("the link of host 0 is closed"))
+    assert [type(error) for error in heard] == [GroupGoodbye]
+
+
+class ToldMeanwhile(Future[None]):
+    """Looks open to whoever asks, and is not."""
+
+    def done(self) -> bool:
+        return False
+
+
+def test_a_loss_that_is_told_twice_at_once_fails_nobody(groups: list[Group]) -> None:
+    failures: list[Exception] = []
+    leader = LeaderRunner(
+        CountingRunner(EngineSizes(**SIZES).shape, num_pages=8, page_tokens=4),
+        groups[0],
+        EngineSizes(**SIZES).shape,
+    )
+    leader._lost = ToldMeanwhile()
+    leader._lost.set_exception(FatalStepError("host 1 was lost"))
+    leader.watch_group(failures.append)
+    groups[0].fail(GroupError("host 2 was lost"))
+    assert [str(error) for error in failures] == ["host 2 was lost"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
