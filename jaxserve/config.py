@@ -155,6 +155,7 @@ class GroupConfig:
 
     def _checks(self) -> list[tuple[bool, str]]:
         host, _, port = self.coordinator.rpartition(":")
+        written = _is_name(host) and port.isdecimal() and 0 < int(port) < 65536
         return [
             (1 <= self.hosts <= 1024, f"hosts is {self.hosts}; choose 1 to 1024"),
             (
@@ -167,8 +168,13 @@ class GroupConfig:
                 f"coordinator is empty; with --hosts {self.hosts} give HOST:PORT of host 0",
             ),
             (
-                not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 65536),
+                not self.coordinator or written,
                 f"coordinator is {self.coordinator!r}; write HOST:PORT, such as 10.0.0.1:8476",
+            ),
+            (
+                not is_unspecified(host.strip("[]")),
+                f"coordinator is {self.coordinator!r}, which no other host can reach; give an "
+                "address of host 0",
             ),
             (
                 self.join_timeout_s > 0,
@@ -194,10 +200,30 @@ class GroupConfig:
 
 def is_loopback(host: str) -> bool:
     """Whether an address or name reaches this machine only."""
+    address = _ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether it stands for every address of a machine, and so for none that others reach."""
+    address = _ip_address(host)
+    return address is not None and address.is_unspecified
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_name(host: str) -> bool:
+    """Whether it can be looked up at all."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:

@@ -45,10 +45,12 @@ def configure_jax(config: ServeConfig) -> None:
     """Selects the devices and the persistent compilation cache. Before JAX is used, if possible.
 
     Raises:
-        ConfigError: the device is unknown, or JAX was initialised with others already.
+        ConfigError: the device is unknown, JAX was initialised with others already, or there can be
+            no cache.
     """
     kind, _, count = config.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (count and not (kind == "cpu" and count.isdecimal())):
+    simulated = kind == "cpu" and count.isdecimal() and int(count) > 0
+    if kind not in ("auto", "cpu", "cuda") or (count and not simulated):
         raise ConfigError(
             f"device is {config.device!r}; choose auto, cpu, cpu:N (N simulated devices) or cuda"
         )
@@ -62,7 +64,13 @@ def configure_jax(config: ServeConfig) -> None:
                     f"{len(jax.devices('cpu'))} CPU devices; restart the process"
                 ) from None
     directory = config.cache_dir / "xla"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--cache-dir {config.cache_dir}: cannot make {directory}: {error.strerror}; give a "
+            "directory that can be written"
+        ) from error
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # Defaults leave out programs that compile in under a second, which most of a small model's do.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -93,7 +93,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
     whose members talk in every layer, stays within one host while it fits.
 
     Raises:
-        MeshShapeError: The shape needs more devices than there are, or hosts cannot share it.
+        MeshShapeError: The shape needs more devices than there are, hosts cannot share it, or a
+            tensor group would cross hosts though it fits in one.
     """
     if shape.devices > len(devices):
         there = len(devices)
@@ -113,9 +114,21 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device]) -> Mesh:
             f"each, and the smallest host has {fewest}: use a multiple of {count} up to "
             f"{fewest * count}"
         )
+    if shape.tensor <= fewest and share % shape.tensor:
+        raise _split_group(shape, len(by_host), share, fewest)
     ordered = [device for own in by_host.values() for device in own[:share]]
     grid = np.array(ordered, dtype=object).reshape(shape.data, shape.tensor)
     return Mesh(grid, AXES)
+
+
+def _split_group(shape: MeshShape, hosts: int, share: int, fewest: int) -> MeshShapeError:
+    least, most = (f"{hosts * groups}x{shape.tensor}" for groups in (1, fewest // shape.tensor))
+    fits = least if least == most else f"data in multiples of {hosts}, from {least} to {most}"
+    return MeshShapeError(
+        f"mesh {shape} over {hosts} hosts takes {share} devices of each, which splits a tensor "
+        f"group of {shape.tensor} between hosts, and the smallest host has {fewest}, so it fits in "
+        f"one: use {fits}, or fewer hosts"
+    )
 
 
 def _is_count(text: str) -> bool:

@@ -65,10 +65,21 @@ def test_buckets_cover_what_was_asked_for() -> None:
     assert score_buckets(prefill_buckets(16)) == ((1, 16),)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:2", "cpu:x"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:2", "cpu:x", "cpu:0"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match="choose auto, cpu, cpu:N"):
         configure_jax(config(device=device))
+
+
+def test_a_cache_that_cannot_be_made_is_refused_with_the_flag(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError) as caught:
+        configure_jax(config(cache_dir=file))
+    assert str(caught.value) == (
+        f"--cache-dir {file}: cannot make {file}/xla: Not a directory; give a directory that can "
+        "be written"
+    )
 
 
 def test_a_device_that_is_not_there_is_refused_with_the_way_out() -> None:

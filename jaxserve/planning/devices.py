@@ -160,8 +160,9 @@ def device_facts(name: str) -> DeviceFacts:
         ConfigError: there is no such device; the message lists the names.
     """
     kind, colon, count = name.lower().partition(":")
+    is_count = count.isdecimal() and int(count) > 0
     for facts in DEVICES:
-        if facts.name == kind and (not colon or (facts.simulated and count.isdecimal())):
+        if facts.name == kind and (not colon or (facts.simulated and is_count)):
             return facts
     raise ConfigError(
         f"device is {name!r}, of which nothing is known; choose {', '.join(device_names())}, or "

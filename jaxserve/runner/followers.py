@@ -20,7 +20,14 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    InvalidStateError,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -34,7 +41,7 @@ from jaxserve.runner.group import Group, GroupGoodbye, Member
 
 DIGEST_BYTES = 16
 MAX_STEPS_APART = 64
-"""Digests that are kept until every follower has sent its own."""
+"""Steps whose digests host 0 keeps; a follower may not report later than that."""
 CAUSE_PATIENCE_S = 2.0
 """A step that fails because a host died may fail before the loss is known; then it is waited for,
 so that the error can name the host."""
@@ -147,7 +154,7 @@ class LeaderRunner:
         self._lost: Future[None] = Future()
         self._lock = threading.Lock()
         self._digests: OrderedDict[int, bytes] = OrderedDict()
-        """This host's, by step, until every follower has sent its own."""
+        """This host's, of the last ``MAX_STEPS_APART`` steps."""
         self._theirs: dict[int, dict[int, bytes]] = {}
         """Digests that came before this host's own, by step and host."""
         self._reported = dict.fromkeys((member.host_id for member in group.others), 0)
@@ -159,7 +166,7 @@ class LeaderRunner:
 
         def lose(error: GroupError) -> None:
             fatal = FatalStepError(str(error))
-            if not self._lost.done():
+            with suppress(InvalidStateError):  # Somebody else has told it.
                 self._lost.set_exception(fatal)
             fail(fatal)
 

@@ -74,6 +74,8 @@ class Group:
         """What ended the group."""
         self._lock = threading.Lock()
         self._closed = False
+        self._end: GroupError | None = None
+        """What ``on_lost`` has heard: a failure, or goodbye."""
 
     @property
     def leads(self) -> bool:
@@ -81,12 +83,12 @@ class Group:
         return self.config.host_id == 0
 
     def tell(self, on_lost: Callable[[GroupError], None]) -> None:
-        """Has ``on_lost`` called when the group fails, or at once if it has."""
+        """Has ``on_lost`` called when the group ends, or at once if it has."""
         with self._lock:
             self.on_lost = on_lost
-            failure = self.failure
-        if failure is not None:
-            on_lost(failure)
+            end = self._end
+        if end is not None:
+            on_lost(end)
 
     def agree(self, name: str, value: int) -> int:
         """Returns the smallest of every host's values; every host has to ask in the same order.
@@ -176,8 +178,10 @@ class Group:
         """The other side ends; without a failure only host 0 may, for all."""
         if not failure and not self.leads:
             goodbye = GroupGoodbye()
+            with self._lock:
+                on_lost = self._end_with(goodbye)
             member.inbox.put(goodbye)
-            self.on_lost(goodbye)
+            on_lost(goodbye)
             member.link.close()
             return
         self.fail(GroupError(failure or f"{member} was stopped"), member)
@@ -196,11 +200,19 @@ class Group:
             first = self.failure is None and not self._closed
             if first:
                 self.failure = error
+            on_lost = self._end_with(error) if first else None
         if member is not None:
             member.inbox.put(error)
-        if first:
-            self.on_lost(error)
+        if on_lost is not None:
+            on_lost(error)
         return self.failure or error
+
+    def _end_with(self, error: GroupError) -> Callable[[GroupError], None]:
+        """Whom to tell, under the lock: whoever asks later hears of it from ``tell``."""
+        if self._end is not None:
+            return lambda error: None
+        self._end = error
+        return self.on_lost
 
 
 class GroupGoodbye(GroupError):

@@ -20,6 +20,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -54,7 +55,8 @@ class Link:
             connection: connected; the link owns it from here on.
             secret: known to every host of the group.
             leads: whether this side is host 0.
-            timeout_s: silence that counts as loss.
+            timeout_s: silence that counts as loss. The greeting, which ends with the other side's
+                first message, may take as long in all.
 
         Raises:
             GroupError: the other side speaks another version, or nothing of this kind.
@@ -66,6 +68,8 @@ class Link:
         self._sent = self._received = 0
         self._most_bytes = MAX_HELLO_BYTES
         self._closed = threading.Event()
+        self._greeted_by: float | None = time.monotonic() + timeout_s
+        """None once the peer has shown that it knows the secret."""
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(timeout_s)
@@ -116,7 +120,10 @@ class Link:
         if not hmac.compare_digest(code, expected):
             raise GroupError("a message's code is wrong: is the group's secret the same here?")
         self._received += 1
-        self._most_bytes = MAX_FRAME_BYTES
+        if self._greeted_by is not None:
+            self._greeted_by = None
+            self._most_bytes = MAX_FRAME_BYTES
+            self._socket.settimeout(self._timeout_s)
         try:
             return pb.Envelope.FromString(data)
         except DecodeError as error:
@@ -138,10 +145,10 @@ class Link:
                     message = self.receive()
                     if message.WhichOneof("body") != "heartbeat":
                         on_message(message)
-            except GroupError as error:
+            except Exception as error:
                 if not self._closed.is_set():
                     self._closed.set()
-                    on_lost(error)
+                    on_lost(_lost_by(error))
 
         def beat() -> None:
             message = pb.Envelope(heartbeat=pb.Heartbeat())
@@ -163,6 +170,12 @@ class Link:
     def _receive(self, count: int) -> bytes:
         parts = bytearray()
         while len(parts) < count:
+            if self._greeted_by is not None:
+                # A stranger that sends a byte now and then must not hold the place of a host.
+                left_s = self._greeted_by - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError("timed out")
+                self._socket.settimeout(left_s)
             part = self._socket.recv(min(count - len(parts), 2**20))
             if not part:
                 raise ConnectionResetError("the other side closed the connection")
@@ -187,6 +200,14 @@ def _read_preamble(data: bytes) -> bytes:
             "install one version of jaxserve on every host"
         )
     return nonce
+
+
+def _lost_by(error: Exception) -> GroupError:
+    if isinstance(error, GroupError):
+        return error
+    lost = GroupError(f"a message could not be taken: {type(error).__name__}: {error}")
+    lost.__cause__ = error
+    return lost
 
 
 def _describe(error: OSError, timeout_s: float) -> str:

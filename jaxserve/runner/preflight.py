@@ -6,6 +6,7 @@
     Peers ──>                                  tries to reach every other host
         <── PeersReached
     Verdict ──> every problem of every host, or where the device runtime meets
+    Goodbye ──> instead, if every problem is one that may pass by itself
 
 All of this is before weights are read. The links stay open: they are the group's (``group.py``).
 """
@@ -21,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxserve.config import GroupConfig
+from jaxserve.config import GroupConfig, is_loopback, is_unspecified
 from jaxserve.errors import ConfigError, GroupError
 from jaxserve.internal.v1 import group_pb2 as pb
 from jaxserve.runner.group import Group, Member
@@ -66,18 +67,23 @@ def lead(config: GroupConfig, host: HostFacts, say: Say) -> Group:
         say: told what is being waited for.
 
     Raises:
-        GroupError: a host did not come or was lost.
+        GroupError: a host did not come or was lost, or nothing is wrong but clocks and the network
+            between hosts, which may be mended without a change here.
         ConfigError: with every problem of every host; they hear the same.
     """
     address, port = config.coordinator_address
     group = Group(config, address)
     try:
         with _listen(address, port) as listener:
-            problems = _gather(group, host, listener, say)
-            problems += _reach(group, listener)
+            _refuse_unspecified(config, _own_address(listener))
+            mistakes, troubles = _gather(group, host, listener, say)
+            troubles += _reach(group, listener)
+        if troubles and not mistakes:
+            raise GroupError("; ".join(troubles))
     except GroupError as error:
         group.close(str(error))
         raise
+    problems = mistakes + troubles
     runtime = f"{_bracketed(address)}:{_free_port(address)}"
     group.broadcast(pb.Envelope(verdict=pb.Verdict(problems=problems, runtime_address=runtime)))
     if problems:
@@ -87,9 +93,15 @@ def lead(config: GroupConfig, host: HostFacts, say: Say) -> Group:
     return group
 
 
-def _gather(group: Group, host: HostFacts, listener: socket.socket, say: Say) -> list[str]:
+def _gather(
+    group: Group, host: HostFacts, listener: socket.socket, say: Say
+) -> tuple[list[str], list[str]]:
+    """Waits for every host; returns what somebody has to change, and what may pass by itself."""
     config = group.config
-    problems: list[str] = []
+    address = _own_address(listener)
+    hint = _loopback_hint(config, address)
+    mistakes: list[str] = []
+    troubles: list[str] = []
     greeted = queue.SimpleQueue[tuple[Link, pb.Hello, float] | GroupError]()
     strangers = threading.Semaphore(MAX_STRANGERS)
     start = time.monotonic()
@@ -105,11 +117,11 @@ def _gather(group: Group, host: HostFacts, listener: socket.socket, say: Say) ->
             raise GroupError(
                 f"{_hosts(missing)} did not join within --join-timeout-s "
                 f"{config.join_timeout_s:g}; start jaxserve there with --coordinator "
-                f"{config.coordinator} --hosts {config.hosts} and its --host-id"
+                f"{config.coordinator} --hosts {config.hosts} and its --host-id{hint}"
             )
         if waited_s > NOTE_AFTER_S and not noted:
             noted = True
-            say(f"waiting for {_hosts(missing)} to join at {config.coordinator}")
+            say(f"waiting for {_hosts(missing)} to join at {config.coordinator}{hint}")
         with suppress(TimeoutError):
             connection, _ = listener.accept()
             if strangers.acquire(blocking=False):
@@ -134,8 +146,10 @@ def _gather(group: Group, host: HostFacts, listener: socket.socket, say: Say) ->
             missing.remove(hello.host_id)
             member = Member(hello.host_id, hello.host_name, link, hello.probe_address)
             group.add(member)
-            problems += compare(member, hello, host, config, now)
-    return problems
+            mistakes += compare(member, hello, host)
+            mistakes += compare_machines(member, hello, host, config, address)
+            troubles += compare_clocks(member, hello, now)
+    return mistakes, troubles
 
 
 def _greet(
@@ -157,36 +171,43 @@ def _greet(
         strangers.release()
 
 
-def compare(
-    member: Member, hello: pb.Hello, host: HostFacts, config: GroupConfig, now: float
-) -> list[str]:
+def compare(member: Member, hello: pb.Hello, host: HostFacts) -> list[str]:
     """Says what a host has that it should not have, or lacks.
 
     Args:
         member: names it.
         hello: what it said.
         host: host 0, whose facts count.
-        config: of the group.
-        now: host 0's clock when that was heard.
     """
-    problems = [
+    return [
         f"{member}: {name} is {theirs or 'not given'} and should be {ours or 'not given'}, as on "
         f"host 0 ({host.name})"
         for name in sorted({*host.facts, *hello.facts})
         if (theirs := hello.facts.get(name, "")) != (ours := host.facts.get(name, ""))
     ]
+
+
+def compare_machines(
+    member: Member, hello: pb.Hello, host: HostFacts, config: GroupConfig, address: str
+) -> list[str]:
+    """Says so if a host of another machine has come to loopback; ``address`` is host 0's."""
+    if not is_loopback(address) or hello.machine_id == host.machine_id:
+        return []
+    return [
+        f"{member}: runs on another machine, and --coordinator {config.coordinator} is "
+        "loopback; give an address of host 0 that every host reaches"
+    ]
+
+
+def compare_clocks(member: Member, hello: pb.Hello, now: float) -> list[str]:
+    """Says how far a clock is away; ``now`` is host 0's when the hello was heard."""
     ahead_s = hello.unix_seconds - now
-    if abs(ahead_s) > MAX_CLOCK_DIFFERENCE_S:
-        problems.append(
-            f"{member}: its clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'} "
-            f"and should be within {MAX_CLOCK_DIFFERENCE_S:g} s of host 0's; synchronise them"
-        )
-    if config.is_local and hello.machine_id != host.machine_id:
-        problems.append(
-            f"{member}: runs on another machine, and --coordinator {config.coordinator} is "
-            "loopback; give an address of host 0 that every host reaches"
-        )
-    return problems
+    if abs(ahead_s) <= MAX_CLOCK_DIFFERENCE_S:
+        return []
+    return [
+        f"{member}: its clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'} "
+        f"and should be within {MAX_CLOCK_DIFFERENCE_S:g} s of host 0's; synchronise them"
+    ]
 
 
 def _reach(group: Group, listener: socket.socket) -> list[str]:
@@ -206,7 +227,7 @@ def join(config: GroupConfig, host: HostFacts, say: Say) -> Group:
     """Joins the group of host 0.
 
     Raises:
-        GroupError: host 0 cannot be reached or was lost.
+        GroupError: host 0 cannot be reached, was lost, or lets nobody in for what may pass.
         ConfigError: the hosts do not fit together.
     """
     connection = _connect(config, say)
@@ -250,12 +271,9 @@ def join(config: GroupConfig, host: HostFacts, say: Say) -> Group:
 def _connect(config: GroupConfig, say: Say) -> socket.socket:
     start = time.monotonic()
     noted = False
-    hint = ""
-    if config.is_local:
-        hint = (
-            f"; {config.coordinator} is loopback and reaches this machine only: if host 0 is "
-            "another machine, give its address"
-        )
+    found = _look_up(config.coordinator_address[0])
+    _refuse_unspecified(config, found)
+    hint = _loopback_hint(config, found)
     while True:
         try:
             return socket.create_connection(config.coordinator_address, PROBE_TIMEOUT_S)
@@ -314,6 +332,34 @@ def _listen(address: str, port: int) -> socket.socket:
 def _free_port(address: str) -> int:
     with _listen(address, 0) as listener:
         return int(listener.getsockname()[1])
+
+
+def _look_up(host: str) -> str:
+    """The address that a name stands for here; the name itself while it stands for none."""
+    with suppress(OSError):
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    return host
+
+
+def _refuse_unspecified(config: GroupConfig, address: str) -> None:
+    if is_unspecified(address):
+        raise ConfigError(
+            f"--coordinator {config.coordinator} is {address}, which no other host can reach; give "
+            "an address of host 0"
+        )
+
+
+def _loopback_hint(config: GroupConfig, address: str) -> str:
+    if not is_loopback(address):
+        return ""
+    return (
+        f"; {config.coordinator} is loopback and reaches this machine only: with several machines, "
+        "give host 0's address"
+    )
+
+
+def _own_address(listener: socket.socket) -> str:
+    return str(listener.getsockname()[0])
 
 
 def _address_of(listener: socket.socket) -> str:

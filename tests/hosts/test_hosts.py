@@ -29,7 +29,7 @@ from jaxserve.launch import _make_runner
 from jaxserve.models.decoder import Model
 from jaxserve.models.presets import preset
 from jaxserve.resolve import configure_jax, resolve
-from sharding import make_mesh, parse_mesh
+from sharding import MeshShapeError, make_mesh, parse_mesh
 from tests.agreement.ways import STYLES, ask_together, make_service, requests
 from tests.hosts.group_process import MODEL, PROVE, SIZES, HostGroup, prove
 from tests.runner.test_mesh import GROUPS
@@ -166,6 +166,12 @@ def test_a_tensor_group_crosses_hosts_only_where_it_must(
     ]
     rows = make_mesh(shape, devices[::-1]).devices.tolist()
     assert [{device.process_index for device in row} for row in rows] == hosts_of_group
+
+
+def test_a_mesh_whose_tensor_group_would_cross_hosts_needlessly_is_refused() -> None:
+    devices = [DeviceOfHost(number, number // 8) for number in range(16)]
+    with pytest.raises(MeshShapeError, match="use data in multiples of 2, from 2x4 to 4x4"):
+        make_mesh(parse_mesh("3x4"), devices)
 
 
 def test_what_programs_exchange_runs_along_tensor_groups(cache_dir: Path) -> None:

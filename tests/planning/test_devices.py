@@ -25,7 +25,7 @@ def test_simulated_devices_are_cpus() -> None:
     assert device_facts("cpu:8") is device_facts("cpu")
 
 
-@pytest.mark.parametrize("name", ["b300", "h200:8", "cpu:", "cpu:many", "cuda"])
+@pytest.mark.parametrize("name", ["b300", "h200:8", "cpu:", "cpu:0", "cpu:many", "cuda"])
 def test_an_unknown_device_is_refused_with_the_names(name: str) -> None:
     with pytest.raises(ConfigError, match=r"of which nothing is known; choose h200, h100, .*cpu:N"):
         device_facts(name)

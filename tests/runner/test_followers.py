@@ -22,9 +22,10 @@ from jaxserve.engine.step import StepInputs
 from jaxserve.engine.stream import ThreadWaker
 from jaxserve.errors import ConfigError, EngineDeadError, GroupError
 from jaxserve.internal.v1 import group_pb2 as pb
+from jaxserve.runner import preflight
 from jaxserve.runner.followers import LeaderRunner, LineMirror, follow_steps
 from jaxserve.runner.group import Group, GroupGoodbye
-from jaxserve.runner.preflight import HostFacts, compare, join, lead, probe
+from jaxserve.runner.preflight import HostFacts, compare_clocks, join, lead, probe
 from jaxserve.testing import CountingRunner, EngineSizes, expected_tokens
 from tests.agreement.ways import events_of, tokens_of
 
@@ -351,8 +352,10 @@ def test_a_message_that_is_not_due_is_refused(groups: list[Group]) -> None:
         groups[0].agree("pages", 1)
 
 
-def both_refused(leader: HostFacts, follower: HostFacts) -> str:
-    first, second = configs(2)
+def refusals(
+    leader: HostFacts, follower: HostFacts, kind: type[Exception], **values: Any
+) -> list[str]:
+    first, second = configs(2, **values)
     with ThreadPoolExecutor(2) as pool:
         ends = [
             pool.submit(lead, first, leader, say_nothing),
@@ -360,9 +363,14 @@ def both_refused(leader: HostFacts, follower: HostFacts) -> str:
         ]
         messages = []
         for end in ends:
-            with pytest.raises(ConfigError) as caught:
+            with pytest.raises(kind) as caught:
                 end.result(PATIENCE_S)
             messages.append(str(caught.value))
+    return messages
+
+
+def both_refused(leader: HostFacts, follower: HostFacts, **values: Any) -> str:
+    messages = refusals(leader, follower, ConfigError, **values)
     assert messages[0] == messages[1], "both hosts say the same"
     return messages[0]
 
@@ -380,14 +388,57 @@ def test_a_loopback_coordinator_is_for_one_machine() -> None:
     elsewhere = HostFacts("there", "another machine", facts().facts)
 
     assert "loopback; give an address of host 0" in both_refused(facts(), elsewhere)
+    same_by_name = f"127.1:{free_port()}"
+    message = both_refused(facts(), elsewhere, coordinator=same_by_name)
+    assert f"--coordinator {same_by_name} is loopback; give an address" in message
+
+
+@pytest.mark.parametrize("run", [lead, join])
+def test_a_name_for_every_address_is_no_coordinator(run: Callable[..., Group]) -> None:
+    config = configs(2, coordinator=f"0:{free_port()}")[0 if run is lead else 1]
+    with pytest.raises(ConfigError, match=r"is 0\.0\.0\.0, which no other host can reach"):
+        run(config, facts(), say_nothing)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"), [(lead, "cannot listen at"), (join, "host 0 cannot be reached at")]
+)
+def test_a_name_that_stands_for_nothing_is_told(run: Callable[..., Group], message: str) -> None:
+    here = configs(2, coordinator="nowhere.invalid:8476", join_timeout_s=0.1)
+    with pytest.raises(GroupError, match=f"{message} nowhere.invalid:8476: "):
+        run(here[0 if run is lead else 1], facts(), say_nothing)
+
+
+def test_what_may_pass_by_itself_is_no_mistake_of_the_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a supervisor tries again; see ``--restart``."""
+    monkeypatch.setattr(preflight, "MAX_CLOCK_DIFFERENCE_S", -1.0)
+    ours, theirs = refusals(facts(), facts(), GroupError)
+    assert "host 1 (here): its clock is" in ours
+    assert theirs == f"host 0 did not let host 1 in: {ours}; its log says why"
+
+    monkeypatch.setattr(preflight, "MAX_CLOCK_DIFFERENCE_S", 30.0)
+    monkeypatch.setattr(preflight, "probe", lambda addresses, host_id: [f"{host_id} reaches none"])
+    ours, theirs = refusals(facts(), facts(), GroupError)
+    assert ours == "0 reaches none; 1 reaches none"
+    assert ours in theirs
+
+
+def test_a_mistake_among_what_may_pass_is_told_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "probe", lambda addresses, host_id: [f"{host_id} reaches none"])
+    message = both_refused(facts(), facts(jax="2"))
+    assert message == (
+        "host 1 (here): jax is 2 and should be 1, as on host 0 (here); 0 reaches none; "
+        "1 reaches none"
+    )
 
 
 @pytest.mark.parametrize(("ahead_s", "word"), [(45.0, "ahead"), (-45.0, "behind")])
 def test_a_clock_that_is_wrong_is_told(ahead_s: float, word: str, groups: list[Group]) -> None:
-    (config, _) = configs(2)
-    hello = pb.Hello(facts=facts().facts, unix_seconds=1000 + ahead_s, machine_id="machine")
+    hello = pb.Hello(unix_seconds=1000 + ahead_s)
 
-    assert compare(groups[0].others[0], hello, facts(), config, 1000.0) == [
+    assert compare_clocks(groups[0].others[0], hello, 1000.0) == [
         f"host 1 (here): its clock is 45 s {word} and should be within 30 s of host 0's; "
         "synchronise them"
     ]
@@ -399,8 +450,9 @@ def test_hosts_that_do_not_come_are_named() -> None:
         lead(config, facts(), say_nothing)
 
 
-def test_a_coordinator_that_is_not_there_is_told_with_the_remedy() -> None:
-    (_, config) = configs(2, join_timeout_s=0.3)
+@pytest.mark.parametrize("name", ["127.0.0.1", "127.1"])
+def test_a_coordinator_that_is_not_there_is_told_with_the_remedy(name: str) -> None:
+    (_, config) = configs(2, coordinator=f"{name}:{free_port()}", join_timeout_s=0.3)
     with pytest.raises(GroupError, match=r"cannot be reached at .* is loopback and reaches this"):
         join(config, facts(), say_nothing)
 
@@ -486,6 +538,62 @@ def test_who_asks_late_hears_of_a_loss_too(groups: list[Group]) -> None:
     assert "host 1 (here) was lost" in str(heard[0])
 
 
+class Between:
+    """A lock; what is to happen after it was first let go happens then."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._todo = [happens]
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        while self._todo:
+            self._todo.pop()()
+
+
+def test_who_asks_while_the_group_fails_hears_of_it_once() -> None:
+    heard: list[GroupError] = []
+    group = Group(configs(2)[0], "127.0.0.1")
+    between: Any = Between(lambda: group.tell(heard.append))
+    group._lock = between
+    error = group.fail(GroupError("it burns"))
+    assert heard == [error]
+
+
+def test_who_asks_late_hears_of_goodbye_and_of_no_loss_after_it(groups: list[Group]) -> None:
+    groups[0].close()
+    with pytest.raises(GroupGoodbye):
+        groups[1].others[0].expect("agreement")
+    heard: list[GroupError] = []
+    groups[1].tell(heard.append)
+    groups[1].fail(GroupError("the link of host 0 is closed"))
+    assert [type(error) for error in heard] == [GroupGoodbye]
+
+
+class ToldMeanwhile(Future[None]):
+    """Looks open to whoever asks, and is not."""
+
+    def done(self) -> bool:
+        return False
+
+
+def test_a_loss_that_is_told_twice_at_once_fails_nobody(groups: list[Group]) -> None:
+    failures: list[Exception] = []
+    leader = LeaderRunner(
+        CountingRunner(EngineSizes(**SIZES).shape, num_pages=8, page_tokens=4),
+        groups[0],
+        EngineSizes(**SIZES).shape,
+    )
+    leader._lost = ToldMeanwhile()
+    leader._lost.set_exception(FatalStepError("host 1 was lost"))
+    leader.watch_group(failures.append)
+    groups[0].fail(GroupError("host 2 was lost"))
+    assert [str(error) for error in failures] == ["host 2 was lost"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -494,6 +602,10 @@ def test_who_asks_late_hears_of_a_loss_too(groups: list[Group]) -> None:
         ({"hosts": 2}, "coordinator is empty; with --hosts 2 give HOST:PORT of host 0"),
         ({"coordinator": "there"}, "coordinator is 'there'; write HOST:PORT"),
         ({"coordinator": "there:0"}, "coordinator is 'there:0'; write HOST:PORT"),
+        ({"coordinator": "a..b:80"}, r"coordinator is 'a\.\.b:80'; write HOST:PORT"),
+        ({"coordinator": "0.0.0.0:80"}, r"is '0\.0\.0\.0:80', which no other host can reach; give"),
+        ({"coordinator": "[::]:80"}, r"is '\[::\]:80', which no other host can reach"),
+        ({"coordinator": "[::ffff:0.0.0.0]:80"}, "which no other host can reach"),
         ({"join_timeout_s": 0.0}, "join_timeout_s is 0"),
         ({"host_timeout_s": -1.0}, "host_timeout_s is -1"),
     ],

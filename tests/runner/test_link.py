@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 
 import pytest
@@ -146,6 +147,46 @@ def test_what_does_not_greet_is_refused(sockets, greeting: bytes, message: str) 
         Link(ours, secret=b"", leads=True, timeout_s=0.3)
 
 
+def dribble(connection: socket.socket, data: bytes, every_s: float) -> None:
+    with suppress(OSError):
+        for byte in data:
+            connection.sendall(bytes([byte]))
+            time.sleep(every_s)
+
+
+def test_a_stranger_that_greets_byte_by_byte_has_no_more_time(sockets) -> None:
+    ours, theirs = sockets
+    slow = threading.Thread(target=dribble, args=(theirs, b"JAXSERVE", 0.25))
+    slow.start()
+    start = time.monotonic()
+    with pytest.raises(GroupError, match="no greeting came: timed out"):
+        Link(ours, secret=b"", leads=True, timeout_s=0.5)
+    assert time.monotonic() - start < 1.0
+    theirs.close()
+    slow.join()
+
+
+def test_a_first_message_that_comes_byte_by_byte_has_no_more_time(connect) -> None:
+    ours, theirs = connect()
+    theirs.sendall(struct.pack(">8sH16s", b"JAXSERVE", 1, b""))
+    leader = Link(ours, secret=b"", leads=True, timeout_s=0.5)
+    slow = threading.Thread(target=dribble, args=(theirs, bytes(10), 0.25))
+    slow.start()
+    start = time.monotonic()
+    with pytest.raises(GroupError, match=r"nothing came for 0\.5 s"):
+        leader.receive()
+    assert time.monotonic() - start < 1.0
+    theirs.close()
+    slow.join()
+
+
+def test_later_messages_have_a_timeout_each(connect) -> None:
+    leader, follower = greet(*connect())
+    follower.send(agreement(1))
+    leader.receive()
+    assert leader._socket.gettimeout() == 2.0
+
+
 def test_heartbeats_keep_a_quiet_link_and_silence_loses_it(connect) -> None:
     ours, theirs = connect()
     with ThreadPoolExecutor(1) as pool:
@@ -194,6 +235,22 @@ def test_a_handler_that_refuses_a_message_loses_the_link(connect) -> None:
     leader.start(refuse, lost.put)
     follower.send(agreement(1))
     assert str(lost.get(timeout=PATIENCE_S)) == "not now"
+    leader.close()
+    follower.close()
+
+
+def test_a_handler_that_breaks_on_a_message_loses_the_link_too(connect) -> None:
+    lost: SimpleQueue[GroupError] = SimpleQueue()
+    leader, follower = greet(*connect())
+
+    def stumble(message: pb.Envelope) -> None:
+        raise ValueError("no such row")
+
+    leader.start(stumble, lost.put)
+    follower.send(agreement(1))
+    error = lost.get(timeout=PATIENCE_S)
+    assert str(error) == "a message could not be taken: ValueError: no such row"
+    assert isinstance(error.__cause__, ValueError)
     leader.close()
     follower.close()
 

@@ -143,12 +143,52 @@ def test_programs_exchange_what_the_source_names_and_nothing_else(service: Servi
         assert here == expected, (kind, rows)
 
 
+VALUE = re.compile(r"(%[\w.-]+) = \w+\[([\d,]*)\]")
+MOVE = re.compile(
+    r"(%[\w.-]+) = .* (?:copy|transpose|all-gather)(?:-start)?\((%[\w.-]+(?:, %[\w.-]+)*)\)"
+)
+
+
+def moves(program: str, *shapes: tuple[int, ...]) -> list[str]:
+    """Copies, transposes and gathers, in a compiled program, to or from a value of such a shape."""
+    sizes = {",".join(map(str, shape)) for shape in shapes}
+    names = {name for name, size in VALUE.findall(program) if size in sizes}
+    return [move[0] for move in MOVE.finditer(program) if names & {move[1], *move[2].split(", ")}]
+
+
 def test_no_program_copies_transposes_or_gathers_a_pool(service: Service) -> None:
     state = service.runner._state
     assert state is not None
     pool = state.pools.k
-    shape = ",".join(map(str, pool.sharding.shard_shape(pool.shape)))
-    whole = ",".join(map(str, pool.shape))
-    moved = re.compile(rf"f32\[(?:{shape}|{whole})\]\S* (?:copy|transpose|all-gather)\(")
+    shapes = (pool.sharding.shard_shape(pool.shape), pool.shape)
     for name, program in service.runner._compiled.items():
-        assert not moved.search(program.as_text()), name
+        text = program.as_text()
+        assert any(",".join(map(str, shapes[0])) == size for _, size in VALUE.findall(text)), name
+        assert not moves(text, *shapes), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_program_that_transposes_a_pool_is_seen(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompileCounter.instance(), "strict", False)
+    pool = jax.ShapeDtypeStruct((2, 16, 32, 33), dtype)
+    program = jax.jit(lambda pool: pool.transpose(2, 3, 0, 1)).lower(pool).compile().as_text()
+    assert program is not None
+    assert moves(program, pool.shape)
+    assert not moves(program, (2, 16, 32))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%c = (f32[2,16]{1,0}, f32[2,16]{1,0}, u32[]) copy-start(%pool)",
+        "%g = (f32[3]{0}, f32[2,16]{1,0}) all-gather-start(%x.1, %pool), channel_id=1",
+        "ROOT %t = f32[16,2]{1,0} transpose(%pool), dimensions={1,0}",
+        "%c.2 = f32[2,16]{0,1} copy(%fusion)",
+    ],
+)
+def test_every_way_to_move_a_pool_is_seen(line: str) -> None:
+    first = "  %pool = f32[2,16]{1,0} parameter(0)\n"
+    assert len(moves(f"{first}  {line}\n", (2, 16))) == 1
+    assert not moves(f"{first}  {line}\n", (16,))

@@ -103,7 +103,7 @@ def test_a_tensor_group_larger_than_a_host_is_shared_by_neighbours():
 
 
 def test_every_host_gives_equally_many_devices():
-    assert placed(MeshShape(tensor=4), 8, 8) == [[0, 0, 1, 1]]
+    assert placed(MeshShape(data=2, tensor=3), 8, 8) == [[0] * 3, [1] * 3]
     assert placed(MeshShape(tensor=4), 8, 2) == [[0, 0, 1, 1]]
 
 
@@ -114,3 +114,24 @@ def test_every_host_gives_equally_many_devices():
 def test_a_mesh_that_hosts_cannot_share_is_refused(tensor, counts, fix):
     with pytest.raises(MeshShapeError, match=f"equally many from each.*: use {fix}"):
         make_mesh(MeshShape(tensor=tensor), hosts(*counts))
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts", "share", "fix"),
+    [
+        (MeshShape(data=3, tensor=4), (8, 8), 6, "data in multiples of 2, from 2x4 to 4x4"),
+        (MeshShape(tensor=4), (8, 8), 2, "data in multiples of 2, from 2x4 to 4x4"),
+        (MeshShape(data=3, tensor=4), (8, 7), 6, "2x4"),
+    ],
+    ids=["unevenly", "one-group", "hosts-differ"],
+)
+def test_a_tensor_group_that_would_cross_hosts_though_it_fits_is_refused(
+    shape: MeshShape, counts: tuple[int, ...], share: int, fix: str
+):
+    with pytest.raises(MeshShapeError) as caught:
+        make_mesh(shape, hosts(*counts))
+    assert str(caught.value) == (
+        f"mesh {shape} over 2 hosts takes {share} devices of each, which splits a tensor group of "
+        f"4 between hosts, and the smallest host has {min(counts)}, so it fits in one: use {fix}, "
+        "or fewer hosts"
+    )
