@@ -65,7 +65,8 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     server.add_argument(
         "--insecure",
         action="store_true",
-        help="allow a --host that other machines reach; there is no TLS and no password",
+        help="allow a --host that other machines reach, without TLS or a password, and a "
+        "--coordinator that they reach, without a group secret",
     )
     launchers.add_flags(parser)
     parser.add_argument(
@@ -95,9 +96,11 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
     if options.restart:
         command = [sys.executable, "-m", "jaxserve", *_without_restart(sys.argv[1:])]
         return supervisor.supervise(command, restarts=options.restart)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if hosts.hosts > 1:
         sys.stderr = Tagged(sys.stderr, f"[host {hosts.host_id}] ")
+    # After that: the log keeps the stream that it finds.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if hosts.hosts > 1:
         # What exchanges data between CPU hosts talks on standard output, which is for scripts.
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.cli import launchers, supervisor
+from jaxserve.cli import launchers, main, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.launch import Tagged, _without_restart
 from jaxserve.cli.parser import build_parser, parse
@@ -106,6 +107,33 @@ def test_without_a_launcher_auto_says_what_to_give() -> None:
         read("--hosts", "auto")
 
 
+PLACES = [
+    (["--host-id", "0"], "--host-id: "),
+    (["--coordinator", "127.0.0.1:1"], "--coordinator: "),
+    (["--host-id", "1", "--coordinator", "127.0.0.1:1"], "--host-id, --coordinator: "),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), PLACES)
+def test_a_place_among_hosts_that_nobody_would_read_is_refused(
+    given: list[str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}one host alone needs none; .* give --hosts"):
+        read(*given)
+    with pytest.raises(ConfigError, match=f"^{named}--hosts auto asks the launcher for that; "):
+        read("--hosts", "auto", *given, environ=LWS, insecure=True)
+
+
+def test_a_refused_place_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--host-id", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: --host-id: one host alone needs none")
+
+
+def test_a_script_may_name_the_only_host() -> None:
+    config = read("--hosts", "1", "--host-id", "0", "--coordinator", "127.0.0.1:1")
+    assert (config.hosts, config.host_id) == (1, 0)
+
+
 OPEN = ("--hosts", "2", "--coordinator", "10.0.0.1:8476")
 
 
@@ -138,6 +166,32 @@ def test_every_line_of_a_host_is_tagged() -> None:
     assert out.getvalue() == "[host 1] one\n[host 1] two\n[host 1] three\n"
     assert not tagged.isatty()
     assert Tagged(sys.__stderr__, "").fileno() == 2
+
+
+def test_every_line_of_a_hosts_log_is_tagged() -> None:
+    code = """
+import logging, sys
+from jaxserve.cli import launch, main
+
+def run_host(*_):
+    logging.getLogger("some").warning("careful")
+    return 0
+
+launch._run_host = run_host
+sys.exit(main(sys.argv[1:]))
+"""
+    flags = ["launch", "--hosts", "2", "--host-id", "1", "--coordinator", "127.0.0.1:1"]
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 0
+    assert re.fullmatch(r"\[host 1\] .* WARNING some: careful\n", result.stderr)
+
+
+def test_help_says_all_that_insecure_allows() -> None:
+    parser = parse(build_parser(Environment.read({})), ["launch"]).parser
+    text = " ".join(parser.format_help().split())
+    assert "allow a --host that other machines reach, without TLS or a password, and a" in text
+    assert "and a --coordinator that they reach, without a group secret" in text
 
 
 # -- restarts --------------------------------------------------------------------------------------
