@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.parser import build_parser, parse
+from jaxserve.cli.words import discard, say
 from jaxserve.errors import InvalidRequestError, JaxserveError, LaunchError, ModelNotFoundError
 
 USAGE_ERRORS = (LaunchError, InvalidRequestError, ModelNotFoundError)
@@ -30,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JaxserveError as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2 if isinstance(error, USAGE_ERRORS) else 1
     except BrokenPipeError:
         # The reader of a pipe has left, as `head` does. Nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
         return 130

@@ -85,7 +85,12 @@ def add_model_flags(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -
 def add_tensor_alias(group: Any) -> None:
     """Adds ``--tp N``, the name that people know for ``--mesh 1xN``."""
     group.add_argument(
-        "--tp", type=_positive, dest="mesh", metavar="N", help="the same as --mesh 1xN"
+        "--tp",
+        action=_StoreMesh,
+        type=_positive,
+        dest="mesh",
+        metavar="N",
+        help="the same as --mesh 1xN",
     )
 
 
@@ -170,12 +175,34 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
     group.add_argument(
         flag,
         dest=name,
+        action=_StoreMesh if name == "mesh" else "store",
         type=read,
         default=default,
         choices=CHOICES.get(name),
         metavar=None if name in CHOICES else METAVARS.get(name, _metavar(name, kind)),
         help=text,
     )
+
+
+class _StoreMesh(argparse.Action):
+    """Refuses ``--mesh`` and ``--tp`` together, unless they agree."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = getattr(namespace, "meshes", {}) | {option_string: values}
+        if len(set(given.values())) > 1:
+            mesh, tensor = given["--mesh"], given["--tp"].removeprefix("1x")
+            parser.error(
+                f"--mesh {mesh} and --tp {tensor} are both given, and --tp {tensor} is --mesh "
+                f"1x{tensor}; give one of them"
+            )
+        namespace.meshes = given
+        setattr(namespace, self.dest, values)
 
 
 def _flag(name: str) -> str:

@@ -6,6 +6,7 @@ The first line on stdout says `ready address=... model=...`; everything before i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from jaxserve.cli import flags, launchers, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.cli.plan_table import describe_beside
+from jaxserve.cli.words import say
 from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import ConfigError, GroupError, JaxserveError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -63,7 +65,8 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     server.add_argument(
         "--insecure",
         action="store_true",
-        help="allow a --host that other machines reach; there is no TLS and no password",
+        help="allow a --host that other machines reach, without TLS or a password, and a "
+        "--coordinator that they reach, without a group secret",
     )
     launchers.add_flags(parser)
     parser.add_argument(
@@ -78,15 +81,26 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
 
 def run(options: argparse.Namespace, environment: Environment) -> int:
     """Serves; returns 0 after a signal and 1 when the engine failed."""
+    try:
+        return _run(options, environment)
+    except BrokenPipeError as error:
+        # Other commands have told all that was wanted; a server has not served.
+        say(f"error: the reader of the output has left: {error}")
+        _exit_now(1)
+
+
+def _run(options: argparse.Namespace, environment: Environment) -> int:
     config, server_config = read_configs(options)
     check_exposure(server_config, insecure=options.insecure)
     hosts = launchers.read_group(options, environment.variables, insecure=options.insecure)
     if options.restart:
         command = [sys.executable, "-m", "jaxserve", *_without_restart(sys.argv[1:])]
         return supervisor.supervise(command, restarts=options.restart)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if hosts.hosts > 1:
         sys.stderr = Tagged(sys.stderr, f"[host {hosts.host_id}] ")
+    # After that: the log keeps the stream that it finds.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if hosts.hosts > 1:
         # What exchanges data between CPU hosts talks on standard output, which is for scripts.
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
@@ -104,13 +118,10 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
             before_ready=_leave_early(progress),
             on_ready=lambda service, address: _announce(service, address, server_config, progress),
         )
-    if ended.failure is not None:
-        print(f"error: {ended.failure}", file=sys.stderr)
-    else:
-        print("stopped", file=sys.stderr)
+    say("stopped" if ended.failure is None else f"error: {ended.failure}")
     status = 0 if ended.failure is None else 1
     if not ended.clean:
-        print("error: a thread does not end; leaving without it", file=sys.stderr)
+        say("error: a thread does not end; leaving without it")
         _exit_now(status or 1)
     return status
 
@@ -123,7 +134,7 @@ def _run_host(
     report_environment(progress)
 
     def lost(error: GroupError) -> NoReturn:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         _exit_now(1)
 
     try:
@@ -154,12 +165,12 @@ def _run_host(
                 ),
             )
     except JaxserveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2 if isinstance(error, LaunchError) else 1
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip("\n"))
         return 1
-    print("stopped" if ended.failure is None else f"error: {ended.failure}", file=sys.stderr)
+    say("stopped" if ended.failure is None else f"error: {ended.failure}")
     return 0 if ended.failure is None else 1
 
 
@@ -326,13 +337,14 @@ def _leave_early(progress: Progress) -> Callable[[int], NoReturn]:
     def leave(number: int) -> NoReturn:
         # Compilation cannot be interrupted, and there is nothing to drain yet.
         progress.close()
-        print(f"stopped by {signal.Signals(number).name} before ready", file=sys.stderr)
+        say(f"stopped by {signal.Signals(number).name} before ready")
         _exit_now(128 + number)
 
     return leave
 
 
 def _exit_now(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)

@@ -17,6 +17,9 @@ DEFAULT_PORT = 8476
 _LWS = ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
 _FLAGS = ("host_id", "coordinator", "join_timeout_s", "host_timeout_s")
 
+_PLACE_FLAGS = {"host_id": "--host-id", "coordinator": "--coordinator"}
+"""What says where this host is; of no use without --hosts."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``GroupConfig``."""
@@ -24,11 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hosts",
         type=_count_or_auto,
-        default=1,
         metavar="N|auto",
         help="hosts that share the mesh, each running this command; auto asks Slurm, Open MPI, "
         "LeaderWorkerSet or JobSet for this and for --host-id and --coordinator (default: 1)",
     )
+    # Not given, rather than the config's: beside --hosts auto even --host-id 0 says something.
+    parser.set_defaults(host_id=None, coordinator=None)
     group.add_argument(
         "--group-secret-file",
         type=Path,
@@ -46,8 +50,17 @@ def read_group(
     Raises:
         ConfigError: a flag or a variable has to change.
     """
-    values = flags.field_values(options, GroupConfig)
+    given = flags.field_values(options, GroupConfig)
+    values = {name: value for name, value in given.items() if value is not None}
+    places = ", ".join(flag for name, flag in _PLACE_FLAGS.items() if name in values)
+    if places and options.hosts is None:
+        raise ConfigError(f"{places}: one host alone needs none; leave it out, or give --hosts too")
     if options.hosts == AUTO:
+        if places:
+            raise ConfigError(
+                f"{places}: --hosts auto asks the launcher for that; leave it out, or give a "
+                "number of --hosts"
+            )
         values |= detect(environ)
     config = GroupConfig(**values, secret=_secret(options.group_secret_file, environ))
     if config.hosts > 1 and not config.secret and not insecure and not config.is_local:

@@ -61,6 +61,27 @@ def test_tp_is_a_mesh_of_one_row() -> None:
     assert parsed("generate", "x", "--tp", "2").mesh == "1x2"
 
 
+@pytest.mark.parametrize("command", [["launch"], ["generate", "x"], ["plan", "m"]])
+@pytest.mark.parametrize("given", [["--mesh", "2x4", "--tp", "4"], ["--tp=4", "--mesh=2x4"]])
+def test_mesh_and_tp_that_differ_are_refused(
+    command: list[str], given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parsed(*command, *given)
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err.splitlines()[0]
+    assert (
+        error
+        == "error: --mesh 2x4 and --tp 4 are both given, and --tp 4 is --mesh 1x4; give one of them"
+    )
+
+
+def test_mesh_and_tp_may_say_the_same_and_each_may_be_repeated() -> None:
+    assert parsed("launch", "--mesh", "1x4", "--tp", "4").mesh == "1x4"
+    assert parsed("launch", "--mesh", "2x4", "--mesh", "1x4").mesh == "1x4"
+    assert parsed("launch", "--tp", "2", "--tp", "4").mesh == "1x4"
+
+
 @pytest.mark.parametrize("text", ["0", "two", "-1"])
 def test_tp_takes_a_number_of_devices(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jaxserve.cli import launchers, supervisor
+from jaxserve.cli import launchers, main, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.launch import Tagged, _without_restart
 from jaxserve.cli.parser import build_parser, parse
@@ -105,6 +107,33 @@ def test_without_a_launcher_auto_says_what_to_give() -> None:
         read("--hosts", "auto")
 
 
+PLACES = [
+    (["--host-id", "0"], "--host-id: "),
+    (["--coordinator", "127.0.0.1:1"], "--coordinator: "),
+    (["--host-id", "1", "--coordinator", "127.0.0.1:1"], "--host-id, --coordinator: "),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), PLACES)
+def test_a_place_among_hosts_that_nobody_would_read_is_refused(
+    given: list[str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}one host alone needs none; .* give --hosts"):
+        read(*given)
+    with pytest.raises(ConfigError, match=f"^{named}--hosts auto asks the launcher for that; "):
+        read("--hosts", "auto", *given, environ=LWS, insecure=True)
+
+
+def test_a_refused_place_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--host-id", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: --host-id: one host alone needs none")
+
+
+def test_a_script_may_name_the_only_host() -> None:
+    config = read("--hosts", "1", "--host-id", "0", "--coordinator", "127.0.0.1:1")
+    assert (config.hosts, config.host_id) == (1, 0)
+
+
 OPEN = ("--hosts", "2", "--coordinator", "10.0.0.1:8476")
 
 
@@ -137,6 +166,32 @@ def test_every_line_of_a_host_is_tagged() -> None:
     assert out.getvalue() == "[host 1] one\n[host 1] two\n[host 1] three\n"
     assert not tagged.isatty()
     assert Tagged(sys.__stderr__, "").fileno() == 2
+
+
+def test_every_line_of_a_hosts_log_is_tagged() -> None:
+    code = """
+import logging, sys
+from jaxserve.cli import launch, main
+
+def run_host(*_):
+    logging.getLogger("some").warning("careful")
+    return 0
+
+launch._run_host = run_host
+sys.exit(main(sys.argv[1:]))
+"""
+    flags = ["launch", "--hosts", "2", "--host-id", "1", "--coordinator", "127.0.0.1:1"]
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 0
+    assert re.fullmatch(r"\[host 1\] .* WARNING some: careful\n", result.stderr)
+
+
+def test_help_says_all_that_insecure_allows() -> None:
+    parser = parse(build_parser(Environment.read({})), ["launch"]).parser
+    text = " ".join(parser.format_help().split())
+    assert "allow a --host that other machines reach, without TLS or a password, and a" in text
+    assert "and a --coordinator that they reach, without a group secret" in text
 
 
 # -- restarts --------------------------------------------------------------------------------------
@@ -182,20 +237,104 @@ def test_a_killed_command_ends_with_the_number_of_the_signal(quick: None) -> Non
     assert supervisor.supervise([sys.executable, "-c", kill], restarts=0) == 137
 
 
-def test_a_signal_is_handed_on_and_nothing_is_started_again(tmp_path: Path) -> None:
+LONG = "import time; print(1, flush=True); time.sleep(60)"
+
+
+def supervising(child: str, *, before: str = "") -> subprocess.Popen[bytes]:
+    """A process that supervises a Python child; its pipes end with the last of both."""
     code = (
-        "import sys; from jaxserve.cli.supervisor import supervise; "
-        "sys.exit(supervise([sys.executable, '-c', "
-        "'import time; print(1, flush=True); time.sleep(60)'], restarts=5))"
+        "import resource, signal, sys; from jaxserve.cli import supervisor; "
+        f"resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); {before}\n"
+        f"sys.exit(supervisor.supervise([sys.executable, '-c', {child!r}], restarts=5))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def stop(process: subprocess.Popen[bytes], *numbers: int) -> tuple[int, float]:
+    """Signals the supervisor; returns its status and the seconds until both processes are gone."""
+    start = time.monotonic()
+    for number in numbers:
+        process.send_signal(number)
+    process.communicate(timeout=90)
+    return process.returncode, time.monotonic() - start
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
+def test_a_signal_is_handed_on_and_nothing_is_started_again(name: str) -> None:
+    number = signal.Signals[name]
+    child = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); {LONG}"
+    with supervising(child) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == b"1\n"
-        start = time.monotonic()
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        status, took_s = stop(process, number)
+    assert status == 128 + number
+    assert took_s < 20
+
+
+def test_a_signal_that_nohup_ignores_is_ignored() -> None:
+    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    with supervising(LONG, before=ignore) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert process.poll() is None
+        assert stop(process, signal.SIGTERM)[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_command_does_not_outlive_its_supervisor() -> None:
+    with supervising(LONG) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        status, took_s = stop(process, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert took_s < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_command_whose_supervisor_is_gone_already_is_not_started() -> None:
+    path = Path(supervisor.__file__).with_name("supervised.py")
+    command = [sys.executable, str(path), "0", sys.executable, "-c", "print('started')"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    assert (result.returncode, result.stdout) == (128 + signal.SIGTERM, b"")
+
+
+def test_a_signal_while_the_command_is_being_started_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_process = subprocess.Popen
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start_process(*args, **kwargs)
+
+    monkeypatch.setattr("jaxserve.cli.supervisor.subprocess.Popen", signalled)
+    start = time.monotonic()
+    status = supervisor.supervise([sys.executable, "-c", "import time; time.sleep(30)"], restarts=5)
+    assert status == 128 + signal.SIGTERM
     assert time.monotonic() - start < 20
+
+
+def test_a_signal_ends_the_pause_between_restarts() -> None:
+    with supervising("raise SystemExit(1)", before="supervisor.FIRST_PAUSE_S = 30") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"restart: ended with 1; starting again in 30")
+        status, took_s = stop(process, signal.SIGTERM)
+    assert status == 1
+    assert took_s < 20
+
+
+def test_a_command_is_started_again_when_nobody_reads() -> None:
+    with supervising("print(1, flush=True); raise SystemExit(1)") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        assert [process.stdout.readline() for _ in range(2)] == [b"1\n"] * 2
+        process.stderr = None
+        stop(process, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("text", ["-1", "often", "1.5"])

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,70 @@ def test_a_thread_that_hangs_does_not_keep_the_process(
     monkeypatch.setattr("os._exit", lambda status: pytest.fail(f"left with {status}", False))
     with pytest.raises(pytest.fail.Exception, match="left with 1"):
         shell("launch", shell.model)
+
+
+# -- a reader that has left ------------------------------------------------------------------------
+
+SERVE = """
+import sys, threading, time, types
+import jaxserve
+from jaxserve import cli, errors
+from jaxserve.cli import launch
+
+def serve(*_, on_lost=None, **__):
+    print("there", flush=True)
+    sys.stdin.readline()
+    {end}
+
+def ended(failure):
+    return types.SimpleNamespace(failure=failure, clean=True)
+
+jaxserve.serve = sys.modules["jaxserve.serve"] = types.SimpleNamespace(serve=serve)
+launch.report_environment = launch.ensure_asset = lambda *_: None
+sys.exit(cli.main(["launch", "dummy:tiny-llama", *sys.argv[1:]]))
+"""
+HOSTS = ("--hosts", "2", "--host-id", "0", "--coordinator", "127.0.0.1:1")
+
+
+def left_alone(end: str, *flags: str) -> int:
+    """The exit status of a launch that ends so when nobody reads its output any more."""
+    code = SERVE.format(end=end)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin:
+        lines = []
+        while not lines or b"there" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        process.stdout.close()
+    return process.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("return ended('the engine has ended: oops')", 1),
+        ("return ended(None)", 0),
+        ("raise errors.GroupError('host 1 was lost')", 1),
+        ("raise errors.LaunchError('the port is taken')", 2),
+        ("print('ready', flush=True)", 1),
+    ],
+    ids=["failed", "stopped", "an error", "a flag has to change", "could not say ready"],
+)
+@pytest.mark.parametrize("flags", [(), HOSTS], ids=["one host", "hosts"])
+def test_the_exit_status_is_the_same_when_nobody_reads(
+    end: str, status: int, flags: tuple[str, ...]
+) -> None:
+    assert left_alone(end, *flags) == status
+
+
+def test_a_lost_host_ends_this_one_when_nobody_reads() -> None:
+    lost = "on_lost(errors.GroupError('host 1 was lost'))"
+    end = f"threading.Thread(target=lambda: {lost}).start(); time.sleep(15)"
+    assert left_alone(end, *HOSTS) == 1
