@@ -212,7 +212,7 @@ class EngineDeadError(JaxserveError):
 
 
 class GroupError(JaxserveError):
-    """A host of the mesh did not come, or was lost; the message names it."""
+    """A host of the mesh did not come, cannot be reached, or was lost; the message names it."""
 
     reason = "HOST_LOST"
 
