@@ -21,7 +21,7 @@ from jaxserve.cli import flags, launchers, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.cli.plan_table import describe_beside
-from jaxserve.cli.words import say
+from jaxserve.cli.words import say, tell
 from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import ConfigError, GroupError, JaxserveError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -148,8 +148,8 @@ def _run_host(
                 report=progress,
                 before_ready=_leave_early(progress),
                 on_lost=lost,
-                on_ready=lambda seconds: print(
-                    f"ready host_id={hosts.host_id} ready_seconds={seconds:.1f}", flush=True
+                on_ready=lambda seconds: tell(
+                    f"ready host_id={hosts.host_id} ready_seconds={seconds:.1f}"
                 ),
             )
         else:
@@ -182,7 +182,7 @@ class Tagged:
         self._file = file
         self._tag = tag
         self._at_start = True
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal's handler may print while a line is printed.
 
     def write(self, text: str) -> int:
         """Writes a piece of text, which may end within a line."""
@@ -271,9 +271,9 @@ def _announce(
     service: Service, address: str, server_config: ServerConfig, progress: Progress
 ) -> None:
     progress.close()
-    print(describe_plan(service, server_config), file=sys.stderr, flush=True)
-    print(ready_line(service, address), flush=True)
-    print(how_to_talk(address, server_config), flush=True)
+    say(describe_plan(service, server_config))
+    tell(ready_line(service, address))
+    tell(how_to_talk(address, server_config))
 
 
 def ready_line(service: Service, address: str) -> str:

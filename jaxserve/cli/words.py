@@ -1,4 +1,4 @@
-"""Words on stderr that must not decide how a command ends."""
+"""Words that must not decide how a command ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
+
+
+def tell(text: str) -> None:
+    """Prints lines on stdout; a script may have read all that it wanted, and that is no error."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        discard(sys.stdout)
 
 
 def discard(stream: Any) -> None:

@@ -237,7 +237,7 @@ SERVE = """
 import sys, threading, time, types
 import jaxserve
 from jaxserve import cli, errors
-from jaxserve.cli import launch
+from jaxserve.cli import launch, words
 
 def serve(*_, on_lost=None, **__):
     print("there", flush=True)
@@ -281,9 +281,10 @@ def left_alone(end: str, *flags: str) -> int:
         ("return ended(None)", 0),
         ("raise errors.GroupError('host 1 was lost')", 1),
         ("raise errors.LaunchError('the port is taken')", 2),
-        ("print('ready', flush=True)", 1),
+        ("words.tell('ready'); words.tell('how to talk'); return ended(None)", 0),
+        ("print('more', flush=True)", 1),
     ],
-    ids=["failed", "stopped", "an error", "a flag has to change", "could not say ready"],
+    ids=["failed", "stopped", "an error", "a flag has to change", "ready", "something else"],
 )
 @pytest.mark.parametrize("flags", [(), HOSTS], ids=["one host", "hosts"])
 def test_the_exit_status_is_the_same_when_nobody_reads(
