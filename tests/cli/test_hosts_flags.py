@@ -244,7 +244,10 @@ def supervising(child: str, *, before: str = "") -> subprocess.Popen[bytes]:
     """A process that supervises a Python child; its pipes end with the last of both."""
     code = (
         "import resource, signal, sys; from jaxserve.cli import supervisor; "
-        f"resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); {before}\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+        # As in a terminal: whoever started the tests may ignore them.
+        "[signal.signal(each, signal.SIG_DFL) for each in (signal.SIGHUP, signal.SIGQUIT)]; "
+        f"{before}\n"
         f"sys.exit(supervisor.supervise([sys.executable, '-c', {child!r}], restarts=5))"
     )
     return subprocess.Popen(

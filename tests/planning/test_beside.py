@@ -53,7 +53,11 @@ def test_a_launch_holds_what_was_predicted(model: str, mesh: str, cache_dir: Pat
         planned = predict(plan.name, plan.model, shape, facts, sizes, traffic, compile_on=plan.mesh)
         budget = planned.details.memory.budget
         assert planned.fits
-        assert beside.predicted.as_json() == {**planned.as_json(), "nearest_fit": mesh}
+        found, expected = beside.predicted.as_json(), planned.as_json()
+        # A plan compiles two programs, a launch all: another may need a little more.
+        temporaries = "temp_bytes_per_device"
+        assert found.pop(temporaries) == pytest.approx(expected.pop(temporaries), rel=0.05)
+        assert found == {**expected, "nearest_fit": mesh}
         held = beside.held
         pages = planned.pages_per_data_shard * budget.page_bytes
         assert held.parts["weights"] == pytest.approx(budget.weight_bytes, rel=0.05)
