@@ -107,7 +107,7 @@ def save(
     split = jax.tree.map(lambda _: Split(), params) if split is None else split
     try:
         partial.mkdir(parents=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(_one_at_a_time(params)) as checkpointer:
             args = ocp.args.PyTreeSave(
                 params,
                 save_args=jax.tree.map(save_args, split),
@@ -123,6 +123,14 @@ def save(
         raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _one_at_a_time(params: Any) -> ocp.PyTreeCheckpointHandler:
+    """Writes as much at once as the largest parameter: what waits for the disk is held."""
+    largest = max((array.nbytes for array in jax.tree.leaves(params)), default=0)
+    # What may be in flight has to be more than any parameter; this class takes it in bytes.
+    limited = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=largest + 1)
+    return ocp.PyTreeCheckpointHandler(handler_impl=limited)
 
 
 @dataclass(frozen=True)
