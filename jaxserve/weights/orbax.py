@@ -6,8 +6,9 @@
     └── params/            orbax's own
 
 Unlike a ``Checkpoint``, the tree here is the program's own (names, stacked layers, dtypes). Orbax
-writes it; boxes of it are read through TensorStore, which orbax stores arrays with, because orbax
-restores whole shards, all at once, into memory that a CPU device then copies: twice the weights.
+writes the tree; what is in its arrays goes in and out through TensorStore, which orbax stores them
+with, in pieces. Orbax writes and reads whole shards: what waits for a slow disk is a second copy of
+them, and what was read another, which a CPU device then copies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +30,16 @@ import tensorstore as ts
 
 from jaxserve.errors import CheckpointError
 from jaxserve.tokenizer_source import TOKENIZER_FILES, TokenizerSource
+from jaxserve.weights.reading import Index
+from sharding.placement import host_zeros
 
 FORMAT = 1
 MARKER = "jaxserve.json"
 CHUNK_BYTES = 4 << 20
 """A chunk is read as a whole. Small: more of them to find. Large: a box reads more beside it."""
-FILE_BYTES = 16 << 20
-"""Of a data file, which is put together in memory. Saving a gigabyte needed 0.2 of one beside the
-weights with 16 MiB, 0.6 with 128 MiB and 1.0 with orbax's 2 GiB (bench/load_memory.py)."""
-PIECE_BYTES = 32 << 20
-"""Read at a time: what waits to be decompressed is in memory too. Without pieces loading a gigabyte
-needed 0.26 of one beside the weights, with them 0.06."""
+PIECE_BYTES = 8 << 20
+"""Read or written at a time: what waits to be decompressed, or for the disk, is in memory too.
+Without pieces loading a gigabyte needed 0.26 of one beside the weights, with them 0.06."""
 _GGUF_FILE = "gguf.json"
 
 
@@ -89,7 +89,7 @@ def save(
 
     Args:
         path: must not exist.
-        params: nested dicts of jax or numpy arrays.
+        params: nested dicts of jax or numpy arrays, of one axis at least and dtypes that jax has.
         metadata: anything JSON; by convention ``config`` and ``model_digest``.
         tokenizer: copied, so that the directory can be served alone.
         split: for each parameter a ``Split``, which axes are cut at every entry.
@@ -101,19 +101,12 @@ def save(
     check_new(path)
     partial = _partial(path)
 
-    def save_args(axes: Split) -> ocp.SaveArgs:
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes.axes)
-
     split = jax.tree.map(lambda _: Split(), params) if split is None else split
     try:
         partial.mkdir(parents=True)
-        with ocp.Checkpointer(_one_at_a_time(params)) as checkpointer:
-            args = ocp.args.PyTreeSave(
-                params,
-                save_args=jax.tree.map(save_args, split),
-                ocdbt_target_data_file_size=FILE_BYTES,
-            )
-            checkpointer.save(partial / "params", args=args)
+        _write_tree(partial, params, split)
+        for keys, array in _leaves(params):
+            _write_array(_open(partial, _name(keys), write=True), array)
         if tokenizer is not None:
             _write_tokenizer(partial / "tokenizer", tokenizer)
         document = {"format": FORMAT, "metadata": dict(metadata)}
@@ -125,12 +118,47 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _one_at_a_time(params: Any) -> ocp.PyTreeCheckpointHandler:
-    """Writes as much at once as the largest parameter: what waits for the disk is held."""
+def _write_tree(path: Path, params: Any, split: Any) -> None:
+    """Has orbax write the parameters' names, shapes, dtypes and chunks, and zeros for what is in them.
+
+    The zeros are one buffer that is never written, so they take no memory.
+    """
     largest = max((array.nbytes for array in jax.tree.leaves(params)), default=0)
-    # What may be in flight has to be more than any parameter; this class takes it in bytes.
-    limited = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=largest + 1)
-    return ocp.PyTreeCheckpointHandler(handler_impl=limited)
+    zeros = host_zeros((largest,), np.uint8)
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    def hollow(array: Any) -> jax.Array:
+        view = zeros[: array.nbytes].view(array.dtype).reshape(array.shape)
+        return jax.device_put(view, cpu)
+
+    def save_args(axes: Split) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes.axes)
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeSave(
+            jax.tree.map(hollow, params), save_args=jax.tree.map(save_args, split)
+        )
+        checkpointer.save(path / "params", args=args)
+
+
+def _write_array(stored: ts.TensorStore, array: jax.Array | np.ndarray) -> None:
+    """Writes the shards of one parameter, piece by piece: the next when one is on the disk."""
+    for index, data in _shards(array):
+        start = tuple(part.start for part in index)
+        for piece in _pieces(stored, index):
+            values = data[_moved(piece, start)]
+            stored[piece].write(values, can_reference_source_data_indefinitely=True).result()
+
+
+def _shards(array: jax.Array | np.ndarray) -> Iterator[tuple[Index, np.ndarray]]:
+    """Every part of an array, once, on the host."""
+    if isinstance(array, np.ndarray):
+        yield tuple(slice(0, size) for size in array.shape), array
+        return
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            ends = (part.indices(size) for part, size in zip(shard.index, array.shape, strict=True))
+            yield tuple(slice(start, stop) for start, stop, _ in ends), np.asarray(shard.data)
 
 
 @dataclass(frozen=True)
@@ -147,45 +175,61 @@ class StoredArray:
     def __init__(self, path: Path, name: str) -> None:
         """Opens it; ``name`` is its keys, joined with dots."""
         self._path = path
-        base = {"driver": "file", "path": f"{path / 'params'}/"}
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
-            "fill_missing_data_reads": False,  # What is lost is not zero.
-        }
         with _damage(path):
-            self._array = ts.open(spec, read=True).result()
+            self._array = _open(path, name)
 
-    def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
+    def read_into(self, out: np.ndarray, index: Index) -> None:
         """Fills ``out`` with a box, cast to its dtype.
 
         Raises:
             CheckpointError: the data is damaged.
         """
+        start = tuple(part.start for part in index)
         with _damage(self._path):
-            for piece in self._pieces(index):
-                start = piece.start - index[0].start
-                into = out[start : start + piece.stop - piece.start]
-                box = self._array[(piece, *index[1:])]
+            for piece in _pieces(self._array, index):
+                into = out[_moved(piece, start)]
+                box = self._array[piece]
                 if out.dtype == self._array.dtype.numpy_dtype:
                     ts.array(into).write(box.translate_to[0]).result()
                 else:
                     into[...] = box.read().result()
 
-    def _pieces(self, index: tuple[slice, ...]) -> Iterator[slice]:
-        """Cuts a box along its first axis, between chunks, into pieces of bounded size."""
-        rows = index[0]
-        chunk = self._array.chunk_layout.read_chunk.shape
-        assert chunk is not None, "save says what chunks are"
-        chunk_rows = chunk[0] or 1
-        row_values = math.prod(part.stop - part.start for part in index[1:])
-        row_bytes = max(1, row_values * self._array.dtype.numpy_dtype.itemsize)
-        step = max(1, PIECE_BYTES // (row_bytes * chunk_rows)) * chunk_rows
-        start = rows.start
-        while start < rows.stop:
-            stop = min(start - start % step + step, rows.stop)
-            yield slice(start, stop)
-            start = stop
+
+def _open(path: Path, name: str, *, write: bool = False) -> ts.TensorStore:
+    base = {"driver": "file", "path": f"{path / 'params'}/"}
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+        "fill_missing_data_reads": False,  # What is lost is not zero.
+    }
+    return ts.open(spec, read=True, write=write).result()
+
+
+def _pieces(stored: ts.TensorStore, index: Index, axis: int = 0) -> Iterator[Index]:
+    """Cuts a box, between chunks, into pieces of bounded size: along the first axes that do."""
+    chunk = stored.chunk_layout.read_chunk.shape
+    assert chunk is not None, "save says what chunks are"
+    part, rows = index[axis], chunk[axis] or 1
+    below = math.prod(part.stop - part.start for part in index[axis + 1 :])
+    rows_bytes = max(1, rows * below * stored.dtype.numpy_dtype.itemsize)
+    step = max(1, PIECE_BYTES // rows_bytes) * rows
+    start = part.start
+    while start < part.stop:
+        stop = min(start - start % step + step, part.stop)
+        piece = (*index[:axis], slice(start, stop), *index[axis + 1 :])
+        if rows_bytes > PIECE_BYTES and axis + 1 < len(index):
+            yield from _pieces(stored, piece, axis + 1)
+        else:
+            yield piece
+        start = stop
+
+
+def _moved(index: Index, start: Sequence[int]) -> Index:
+    """A box, seen from where another one starts."""
+    return tuple(
+        slice(part.start - zero, part.stop - zero)
+        for part, zero in zip(index, start, strict=True)
+    )
 
 
 def open_arrays(path: Path, abstract: Any) -> Any:
@@ -213,7 +257,7 @@ def open_arrays(path: Path, abstract: Any) -> Any:
         _check_tree(path, getattr(stored, "tree", stored), abstract)
 
     def opened(keys: tuple[Any, ...], _: Any) -> StoredArray:
-        return StoredArray(path, ".".join(str(key.key) for key in keys))
+        return StoredArray(path, _name(keys))
 
     return jax.tree.map_with_path(opened, abstract, is_leaf=lambda leaf: hasattr(leaf, "shape"))
 
@@ -287,6 +331,10 @@ def _check_tree(path: Path, stored: Any, wanted: Any) -> None:
             f"{path} holds other parameters: missing {missing[:5]}, unknown {extra[:5]}, "
             f"wrong {wrong[:5]}; save it again from the original checkpoint"
         )
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in keys)
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

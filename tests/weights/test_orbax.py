@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,39 @@ def test_boxes_are_read_in_pieces_into_any_memory_and_dtype(
     expected = np.zeros((9, 6), dtype)
     expected[1:7, 2:5] = tree["w"][1:7, 1:4]
     np.testing.assert_array_equal(out, expected)
+
+
+def test_what_is_saved_is_an_ordinary_orbax_checkpoint(tmp_path: Path) -> None:
+    tree = params()
+    orbax.save(tmp_path / "a", tree, {})
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "a" / "params", shapes(tree))
+    for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_shards_are_saved_once_in_pieces_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies on ``data``, shards that end within a chunk, rows that are larger than a piece."""
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 3 * 4)
+    monkeypatch.setattr(orbax, "PIECE_BYTES", 8 * 4)
+    pieces, cut = [], orbax._pieces
+
+    def seen(*args: Any) -> Any:
+        for piece in cut(*args):
+            pieces.append(math.prod(part.stop - part.start for part in piece))
+            yield piece
+
+    monkeypatch.setattr(orbax, "_pieces", seen)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    whole_array = jnp.arange(2 * 2 * 10, dtype=jnp.float32).reshape(2, 2, 10)
+    spec = jax.sharding.PartitionSpec(None, None, "tensor")
+    tree = {"w": jax.device_put(whole_array, jax.sharding.NamedSharding(mesh, spec))}
+    orbax.save(tmp_path / "a", tree, {})
+    assert len(list(orbax._shards(tree["w"]))) == 2
+    assert max(pieces) <= 8
+    stored = orbax.open_arrays(tmp_path / "a", shapes(tree))["w"]
+    np.testing.assert_array_equal(whole(stored, whole_array), whole_array)
 
 
 def test_an_axis_that_is_split_is_cut_at_every_entry(tmp_path: Path) -> None:
@@ -146,7 +180,7 @@ def test_what_orbax_raises_while_opening_is_a_checkpoint_error(
 
 
 def test_data_that_is_lost_or_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
-    tree = {"w": np.random.default_rng(0).random((64, 1024))}
+    tree = {"w": np.random.default_rng(0).random((64, 1024), np.float32)}
     orbax.save(tmp_path / "a", tree, {})
     stored = orbax.open_arrays(tmp_path / "a", shapes(tree))["w"]
     files = [f for f in (tmp_path / "a").rglob("d/*") if f.stat().st_size > 100_000]
