@@ -119,7 +119,7 @@ def save(
 
 
 def _write_tree(path: Path, params: Any, split: Any) -> None:
-    """Has orbax write the parameters' names, shapes, dtypes and chunks, and zeros for what is in them.
+    """Has orbax write names, shapes, dtypes and chunks of the parameters, and zeros into them.
 
     The zeros are one buffer that is never written, so they take no memory.
     """
@@ -227,8 +227,7 @@ def _pieces(stored: ts.TensorStore, index: Index, axis: int = 0) -> Iterator[Ind
 def _moved(index: Index, start: Sequence[int]) -> Index:
     """A box, seen from where another one starts."""
     return tuple(
-        slice(part.start - zero, part.stop - zero)
-        for part, zero in zip(index, start, strict=True)
+        slice(part.start - zero, part.stop - zero) for part, zero in zip(index, start, strict=True)
     )
 
 
