@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -54,8 +54,10 @@ from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner, RunnerConfig
 from jaxserve.version import __version__
+from jaxserve.weights.packed import Quantization
 from jaxserve.weights.source import ModelSource, open_source, save_model
 from pallas_kernels import native
+from pallas_kernels.quantized_matmul import Format
 from sharding.multihost import every_host_caches, join_runtime
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ SHARED_FLAGS = (
     "mesh",
     "device",
     "dtype",
+    "quantization",
     "kv_dtype",
     "load_format",
     "seed",
@@ -345,7 +348,7 @@ def _prepare(
     report: Report,
 ) -> tuple[Runner, int, Params]:
     """Compiles everything while the weights stream in."""
-    model = Model(plan.model, plan.mesh.shape["tensor"])
+    model = Model(plan.model, plan.mesh.shape["tensor"], _formats(config, plan, source))
     runner, num_pages = _size_pool(config, plan, model, group, report)
     loading: Future[Params] = pool.submit(
         source.load,
@@ -362,6 +365,14 @@ def _prepare(
     return runner, num_pages, loading.result()
 
 
+def _formats(config: ServeConfig, plan: LaunchPlan, source: ModelSource) -> dict[str, Format]:
+    """Which weights are held quantized; of themselves only where a kernel reads them so."""
+    quantization = cast("Quantization", config.quantization)
+    if quantization == "auto" and (plan.platform != "cpu" or not native.is_built()):
+        return {}
+    return source.formats(quantization)
+
+
 def _size_pool(
     config: ServeConfig, plan: LaunchPlan, model: Model, group: Group | None, report: Report
 ) -> tuple[Runner, int]:
@@ -373,7 +384,7 @@ def _size_pool(
     def agree(pages: int) -> int:
         return pages if group is None else group.agree("pages", pages)
 
-    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan))
+    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan, model))
     least = math.ceil(plan.context_tokens / plan.page_tokens) + 1
     most = plan.step.max_rows * plan.step.table_width + 1
 
@@ -492,7 +503,7 @@ def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return ids
 
 
-def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
+def _pages_key(config: ServeConfig, plan: LaunchPlan, model: Model) -> str:
     """Names everything that the page count depends on, free memory excepted."""
     facts: list[Any] = [
         asdict(plan.model),
@@ -501,6 +512,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         plan.dtype.name,
         plan.kv_dtype.name,
         plan.activations.name,
+        model.formats,
         asdict(replace(plan.step)),
         plan.page_tokens,
         config.kv_memory_bytes,
