@@ -3,13 +3,13 @@
     python -m bench.gpu --out FILE [--traces FOLDER] [--parts decode_8b,serving]
     python -m bench.gpu --dry-run
 
-Needs no network and no checkpoint (weights are random), and of Python 3.12 what the service itself
-imports, with JAX for the device: jax, jaxlib, jax-cuda13-plugin, jax-cuda13-pjrt (0.11.2), flax,
-jaxtyping, numpy, grpcio, protobuf, googleapis-common-protos, tokenizers, jinja2, orbax-checkpoint,
-gguf, safetensors, huggingface-hub and what these need. A machine without an index gets the missing
-ones as wheels: ``pip download --no-deps --only-binary=:all:`` where there is one, then ``pip
-install --no-index --no-deps --target FOLDER *.whl`` and ``PYTHONPATH=FOLDER`` there. The package
-itself runs from its checkout.
+Needs no network and no checkpoint (weights are random), and beside Python 3.12 what an engine
+imports: jax, jaxlib, jax-cuda13-plugin and jax-cuda13-pjrt (0.11.2), flax, jaxtyping, ml_dtypes,
+numpy, orbax-checkpoint, tensorstore, gguf, tokenizers, protobuf, googleapis-common-protos, rich and
+uvloop, in the versions of ``.ci/requirements.lock`` or near them, with what these need. A machine
+without an index gets the missing ones as wheels: ``pip download --no-deps --only-binary=:all:``
+where there is one, ``pip install --no-index --no-deps --target FOLDER *.whl`` and
+``PYTHONPATH=FOLDER`` where there is none. The package itself runs from its checkout.
 
 The file is renewed after every part. Exit code 1 says that a part failed; 2, that there is no GPU.
 ``docs/benchmarks.md`` says how to read the numbers.
@@ -34,14 +34,19 @@ from bench.gpu import report
 from bench.gpu.part import DRY_BUDGET_S, DRY_WHOLE_S, PARTS, WHOLE_S, Part
 from bench.gpu.process import Outcome, probe, run_part
 
-DRY_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+DRY_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    # Most of a dry run is compiling, and nobody needs its programs to be fast.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the parts that the arguments select; returns the exit code."""
     arguments = _parse(words)
     start_s = time.monotonic()
-    environment = DRY_ENVIRONMENT if arguments.dry_run else {}
+    environment = dict(DRY_ENVIRONMENT) if arguments.dry_run else {}
     try:
         machine = probe(environment)
     except RuntimeError as error:
@@ -53,6 +58,11 @@ def main(words: Sequence[str] | None = None) -> int:
     document = _document(arguments, machine)
     ends_s = start_s + (DRY_WHOLE_S if arguments.dry_run else WHOLE_S)
     with _ending_cleanly(), _cache(arguments.cache_dir) as cache_dir:
+        # Those that launch a model keep their programs anyway; here, kernels and the sampler do.
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache_dir / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         setting = {
             "dry": arguments.dry_run,
             "device_kind": machine["device"],

@@ -52,7 +52,7 @@ def serve_config(setting: Setting, model: str, **sizes: Any) -> ServeConfig:
         sizes = {
             "context_tokens": 256,
             "max_rows": 4,
-            "step_tokens": 32,
+            "step_tokens": 16,
             "page_tokens": 16,
             "kv_memory_bytes": 2**23,
             "dtype": "float32",
@@ -144,7 +144,7 @@ def open_decoding(setting: Setting, model: str, rows: tuple[int, ...], undo: Exi
     Args:
         setting: of the run.
         model: a name for ``dummy:``.
-        rows: of the decode programs, ascending; a dry run takes two of its own.
+        rows: of the decode programs, ascending; a dry run takes one of its own.
         undo: closes it.
     """
     config = serve_config(setting, model, context_tokens=TOKENS, max_rows=max(rows))
@@ -153,7 +153,7 @@ def open_decoding(setting: Setting, model: str, rows: tuple[int, ...], undo: Exi
     undo.callback(source.close)
     plan = resolve(config, source.model_config())
     layout = Model(plan.model, plan.mesh.shape["tensor"])
-    return Decoding(plan, source, layout, setting.pick(rows, (1, 4)), setting.pick(TOKENS, 64))
+    return Decoding(plan, source, layout, setting.pick(rows, (4,)), setting.pick(TOKENS, 64))
 
 
 def _decode(setting: Setting, model: str) -> Iterator[Number]:

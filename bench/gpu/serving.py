@@ -37,7 +37,9 @@ FULL_ROWS = 256
 END_S = 4.0
 """Left of a budget for closing what was opened."""
 WINDOW_S = 15.0
-"""Of one measurement at most."""
+"""Of one measurement at most, but for saturation, which takes what is left."""
+LEAST_S = 1.0
+"""A shorter measurement says nothing."""
 
 
 def _launch(setting: Setting, **sizes: int) -> Service:
@@ -81,14 +83,23 @@ def serving(setting: Setting) -> Iterator[Number]:
         stats = service.engine.stats()
         fitting = stats.pages_total * stats.page_tokens // (2 * tokens)
         most = min(stats.rows_max, fitting)
-        for name, clients in {"32 clients": CLIENTS, "saturation": most}.items():
-            parts_left = 2 if name != "saturation" else 1
-            seconds = (setting.left_s - END_S) / parts_left
-            if name != "saturation":
-                # Its clients begin sooner than those of the larger load.
-                seconds = min(seconds, 2 * WINDOW_S)
-            clients = min(clients, most)
-            yield from _closed_loop(setting, service, name, clients, tokens, seconds)
+        few_s = min(_seconds_of(setting, loads=2), WINDOW_S)
+        yield from _closed_loop(setting, service, "32 clients", min(CLIENTS, most), tokens, few_s)
+        # What is left, because the prompts of so many take longest.
+        all_s = _seconds_of(setting, loads=1)
+        yield from _closed_loop(setting, service, "saturation", most, tokens, all_s)
+
+
+def _seconds_of(setting: Setting, *, loads: int) -> float:
+    """Shares out what is left of the budget.
+
+    Raises:
+        TimeoutError: launching has used it up.
+    """
+    seconds = (setting.left_s - END_S) / loads
+    if seconds < LEAST_S:
+        raise TimeoutError(f"{setting.left_s:.1f} s of the budget are left for {loads} loads")
+    return seconds
 
 
 def _closed_loop(
@@ -96,7 +107,7 @@ def _closed_loop(
 ) -> Iterator[Number]:
     """Measures from when every client has had a token, or from half of the time at the latest."""
     asks = _steady_asks(service, clients, tokens)
-    seconds = setting.pick(seconds, min(seconds, 2.0))
+    seconds = setting.pick(seconds, min(seconds, 1.0))
     asking = Asking(
         service.text,
         asks,
@@ -143,7 +154,7 @@ def _rate_limit(setting: Setting, service: Service, rows: int, tokens: int) -> f
 
 
 def _latencies(name: str, answers: Sequence[Answer], from_s: float) -> Iterator[Number]:
-    """Quantiles over what came after a time, of requests that were sent at any time."""
+    """Quantiles after a time: first tokens of requests sent since, gaps of all that go on then."""
     first = [a.arrivals_s[0] - a.sent_s for a in answers if a.arrivals_s and a.sent_s >= from_s]
     gaps = [
         later - earlier
@@ -170,7 +181,7 @@ def replay(setting: Setting) -> Iterator[Number]:
         files = trace_files(setting.traces or Path(folder))
         yield Number("launch", service.ready_seconds, "s")
         for left, path in zip(range(len(files), 0, -1), files, strict=True):
-            seconds = min((setting.left_s - END_S) / left, setting.pick(WINDOW_S, 4.0))
+            seconds = min(_seconds_of(setting, loads=left), setting.pick(WINDOW_S, 2.0))
             yield from _replay_one(service, path, seconds)
 
 
