@@ -72,7 +72,7 @@ class Model:
             tensor: devices that share one copy of the model.
             formats: of the weights that are stored quantized, by name.
         """
-        self.formats = dict(formats or {})
+        self.formats: dict[str, Format] = dict(formats or {})
         self.layout = choose_layout(config, tensor, step=GROUP if self.formats else 1)
         self.config = config = self.layout.stretched
         self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, jax.random.key(0)))

@@ -39,7 +39,7 @@ def rms_norm(
 def project(
     x: Float[Array, "*B I"],
     weight: Matrix | LayerOf,
-    products: str,
+    products: str = "xla",
     *,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*B O"]:

@@ -22,8 +22,8 @@ from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.reading import Index
 from pallas_kernels.quantized_matmul import GROUP, Format, Quantized, quantized
 
-Quantization = Literal["none", "int8", "int4", "auto"]
-ArrayName = Literal["values", "scale", "minimum"]
+type Quantization = Literal["none", "int8", "int4", "auto"]
+type ArrayName = Literal["values", "scale", "minimum"]
 """The arrays of ``Quantized``."""
 Boxes = Callable[[Index], Iterable[tuple[Index, Index]]]
 
@@ -57,13 +57,17 @@ def choose_formats(
             for name, source in (ends | layer).items()
             if name not in odd
         }
-        return {name: stored for name, stored in found.items() if stored is not None}
+        kept: dict[str, Format] = {
+            name: stored for name, stored in found.items() if stored is not None
+        }
+        return kept
     if odd:
         raise CheckpointError(
             f"{checkpoint.source} cannot be held as {quantization}: the last axis of "
             f"{', '.join(odd)} is not a multiple of {GROUP}; give --quantization none"
         )
-    return dict.fromkeys(ends, "int8") | dict.fromkeys(layer, quantization)
+    of_ends: Format = "int8"
+    return dict.fromkeys(ends, of_ends) | dict.fromkeys(layer, quantization)
 
 
 def _depth(source: Source) -> int:
@@ -72,7 +76,7 @@ def _depth(source: Source) -> int:
 
 def _stored(source: Source, layers: int, checkpoint: Checkpoint) -> Format | None:
     """The format that all parts of a weight are stored in, in every layer; None if none is."""
-    formats = {
+    formats: set[Format | None] = {
         checkpoint.stored_format(part.name.format(layer=layer))
         for part in source.parts
         for layer in range(layers)

@@ -73,9 +73,12 @@ void Multiply(int64_t depth, const float* x, const float* w, float* out, int64_t
     }
     float sums[kLanes];
     StoreAs(sums, SumsOf(some));
+    constexpr int kRun = W_ROWS < kLanes ? W_ROWS : kLanes;
     const int count = kSums - first < kLanes ? kSums - first : kLanes;
-    for (int i = 0; i < count; i += W_ROWS) {
-      __builtin_memcpy(out + (first + i) / W_ROWS * out_stride, sums + i, W_ROWS * sizeof(float));
+    for (int i = 0; i < count; i += kRun) {
+      const int number = first + i;
+      __builtin_memcpy(out + number / W_ROWS * out_stride + number % W_ROWS, sums + i,
+                       kRun * sizeof(float));
     }
   }
 }

@@ -7,6 +7,7 @@ stacking, slicing of rows) is said of each of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -59,10 +60,10 @@ class Quantized:
         return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self))
 
     def reshape(self, *shape: int) -> Quantized:
-        """The same rows with other leading axes; -1 may stand for the last axis."""
-        if shape[-1] not in (-1, self.shape[-1]):
-            return jax.tree.map(lambda array: array.reshape(*shape[:-1], -1), self)
-        return jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), self)
+        """The same numbers with other axes, whose last is whole groups; one of them may be -1."""
+        known = -math.prod(shape) if -1 in shape else 1
+        sizes = [math.prod(self.shape) // known if size == -1 else size for size in shape]
+        return jax.tree.map(lambda array: array.reshape(*sizes[:-1], -1), self)
 
     def __getitem__(self, index: Any) -> Quantized:
         """Rows of it: an index of leading axes."""
@@ -70,7 +71,7 @@ class Quantized:
 
 
 type Matrix = Array | Quantized
-Format = Literal["int8", "int4"]
+type Format = Literal["int8", "int4"]
 
 
 def abstract_quantized(shape: tuple[int, ...], format: Format) -> Quantized:

@@ -55,6 +55,12 @@ class DictCheckpoint:
         self.sizes_read.append(values.size)
         return values
 
+    def stored_format(self, name: str) -> None:
+        """Plain numbers."""
+
+    def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
+        raise AssertionError("nothing is stored quantized")
+
     def tokenizer_files(self) -> Any:
         raise AssertionError("weights need no tokenizer")
 

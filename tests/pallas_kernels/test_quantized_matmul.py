@@ -1,0 +1,220 @@
+"""Products with stored matrices: every implementation equals numpy's sums in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import native
+from pallas_kernels.quantized_matmul import (
+    Quantized,
+    abstract_quantized,
+    dequantized,
+    quantized,
+    quantized_matmul,
+)
+from pallas_kernels.quantized_matmul.cases import CASES, LAYER, STORAGES, Case, Storage, stored
+
+from .native_here import needs_native, usable
+
+IMPLEMENTATIONS = usable(["native", "xla", "reference"])
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
+"""Of the sum of the products' sizes: float32 sums in any order, then one rounding."""
+
+BY_NAME = {case.name: case for case in CASES}
+compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation"))
+
+
+@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
+def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
+    """Each instruction set that this machine has, one after the other."""
+    native.limit_isa(request.param)
+    try:
+        if native.isa() is not request.param:
+            pytest.skip(f"this machine has no {request.param.name}")
+        yield request.param
+    finally:
+        native.limit_isa(max(native.Isa))
+
+
+def numbers(matrix: object) -> np.ndarray:
+    """What a stack stands for, taken apart value by value."""
+    if not isinstance(matrix, Quantized):
+        return np.asarray(matrix, np.float64)
+    scale = np.asarray(matrix.scale, np.float64).repeat(32, axis=-1)
+    values = np.asarray(matrix.values)
+    if matrix.minimum is None:
+        return values * scale
+    out = np.zeros(scale.shape)
+    for column in range(out.shape[-1]):
+        group, place = divmod(column, 32)
+        byte = values[..., group * 16 + place % 16]
+        out[..., column] = byte & 15 if place < 16 else byte >> 4
+    return out * scale + np.asarray(matrix.minimum, np.float64).repeat(32, axis=-1)
+
+
+def check(case: Case, storage: Storage, implementation: str, dtype: str = "float32") -> None:
+    x, stack = case.arrays(storage, dtype=dtype)
+    answer = compiled(x, stack, layer=jnp.int32(LAYER), implementation=implementation)
+    assert answer.dtype == x.dtype
+    wide, matrix = np.asarray(x, np.float64), numbers(stack)[LAYER]
+    size = np.abs(wide) @ np.abs(matrix).T
+    error = np.abs(np.asarray(answer, np.float64) - wide @ matrix.T)
+    assert (error <= TOLERANCE[dtype] * size).all(), (error / size).max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_are_those_of_the_numbers_that_are_stored(
+    case: Case, storage: Storage, implementation: str
+):
+    check(case, storage, implementation)
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_native_products_on_every_instruction_set(case: Case, storage: Storage, isa: native.Isa):
+    check(case, storage, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int4"])
+def test_native_activations_of_16_bits_are_rounded_once(dtype: str, storage: Storage):
+    check(BY_NAME["chunk"], storage, "native", dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_row_has_the_same_bits_alone_and_in_company(storage: Storage):
+    case = replace(BY_NAME["chunk"], depth=576)
+    x, stack = case.arrays(storage)
+    product = partial(compiled, layer=LAYER, implementation="native")
+    together = np.asarray(product(x, stack))
+    for rows in (1, 2, 6, 7, 64):
+        np.testing.assert_array_equal(product(x[-rows:], stack), together[-rows:])
+
+
+@needs_native
+def test_scales_below_the_normal_numbers_are_not_lost(isa: native.Isa):
+    """2^-24 is the least float16; a product of it is a normal float32."""
+    stack = Quantized(np.full((1, 1, 32), 64, np.int8), np.full((1, 1, 1), 2.0**-24, np.float16))
+    out = quantized_matmul(jnp.ones((1, 32)), stack, layer=0, implementation="native")
+    assert out[0, 0] == 32 * 64 * 2.0**-24
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_rounding_is_to_the_nearest_number_of_the_group(format: str):
+    rng = np.random.default_rng(1)
+    matrix = rng.standard_normal((5, 96)).astype(np.float32)
+    matrix[2, 32:64] = 0  # A group of one number has no spread.
+    rounded = quantized(matrix, format)  # pyright: ignore[reportArgumentType]
+    found = np.asarray(dequantized(rounded, jnp.float32))
+    np.testing.assert_allclose(found, numbers(rounded), rtol=1e-6, atol=1e-7)
+    step = np.asarray(rounded.scale, np.float32).repeat(32, axis=-1)
+    # Half a step, and what float16 makes of the step and of the least number.
+    assert (np.abs(found - matrix) <= step * 0.52 + 2e-3 * np.abs(matrix)).all()
+    assert (found[2, 32:64] == 0).all()
+
+
+def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():
+    matrix = np.arange(4 * 3 * 64, dtype=np.float32).reshape(4, 3, 64)
+    for format in ("int8", "int4"):
+        whole = quantized(matrix, format)
+        assert (whole.shape, whole.ndim) == ((4, 3, 64), 3)
+        expected = np.asarray(dequantized(whole, jnp.float32))
+        for found, like in (
+            (whole.reshape(12, 64), expected.reshape(12, 64)),
+            (whole.reshape(4, -1), expected.reshape(4, -1)),
+            (whole.reshape(4, 192), expected.reshape(4, 192)),
+            (whole[2], expected[2]),
+        ):
+            assert found.shape == like.shape
+            np.testing.assert_array_equal(dequantized(found, jnp.float32), like)
+        shapes = abstract_quantized(matrix.shape, format)
+        assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, shapes)
+        assert whole.nbytes == {"int8": 816, "int4": 480}[format]
+
+
+@needs_native
+def test_products_are_the_same_on_every_device_of_a_mesh():
+    """Each device multiplies by its own rows: the matrix is split, the activations are not."""
+    x, stack = BY_NAME["smollm2-batch"].arrays("int4")
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    split = jax.shard_map(
+        partial(quantized_matmul, layer=LAYER, implementation="native"),
+        mesh=mesh,
+        in_specs=(P(), P(None, "tensor")),
+        out_specs=P(None, "tensor"),
+        check_vma=False,
+    )
+    whole = compiled(x, stack, layer=LAYER, implementation="native")
+    placed = jax.device_put(stack, jax.NamedSharding(mesh, P(None, "tensor")))
+    np.testing.assert_array_equal(jax.jit(split)(x, placed), whole)
+
+
+def test_what_no_implementation_could_take_is_refused():
+    x, stack = BY_NAME["three-outputs"].arrays("int4")
+    assert isinstance(stack, Quantized)
+    refuse = partial(pytest.raises, ValueError)
+    with refuse(
+        match=r"the matrix is \[2, 3, 96\]; with activations \[2, 96\] it must be \[O, I\]"
+    ):
+        quantized_matmul(x, stack)
+    with refuse(match=r"must be \[L, O, I\] with I = 64"):
+        quantized_matmul(x[:, :64], stack, layer=0)
+    with refuse(match=r"the matrix is int32; give floats, or a Quantized"):
+        quantized_matmul(x, jnp.ones((3, 96), jnp.int32))
+    with refuse(match=r"values of int4 are uint8, got int8"):
+        quantized_matmul(x, replace(stack, values=stack.values.astype(np.int8)), layer=0)
+    with refuse(match=r"minimum is float32\[2, 3, 3\]; it must be float16\[2, 3, 3\]"):
+        wide = stack.minimum.astype(np.float32)
+        quantized_matmul(x, replace(stack, minimum=wide), layer=0)
+    with refuse(match=r"values are \[2, 3, 32\] and scales \[2, 3, 3\], which belong to a matrix"):
+        quantized_matmul(x, replace(stack, values=stack.values[..., :32]), layer=0)
+    with refuse(match="the last axis has 33 entries, not a multiple of 32"):
+        abstract_quantized((3, 33), "int8")
+    with refuse(match="the last axis has 33 entries, not a multiple of the group of 32"):
+        quantized(np.ones((3, 33)), "int8")
+
+
+@needs_native
+def test_what_native_was_not_written_for_is_declined(monkeypatch: pytest.MonkeyPatch):
+    def declined(x: object, matrix: object) -> str:
+        with pytest.raises(ExceptionGroup) as caught:
+            quantized_matmul(x, matrix, implementation="native")  # pyright: ignore
+        return str(caught.value.exceptions[0])
+
+    ones = jnp.ones((2, 24))
+    assert declined(ones, jnp.ones((3, 24))) == "the last axis must be a multiple of 16, got 24"
+    double = np.ones((3, 32))
+    with jax.enable_x64(True):
+        assert declined(jnp.ones((2, 32)), jnp.asarray(double)) == (
+            "dtypes are float32, bfloat16 and float16, got float64"
+        )
+    monkeypatch.setattr(native, "has_amx", lambda: True)
+    assert declined(jnp.ones((16, 32)), jnp.ones((3, 32), jnp.bfloat16)) == (
+        "XLA multiplies 16 rows or more with AMX"
+    )
+    native.limit_isa(native.Isa.PORTABLE)
+    try:
+        half = jnp.ones((3, 32), jnp.float16)
+        assert declined(jnp.ones((2, 32)), half) == "float16 needs AVX2 at least"
+    finally:
+        native.limit_isa(max(native.Isa))
+
+
+def test_a_matrix_without_layers_may_be_stored_in_any_form():
+    x = jnp.ones((2, 64))
+    for storage in STORAGES:
+        matrix = stored(np.eye(3, 64, dtype=np.float32), storage)
+        np.testing.assert_allclose(quantized_matmul(x, matrix), np.ones((2, 3)), rtol=1e-3)
