@@ -10,6 +10,7 @@ from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_
 from jaxserve.errors import ConfigError, MeshError
 from jaxserve.models.presets import preset
 from jaxserve.resolve import configure_jax, resolve
+from pallas_kernels import native
 
 TINY = preset("tiny-llama")
 
@@ -116,19 +117,33 @@ def test_a_plan_leaves_nothing_open() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "amx", "got"),
+    ("asked", "machine", "got"),
     [
-        ({}, False, ("float32", "float32")),
-        ({}, True, ("bfloat16", "bfloat16")),
-        ({"dtype": "float32"}, True, ("float32", "float32")),
-        ({"dtype": "float16"}, False, ("float16", "float16")),
-        ({"kv_dtype": "bfloat16"}, False, ("float32", "bfloat16")),
-        ({"dtype": "float32", "kv_dtype": "bfloat16"}, False, ("float32", "bfloat16")),
+        ({}, (False, False), ("float32", "float32", "float32")),
+        ({}, (True, False), ("bfloat16", "bfloat16", "bfloat16")),
+        ({}, (False, True), ("bfloat16", "bfloat16", "float32")),
+        ({}, (True, True), ("bfloat16", "bfloat16", "bfloat16")),
+        ({"dtype": "float32"}, (True, True), ("float32", "float32", "float32")),
+        ({"dtype": "float16"}, (False, False), ("float16", "float16", "float16")),
+        ({"kv_dtype": "bfloat16"}, (False, False), ("float32", "bfloat16", "float32")),
+        (
+            {"dtype": "float32", "kv_dtype": "bfloat16"},
+            (False, True),
+            ("float32", "bfloat16", "float32"),
+        ),
     ],
 )
 def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
-    asked: dict[str, str], amx: bool, got: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, str],
+    machine: tuple[bool, bool],
+    got: tuple[str, str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jaxserve.resolve.cpu_has_amx", lambda: amx)
+    """``machine``: whether it has AMX, and native kernels."""
+    has_amx, has_native = machine
+    monkeypatch.setattr(native, "has_amx", lambda: has_amx)
+    monkeypatch.setattr(native, "is_built", lambda: has_native)
     plan = resolve(config(device="cpu", **asked), TINY)
-    assert (plan.dtype.name, plan.kv_dtype.name) == got
+    if dict(asked).get("dtype") == "float32" and has_native:
+        assert plan.unrolled_rows == 0
+    assert (plan.dtype.name, plan.kv_dtype.name, plan.activations.name) == got

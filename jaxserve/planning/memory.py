@@ -7,6 +7,7 @@ Temporaries are XLA's own number where it can compile, and a bound otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -143,13 +144,13 @@ def _may_fit(model: ModelConfig, shape: MeshShape, facts: DeviceFacts, sizes: Si
 def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
     """Returns a line for each axis that is padded, copied or replicated, with its cost."""
     layout, abstract = runner.model.layout, runner.abstract_params
-    item = runner.config.dtype.itemsize
-    stretched = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    plain = Model(layout.config, 1, runner.model.formats)
+    stretched = _bytes(abstract)
     held = bytes_per_device(abstract, runner.param_shardings)
     notes = layout.notes()
-    if extra := stretched - layout.config.params:
-        notes.append(f"padding and copies: {_mb(extra * item)} of weights over the tensor axis")
-    if whole := held * shape.tensor - stretched * item:
+    if extra := stretched - _bytes(plain.abstract(runner.config.dtype, stacked=True)):
+        notes.append(f"padding and copies: {_mb(extra)} of weights over the tensor axis")
+    if whole := held * shape.tensor - stretched:
         here = whole // (shape.tensor - 1)
         notes.append(f"replicated over tensor={shape.tensor}: norms, {_mb(here)} on every device")
     if shape.data > 1:
@@ -157,6 +158,10 @@ def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
             f"replicated over data={shape.data}: all weights, {_mb(held * shape.tensor)} on each"
         )
     return notes
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _pages(budget: MemoryBudget, sizes: Sizes) -> tuple[int, str | None]:

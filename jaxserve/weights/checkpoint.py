@@ -7,7 +7,7 @@ so that a model is loaded one way. Fetching from a hub is left to ``hub.py``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from jaxserve.weights.gguf import GgufCheckpoint
 from jaxserve.weights.gguf_file import MAGIC
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import INDEX_FILE, SafetensorsCheckpoint
-from pallas_kernels.quantized_matmul import Format
+
+if TYPE_CHECKING:  # Reading a tokenizer needs no JAX.
+    from pallas_kernels.quantized_matmul import Format
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

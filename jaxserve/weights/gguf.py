@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +25,12 @@ from jaxserve.tokenizer_source import TokenizerSource
 from jaxserve.weights.gguf_config import config_from_metadata
 from jaxserve.weights.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxserve.weights.reading import ByteFile, Index, read_spans, resolve_index
-from pallas_kernels.quantized_matmul import GROUP, Format
+
+if TYPE_CHECKING:  # Reading a tokenizer needs no JAX.
+    from pallas_kernels.quantized_matmul import Format
+
+GROUP = 32
+"""Values of one block; those of ``Quantized`` are as many."""
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),

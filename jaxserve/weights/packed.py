@@ -51,23 +51,18 @@ def choose_formats(
     ends = {name: source for name, source in sources.ends.items() if name in MATRICES}
     layer = {name: source for name, source in sources.layer.items() if name.startswith("w_")}
     odd = [name for name, source in (ends | layer).items() if _depth(source) % GROUP]
-    if quantization == "auto":
-        found = {
-            name: _stored(source, config.layers, checkpoint)
-            for name, source in (ends | layer).items()
-            if name not in odd
-        }
-        kept: dict[str, Format] = {
-            name: stored for name, stored in found.items() if stored is not None
-        }
-        return kept
-    if odd:
+    if quantization != "auto" and odd:
         raise CheckpointError(
             f"{checkpoint.source} cannot be held as {quantization}: the last axis of "
             f"{', '.join(odd)} is not a multiple of {GROUP}; give --quantization none"
         )
-    of_ends: Format = "int8"
-    return dict.fromkeys(ends, of_ends) | dict.fromkeys(layer, quantization)
+    formats: dict[str, Format] = {}
+    for name, source in (ends | layer).items():
+        if quantization != "auto":
+            formats[name] = "int8" if name in ends else quantization
+        elif name not in odd and (stored := _stored(source, config.layers, checkpoint)):
+            formats[name] = stored
+    return formats
 
 
 def _depth(source: Source) -> int:
