@@ -44,7 +44,7 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.planning.beside import Beside, compare
 from jaxserve.planning.devices import facts_of_kind
 from jaxserve.planning.memory import budget_of
-from jaxserve.resolve import LaunchPlan, configure_jax, cpu_has_amx, resolve, sharding_summary
+from jaxserve.resolve import LaunchPlan, configure_jax, resolve, sharding_summary
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
@@ -293,7 +293,7 @@ def _host_facts(config: ServeConfig, hosts: GroupConfig, model: ModelConfig) -> 
         "jax": jax.__version__,
         "--hosts": str(hosts.hosts),
         "model config": hashlib.sha256(model_facts.encode()).hexdigest()[:12],
-        "CPU with AMX": str(cpu_has_amx()),
+        "CPU with AMX": str(native.has_amx()),
         "native kernels": native.build_name(),
         **{f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in SHARED_FLAGS},
     }
@@ -410,6 +410,7 @@ def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages:
         step=plan.step,
         cache=cache,
         dtype=plan.dtype,
+        activations=plan.activations,
         unrolled_rows=plan.unrolled_rows,
     )
     return Runner(model, runner_config, plan.mesh)
@@ -499,6 +500,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         plan.platform,
         plan.dtype.name,
         plan.kv_dtype.name,
+        plan.activations.name,
         asdict(replace(plan.step)),
         plan.page_tokens,
         config.kv_memory_bytes,

@@ -22,6 +22,7 @@ from jaxserve.models.layout import choose_layout
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.memory import host_free_bytes
 from jaxserve.weights.source import DUMMY
+from pallas_kernels import native
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.rules import ShardingRules
 
@@ -107,7 +108,8 @@ def resolve_sizes(
             "lower --context-tokens"
         )
     on_cpu = platform == "cpu"
-    smallest = BF16_CPU_ROWS if on_cpu and dtype == jnp.bfloat16 else 1
+    has_native = on_cpu and native.is_built()
+    smallest = BF16_CPU_ROWS if on_cpu and not has_native and dtype == jnp.bfloat16 else 1
     prefill = prefill_buckets(min(config.step_tokens, max(16, context)))
     step = StepShape(
         max_rows=config.max_rows,
@@ -124,7 +126,10 @@ def resolve_sizes(
     return Sizes(
         dtype=dtype,
         kv_dtype=dtype if config.kv_dtype == "auto" else jnp.dtype(config.kv_dtype),
-        unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu else 0,
+        # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
+        # faster in float32; XLA's own need one dtype, of which AMX has no float32.
+        activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
+        unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,
         page_tokens=config.page_tokens,
@@ -167,18 +172,10 @@ def _mesh(config: ServeConfig) -> Mesh:
 def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    if platform != "cpu" or cpu_has_amx():
+    if platform != "cpu" or native.is_built() or native.has_amx():
         return jnp.dtype(jnp.bfloat16)
-    # Without AMX, XLA's float32 products are as fast as its bfloat16 ones, and exact.
+    # XLA's float32 products are as fast as its bfloat16 ones there, and exact.
     return jnp.dtype(jnp.float32)
-
-
-def cpu_has_amx() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _served_name(model: str) -> str:

@@ -30,6 +30,7 @@ from jaxserve.models.layers import (
 )
 from jaxserve.models.layout import choose_layout
 from jaxserve.models.modules import Axes, Ends, Layer
+from jaxserve.models.stacked import LayerOf
 
 Attend = Callable[..., tuple[Any, Any]]
 """``attend(cache, layer, q, k, v, window) -> (out, cache)``.
@@ -126,6 +127,8 @@ class Model:
         attend: Attend,
         *,
         tensor_axis: str | None,
+        products: str = "xla",
+        activations: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs all layers over new tokens.
 
@@ -136,25 +139,28 @@ class Model:
             cache: any pytree; handed from layer to layer through ``attend``.
             attend: attention of new tokens over the cache and themselves.
             tensor_axis: mesh axis that heads, ffn and vocabulary are split over; None: none is.
+            products: which implementation of ``quantized_matmul``.
+            activations: dtype of what goes from layer to layer; None: that of the embedding.
 
         Returns:
             What the head sees (after the final norm), and the cache.
         """
         with jax.named_scope("embed"):
-            x = _embed(params.ends["embed"], tokens, tensor_axis)
+            table = params.ends["embed"]
+            x = _embed(table, tokens, tensor_axis).astype(activations or table.dtype)
             # Rounded to the activations' dtype first, as the reference implementation does.
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         with jax.named_scope("rope_table"):
             ropes = self._ropes(positions)
-        run = partial(self._run_layer, ropes=ropes, attend=attend, tensor_axis=tensor_axis)
+        run = partial(
+            self._run_layer,
+            ropes=ropes,
+            attend=attend,
+            tensor_axis=tensor_axis,
+            products=products,
+        )
         if isinstance(params.layers, dict):
-            windows = jnp.asarray(self.config.windows, jnp.int32)
-            numbers = jnp.arange(len(self.config.windows), dtype=jnp.int32)
-            (x, cache), _ = jax.lax.scan(
-                lambda carry, layer: (run(*carry, *layer), None),
-                (x, cache),
-                (params.layers, numbers, windows),
-            )
+            x, cache = self._loop(run, x, cache, params.layers)
         else:
             # Traced and lowered once for each window: layers differ in their arrays alone.
             run = jax.jit(run, static_argnames="window")
@@ -166,23 +172,42 @@ class Model:
             x = rms_norm(x, weight, eps=config.rms_eps, offset=config.norm_offset)
         return x, cache
 
+    def _loop(
+        self, run: Callable[..., Any], x: Array, cache: Any, stacks: dict[str, Any]
+    ) -> tuple[Array, Any]:
+        """Runs stacked layers one after the other; their matrices stay where they are."""
+        matrices = {name: stack for name, stack in stacks.items() if name.startswith("w_")}
+        vectors = {name: stack for name, stack in stacks.items() if name not in matrices}
+
+        def turn(carry: tuple[Array, Any], layer: tuple[Any, Array, Array]) -> tuple[Any, None]:
+            mine, number, window = layer
+            here = {name: LayerOf(stack, number) for name, stack in matrices.items()}
+            return run(*carry, mine | here, number, window), None
+
+        windows = jnp.asarray(self.config.windows, jnp.int32)
+        numbers = jnp.arange(len(self.config.windows), dtype=jnp.int32)
+        carry, _ = jax.lax.scan(turn, (x, cache), (vectors, numbers, windows))
+        return carry
+
     def head_weight(self, params: Params) -> Float[Array, "V D"]:
         """Returns the matrix that turns hidden states into logits: the embedding when tied."""
         return params.ends["embed" if self.config.tie_embeddings else "head"]
 
-    def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def logits(
+        self, params: Params, hidden: Float[Array, "*B D"], *, products: str = "xla"
+    ) -> Float[Array, "*B V"]:
         """Returns one float32 logit per token of this shard, from what ``forward`` returned.
 
         Tokens that the layout added to the vocabulary are among them.
         """
-        return self.partial_logits(self.head_weight(params), hidden)
+        return self.partial_logits(self.head_weight(params), hidden, products=products)
 
     def partial_logits(
-        self, rows: Float[Array, "X D"], hidden: Float[Array, "*B D"]
+        self, rows: Float[Array, "X D"], hidden: Float[Array, "*B D"], *, products: str = "xla"
     ) -> Float[Array, "*B X"]:
         """Returns the float32 logits of some tokens, given their rows of ``head_weight``."""
         with jax.named_scope("head"):
-            logits = project(hidden, rows, dtype=jnp.dtype(jnp.float32))
+            logits = project(hidden, rows, products, dtype=jnp.dtype(jnp.float32))
             return softcap(logits, self.config.logit_softcap)
 
     def target_logits(
@@ -210,13 +235,14 @@ class Model:
         self,
         x: Float[Array, "B T D"],
         cache: Any,
-        weights: dict[str, Array],
+        weights: dict[str, Any],
         number: Any,
         window: Any,
         *,
         ropes: Float[Array, "bases 2 B T half"],
         attend: Attend,
         tensor_axis: str | None,
+        products: str,
     ) -> tuple[Float[Array, "B T D"], Any]:
         layer = nnx.merge(
             self._layer_graph, nnx.State({name: nnx.Param(w) for name, w in weights.items()})
@@ -226,7 +252,7 @@ class Model:
             return attend(cache, number, q, k, v, window)
 
         rope = ropes[self._rope_base(window)]
-        return layer(x, rope, cache, attend_here, tensor_axis)
+        return layer(x, rope, cache, attend_here, tensor_axis, products)
 
     def _rope_base(self, window: Any) -> Any:
         """Which table of ``_ropes`` a layer with this window uses."""

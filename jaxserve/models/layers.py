@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import Activation, RopeScaling
+from jaxserve.models.stacked import LayerOf
+from pallas_kernels.quantized_matmul import Matrix, quantized_matmul
 
 
 def rms_norm(
@@ -35,21 +37,25 @@ def rms_norm(
 
 
 def project(
-    x: Float[Array, "*B I"], weight: Float[Array, "O I"], *, dtype: jnp.dtype | None = None
+    x: Float[Array, "*B I"],
+    weight: Matrix | LayerOf,
+    products: str,
+    *,
+    dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*B O"]:
     """Multiplies by a matrix stored ``[out, in]``, accumulating in float32.
-
-    Both operands contract over their last axis: each output is then one dot product of two
-    contiguous rows, which XLA's CPU backend runs much faster than ``[in, out]``.
 
     Args:
         x: activations.
         weight: the matrix.
+        products: which implementation of ``quantized_matmul``.
         dtype: of the result; that of ``x`` when None.
     """
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    out = jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
-    return out.astype(dtype or x.dtype)
+    if isinstance(weight, LayerOf):
+        return quantized_matmul(
+            x, weight.stack, layer=weight.number, dtype=dtype, implementation=products
+        )
+    return quantized_matmul(x, weight, dtype=dtype, implementation=products)
 
 
 def gated(gate_up: Float[Array, "*B two_F"], activation: Activation) -> Float[Array, "*B F"]:

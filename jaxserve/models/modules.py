@@ -80,33 +80,34 @@ class Layer(nnx.Module):
         cache: Any,
         attend: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
         tensor_axis: str | None,
+        products: str,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs the layer; ``attend(cache, q, k, v)`` is bound to it."""
         with jax.named_scope("attn_norm"):
             y = self._norm(x, self.attn_norm)
-        q, k, v = self._qkv(y, rope)
+        q, k, v = self._qkv(y, rope, products)
         with jax.named_scope("attention"):
             y, cache = attend(cache, q, k, v)
         with jax.named_scope("o"):
             w_o = self.w_o[...]
-            y = project(y.reshape(*y.shape[:2], -1), w_o.reshape(w_o.shape[0], -1))
+            y = project(y.reshape(*y.shape[:2], -1), w_o.reshape(w_o.shape[0], -1), products)
             y = all_reduce(y, tensor_axis)
             x = x + (self._norm(y, self.post_attn_norm) if self.config.post_norms else y)
         with jax.named_scope("ffn_norm"):
             y = self._norm(x, self.ffn_norm)
         with jax.named_scope("ffn"):
-            y = all_reduce(self._ffn(y), tensor_axis)
+            y = all_reduce(self._ffn(y, products), tensor_axis)
             x = x + (self._norm(y, self.post_ffn_norm) if self.config.post_norms else y)
         return x, cache
 
     def _qkv(
-        self, x: Float[Array, "B T D"], rope: Float[Array, "2 B T half"]
+        self, x: Float[Array, "B T D"], rope: Float[Array, "2 B T half"], products: str
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         w = self.w_qkv[...]
         K, rows, H, D = w.shape
         B, T = x.shape[:2]
         with jax.named_scope("qkv"):
-            heads = project(x, w.reshape(K * rows * H, D)).reshape(B, T, K, rows, H)
+            heads = project(x, w.reshape(K * rows * H, D), products).reshape(B, T, K, rows, H)
             if self.config.qkv_bias:
                 heads = heads + self.b_qkv[...][None, None]
             q, k, v = jnp.split(heads, (rows - 2, rows - 1), axis=3)
@@ -116,10 +117,10 @@ class Layer(nnx.Module):
         with jax.named_scope("rope"):
             return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def _ffn(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _ffn(self, x: Float[Array, "B T D"], products: str) -> Float[Array, "B T D"]:
         w = self.w_gate_up[...]
-        gate_up = project(x, w.reshape(-1, w.shape[-1]))
-        return project(gated(gate_up, self.config.activation), self.w_down[...])
+        gate_up = project(x, w.reshape(-1, w.shape[-1]), products)
+        return project(gated(gate_up, self.config.activation), self.w_down[...], products)
 
     def _norm(self, x: Float[Array, "*B D"], weight: nnx.Param) -> Float[Array, "*B D"]:
         config = self.config

@@ -187,6 +187,7 @@ def _make_runner(
             data_shards=shape.data,
         ),
         dtype=sizes.dtype,
+        activations=sizes.activations,
         unrolled_rows=sizes.unrolled_rows,
         has_native=facts.platform == "cpu",
     )

@@ -18,6 +18,8 @@ class Sizes:
 
     dtype: jnp.dtype
     kv_dtype: jnp.dtype
+    activations: jnp.dtype
+    """Of what goes from layer to layer."""
     unrolled_rows: int
     """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
     context_tokens: int

@@ -37,6 +37,14 @@ class StepPrograms:
     has_native: bool = True
     """Kernels of this machine may be called; not when another device's programs are traced here."""
 
+    activations: jnp.dtype | None = None
+    """What goes from layer to layer; None: the weights' dtype."""
+
+    @property
+    def products(self) -> str:
+        """Which implementation multiplies by the weights."""
+        return "auto" if self.has_native else "xla"
+
     @property
     def vocab(self) -> VocabShard:
         """This shard's part of the vocabulary."""
@@ -133,7 +141,14 @@ class StepPrograms:
 
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         hidden, pools = self.model.forward(
-            params, tokens, positions, state.pools, attend, tensor_axis=self.tensor_axis
+            params,
+            tokens,
+            positions,
+            state.pools,
+            attend,
+            tensor_axis=self.tensor_axis,
+            products=self.products,
+            activations=self.activations,
         )
         return hidden, replace(state, pools=pools)
 
@@ -146,7 +161,7 @@ class StepPrograms:
         hidden: Float[Array, "B D"],
     ) -> tuple[DeviceState, Int[Array, "R C"]]:
         with jax.named_scope("head"):
-            logits = self.model.logits(params, hidden)
+            logits = self.model.logits(params, hidden, products=self.products)
         with jax.named_scope("sample"):
             chosen = choose(logits, lines, state.counts, state.bias, self.vocab)
         null_row = result.shape[0] - 1
@@ -178,7 +193,7 @@ class StepPrograms:
             # The last chunk starts early enough to be whole; what it repeats is masked.
             begin = jnp.minimum(start, here - size)
             rows = lax.dynamic_slice_in_dim(head, begin, size)
-            logits = self.model.partial_logits(rows, hidden)
+            logits = self.model.partial_logits(rows, hidden, products=self.products)
             ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
             new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)
             return jnp.where(new[None], logits, -jnp.inf), ids

@@ -72,6 +72,8 @@ class RunnerConfig:
     step: StepShape
     cache: CacheShape
     dtype: jnp.dtype
+    activations: jnp.dtype | None = None
+    """Of what goes from layer to layer; None: the weights' dtype."""
     unrolled_rows: int = 0
     """Decode programs of at most so many rows are compiled layer by layer, on CPUs; the others loop
     over stacked layers. XLA's CPU backend copies a layer's weights out of their stack in each turn
@@ -132,6 +134,7 @@ class Runner:
             config.step.table_width,
             "tensor" if tensor else None,
             has_native=config.has_native,
+            activations=config.activations,
         )
         self._abstract_params = model.abstract(config.dtype, stacked=True)
         self._param_specs = partition_specs(model.logical_axes(stacked=True), config.rules)

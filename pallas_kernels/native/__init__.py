@@ -42,6 +42,11 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def is_built() -> bool:
+    """Whether the library is there and can be loaded. Asks JAX for nothing."""
+    return not isinstance(_load(), str)
+
+
 def build_name() -> str:
     """The build of the library and the instruction set it uses here; ``"none"`` without one.
 
@@ -54,6 +59,15 @@ def build_name() -> str:
 def isa() -> Isa:
     """The instruction set that kernels use now."""
     return Isa(_library()[0].jaxserve_isa())
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def limit_isa(most: Isa) -> None:

@@ -4,6 +4,7 @@
 #include <functional>
 #include <utility>
 
+#include "number.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -20,6 +21,16 @@ class XlaExecutor final : public Executor {
   xla::ffi::ThreadPool pool_;
   int64_t threads_;
 };
+
+// False for a dtype that kernels do not read.
+inline bool ReadNumber(const xla::ffi::AnyBuffer& buffer, Number& number) {
+  switch (buffer.element_type()) {
+    case xla::ffi::F32: number = Number::kFloat32; return true;
+    case xla::ffi::BF16: number = Number::kBFloat16; return true;
+    case xla::ffi::F16: number = Number::kFloat16; return true;
+    default: return false;
+  }
+}
 
 }  // namespace jaxserve
 

@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "native/memory.h"
+
 namespace jaxserve {
 namespace {
 
@@ -12,11 +14,6 @@ namespace {
 constexpr int64_t kAloneProducts = 1 << 18;
 // Tiles for each thread from which on there is no need to cut them.
 constexpr int64_t kPlentyOfTiles = 4;
-
-// A cache line: no two threads' memory shares one, and vectors do not straddle them.
-constexpr int64_t kAlignFloats = 16;
-
-int64_t NumberBytes(Number number) { return number == Number::kFloat32 ? 4 : 2; }
 
 // One tile with the keys that any of its queries sees.
 struct Job {
@@ -38,15 +35,6 @@ int64_t ScratchFloats(int64_t vectors, int64_t head_dim) {
          2 * vectors * (head_dim + 2);
 }
 
-float* ThreadMemory(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats + kAlignFloats) {
-    memory.resize(floats + kAlignFloats);
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (kAlignFloats - address / sizeof(float) % kAlignFloats);
-}
-
 Softmax CutState(float*& memory, const Tile& tile) {
   Softmax state;
   state.weighted = memory;
@@ -64,7 +52,7 @@ struct ThreadState {
 
 ThreadState CutThreadMemory(const Tile& tile) {
   const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
-  float* memory = ThreadMemory(ScratchFloats(vectors, head_dim));
+  float* memory = ThreadMemory<Tile>(ScratchFloats(vectors, head_dim));
   ThreadState state;
   state.scratch.k = memory;
   state.scratch.v = state.scratch.k + kBlockKeys * head_dim;

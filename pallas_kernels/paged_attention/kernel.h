@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "native/isa.h"
+#include "native/number.h"
 
 namespace jaxserve {
 
@@ -16,8 +17,6 @@ constexpr int64_t kBlockKeys = 64;
 
 // Where a running maximum starts: below any real score, and above what masked scores are.
 constexpr float kFloor = -1e20f;
-
-enum class Number : int { kFloat32, kBFloat16, kFloat16 };
 
 // A tile: query tokens that stand together in one row, and all the query heads of one key head.
 // Query vector m of the tile is head m % group of token m / group.

@@ -51,15 +51,6 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
   return ffi::Error::Success();
 }
 
-bool ReadNumber(const ffi::AnyBuffer& buffer, Number& number) {
-  switch (buffer.element_type()) {
-    case ffi::F32: number = Number::kFloat32; return true;
-    case ffi::BF16: number = Number::kBFloat16; return true;
-    case ffi::F16: number = Number::kFloat16; return true;
-    default: return false;
-  }
-}
-
 ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k_pool,
                          ffi::AnyBuffer v_pool, Int32Table table, Int32Rows start,
                          Int32Rows length, Int32Scalar layer, Int32Scalar window,

@@ -1,0 +1,72 @@
+"""Products of activations with stored matrices, plain or quantized: the public function.
+
+``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU; elsewhere XLA
+multiplies. Which weight is stored how, and the mesh, are the model's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.quantized_matmul import matrix as _matrix
+from pallas_kernels.quantized_matmul.matrix import GROUP, Matrix, Quantized, dequantized
+from pallas_kernels.quantized_matmul.native import quantized_matmul_native
+from pallas_kernels.quantized_matmul.reference import (
+    quantized_matmul_reference,
+    quantized_matmul_xla,
+)
+
+__all__ = ["GROUP", "Matrix", "Quantized", "dequantized", "quantized_matmul"]
+
+IMPLEMENTATIONS = {
+    "native": quantized_matmul_native,
+    "xla": quantized_matmul_xla,
+    "reference": quantized_matmul_reference,
+}
+"""By name, best first."""
+
+
+def quantized_matmul(
+    x: Float[Array, "*B I"],
+    matrix: Matrix,
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    dtype: Any = None,
+    implementation: str = "auto",
+) -> Float[Array, "*B O"]:
+    """Multiplies activations by a matrix stored ``[O, I]``, accumulating in float32.
+
+    Args:
+        x: Activations.
+        matrix: Floats ``[O, I]``, or a ``Quantized`` of that shape.
+        layer: Given, ``matrix`` is a stack ``[L, O, I]`` of which this one is meant; a Python int
+            or a traced scalar. One that is not there becomes the nearest.
+        dtype: Of the result; that of ``x`` when None.
+        implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
+
+    Raises:
+        ValueError: Shapes or dtypes that no implementation could take.
+        ExceptionGroup: Every implementation declined; it holds the reasons.
+    """
+    _matrix.check(matrix)
+    axes = 2 if layer is None else 3
+    if matrix.ndim != axes or matrix.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"the matrix is {list(matrix.shape)}; with activations {list(x.shape)} it must be "
+            f"{'[O, I]' if layer is None else '[L, O, I]'} with I = {x.shape[-1]}"
+        )
+    with jax.named_scope("matmul"):
+        return dispatch(
+            "quantized_matmul",
+            IMPLEMENTATIONS,
+            implementation,
+            x,
+            matrix,
+            layer=layer,
+            dtype=jnp.dtype(dtype or x.dtype),
+        )

@@ -1,0 +1,57 @@
+// The arithmetic of products with stored matrices: what each instruction set implements.
+//
+// Pointers and sizes only, since kernel.cc takes no C++ standard header; matmul.cc decides which
+// thread computes what.
+#pragma once
+
+#include <stdint.h>
+
+#include "native/isa.h"
+#include "native/number.h"
+
+namespace jaxserve {
+
+// Values that share one scale, along the depth.
+constexpr int64_t kGroup = 32;
+
+// What a sum runs over at a time: the depth is a multiple of it.
+constexpr int64_t kDepthStep = 16;
+
+enum class Format : int {
+  kNumber,  // Plain numbers.
+  kInt8,    // scale * value, signed bytes.
+  kInt4,    // scale * value + minimum; 32 values of 0 to 15 in 16 bytes, the lower halves first.
+};
+
+// A matrix [rows, depth] as it is stored, row by row.
+struct Matrix {
+  Format format;
+  Number number;  // Of kNumber.
+  const void* values;
+  const uint16_t* scale;    // float16 [rows, depth / kGroup], or none
+  const uint16_t* minimum;  // As scale, of kInt4 alone.
+  int64_t rows;
+  int64_t depth;
+
+  int64_t row_bytes() const {
+    return format == Format::kInt4 ? depth / 2
+           : format == Format::kInt8 ? depth
+                                     : depth * NumberBytes(number);
+  }
+};
+
+struct MatmulKernel {
+  // out[rows, depth]: rows of the matrix as float32, from the first on.
+  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, float* out);
+  // out[x_rows, w_rows] = x[x_rows, depth] w[w_rows, depth]^T, out with a stride.
+  void (*multiply)(int64_t depth, int64_t x_rows, const float* x, int64_t w_rows, const float* w,
+                   float* out, int64_t out_stride);
+  // Copies of numbers, to and from float32.
+  void (*load)(Number number, const void* source, int64_t count, float* target);
+  void (*store)(Number number, const float* source, int64_t count, void* target);
+  bool has_float16;
+};
+
+JAXSERVE_FOR_EACH_ISA(extern const MatmulKernel kMatmulKernel;)
+
+}  // namespace jaxserve

@@ -1,0 +1,30 @@
+// y = x w^T for a matrix as it is stored: which thread computes what.
+//
+// Threads take panels of the matrix's rows. A panel is made float32 once, in memory that stays in
+// the cache, and multiplied with every row of x; the matrix is read once whatever its format. Where
+// x has few rows a panel is small enough for the first cache.
+#pragma once
+
+#include "kernel.h"
+#include "native/threads.h"
+
+namespace jaxserve {
+
+struct Matmul {
+  Matrix matrix;
+  Number x_number;
+  const void* x;  // [x_rows, depth]
+  Number out_number;
+  void* out;  // [x_rows, matrix.rows]
+  int64_t x_rows;
+};
+
+// Why the kernel cannot compute it, or null.
+const char* WhyNotMultiply(const Matmul& matmul, const MatmulKernel& kernel);
+
+void RunMatmul(const Matmul& matmul, const MatmulKernel& kernel, Executor& executor);
+
+// That of the instruction set in use.
+const MatmulKernel& CurrentMatmulKernel();
+
+}  // namespace jaxserve

@@ -1,0 +1,157 @@
+"""Matrices as they are stored: plain numbers, or whole numbers of few bits with a scale a group.
+
+``Quantized`` is what a product takes in place of an array. Its arrays have the axes of the matrix
+that they stand for, the last one shortened, so that what is said of the matrix's axes (sharding,
+stacking, slicing of rows) is said of each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+GROUP = 32
+"""Values along the last axis that share a scale, as in GGUF's blocks."""
+SCALE_DTYPE = np.dtype(np.float16)
+MAX_INT8 = 127
+MAX_INT4 = 15
+
+type Leaf = Any
+"""An array, or what stands for one: jax rebuilds the dataclass around whatever a tree function
+returns (shapes, specs, shardings), and a check of the field would refuse those."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix ``[..., O, I]`` in groups of 32 along its last axis.
+
+    int8: ``values`` int8 ``[..., O, I]``; a value stands for ``scale * value``.
+    int4: ``values`` uint8 ``[..., O, I / 2]``, byte ``j`` of a group's 16 with value ``j`` in its
+    lower half and ``j + 16`` in its upper; a value of 0 to 15 stands for
+    ``scale * value + minimum``. That is the order of GGUF's Q4_0 and Q4_1.
+    """
+
+    values: Leaf
+    scale: Leaf
+    """float16 ``[..., O, I / 32]``."""
+    minimum: Leaf | None = None
+    """As ``scale``; int8 has none."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return (*self.scale.shape[:-1], self.scale.shape[-1] * GROUP)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the matrix."""
+        return self.scale.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self))
+
+    def reshape(self, *shape: int) -> Quantized:
+        """The same rows with other leading axes; -1 may stand for the last axis."""
+        if shape[-1] not in (-1, self.shape[-1]):
+            return jax.tree.map(lambda array: array.reshape(*shape[:-1], -1), self)
+        return jax.tree.map(lambda array: array.reshape(*shape[:-1], array.shape[-1]), self)
+
+    def __getitem__(self, index: Any) -> Quantized:
+        """Rows of it: an index of leading axes."""
+        return jax.tree.map(lambda array: array[index], self)
+
+
+type Matrix = Array | Quantized
+
+
+def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, "..."]:
+    """The numbers that a matrix stands for; computed in float32 and rounded once."""
+    if not isinstance(matrix, Quantized):
+        return matrix.astype(dtype)
+    values = matrix.values
+    *rows, groups = matrix.scale.shape
+    if matrix.minimum is None:
+        grouped = values.reshape(*rows, groups, GROUP)
+    else:
+        pairs = values.reshape(*rows, groups, GROUP // 2)
+        grouped = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1)
+    out = grouped.astype(jnp.float32) * matrix.scale.astype(jnp.float32)[..., None]
+    if matrix.minimum is not None:
+        out = out + matrix.minimum.astype(jnp.float32)[..., None]
+    return out.reshape(matrix.shape).astype(dtype)
+
+
+def quantized_int8(matrix: np.ndarray) -> Quantized:
+    """Rounds to the nearest of 255 numbers a group; the largest of a group is exact to float16."""
+    grouped = _grouped(matrix)
+    scale = (np.abs(grouped).max(axis=-1) / MAX_INT8).astype(SCALE_DTYPE)
+    factor = scale.astype(np.float32)[..., None]
+    values = np.divide(grouped, factor, out=np.zeros_like(grouped), where=factor != 0)
+    values = np.clip(np.rint(values), -MAX_INT8, MAX_INT8).astype(np.int8)
+    return Quantized(values.reshape(matrix.shape), scale)
+
+
+def quantized_int4(matrix: np.ndarray) -> Quantized:
+    """Rounds to the nearest of 16 numbers a group, evenly spread from its least to its largest."""
+    grouped = _grouped(matrix)
+    least, most = grouped.min(axis=-1), grouped.max(axis=-1)
+    scale = ((most - least) / MAX_INT4).astype(SCALE_DTYPE)
+    minimum = least.astype(SCALE_DTYPE)
+    factor = scale.astype(np.float32)[..., None]
+    shifted = grouped - minimum.astype(np.float32)[..., None]
+    values = np.divide(shifted, factor, out=np.zeros_like(grouped), where=factor != 0)
+    values = np.clip(np.rint(values), 0, MAX_INT4).astype(np.uint8)
+    return Quantized(packed_int4(values.reshape(matrix.shape)), scale, minimum)
+
+
+def packed_int4(values: np.ndarray) -> np.ndarray:
+    """Puts values of 0 to 15, uint8 ``[..., I]``, two to a byte: ``[..., I / 2]``."""
+    grouped = values.reshape(*values.shape[:-1], -1, GROUP)
+    pairs = grouped[..., : GROUP // 2] | grouped[..., GROUP // 2 :] << 4
+    return pairs.reshape(*values.shape[:-1], values.shape[-1] // 2)
+
+
+def check(matrix: Matrix) -> None:
+    """Refuses what is no matrix of any format.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not belong together.
+    """
+    if not isinstance(matrix, Quantized):
+        if not jnp.issubdtype(matrix.dtype, jnp.floating):
+            raise ValueError(f"the matrix is {matrix.dtype}; give floats, or a Quantized")
+        return
+    values, scale = matrix.values, matrix.scale
+    expected = jnp.int8 if matrix.minimum is None else jnp.uint8
+    if values.dtype != expected:
+        kind = "int8" if matrix.minimum is None else "int4"
+        raise ValueError(f"values of {kind} are {jnp.dtype(expected).name}, got {values.dtype}")
+    for field in fields(matrix)[1:]:
+        array = getattr(matrix, field.name)
+        if array is not None and (array.dtype != SCALE_DTYPE or array.shape != scale.shape):
+            raise ValueError(
+                f"{field.name} is {array.dtype}{list(array.shape)}; it must be "
+                f"{SCALE_DTYPE}{list(scale.shape)}"
+            )
+    stored = matrix.shape[-1] // (1 if matrix.minimum is None else 2)
+    if values.shape != (*matrix.shape[:-1], stored):
+        raise ValueError(
+            f"values are {list(values.shape)} and scales {list(scale.shape)}, which belong to a "
+            f"matrix {list(matrix.shape)} of values {[*matrix.shape[:-1], stored]}"
+        )
+
+
+def _grouped(matrix: np.ndarray) -> np.ndarray:
+    if matrix.shape[-1] % GROUP:
+        raise ValueError(
+            f"the last axis has {matrix.shape[-1]} entries, not a multiple of the group of {GROUP}"
+        )
+    return matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, GROUP)

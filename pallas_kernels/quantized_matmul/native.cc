@@ -1,0 +1,70 @@
+// What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
+#include "matmul.h"
+#include "native/xla.h"
+
+namespace jaxserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// A layer that the stack does not have becomes the nearest one, as in a clamped XLA gather.
+int64_t ReadLayer(const ffi::Buffer<ffi::S32, 0>& layer, int64_t layers) {
+  const int64_t number = *layer.typed_data();
+  return number < 0 ? 0 : number < layers ? number : layers - 1;
+}
+
+// values [layers, rows, stored depth]; scale and minimum [layers, rows, groups], or nothing.
+ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                         ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out) {
+  Matmul matmul;
+  Matrix& matrix = matmul.matrix;
+  const auto shape = values.dimensions();
+  matmul.x_rows = x.dimensions()[0];
+  matrix.rows = shape[1];
+  matrix.depth = x.dimensions()[1];
+  matrix.number = Number::kFloat32;
+  switch (values.element_type()) {
+    case ffi::S8: matrix.format = Format::kInt8; break;
+    case ffi::U8: matrix.format = Format::kInt4; break;
+    default:
+      matrix.format = Format::kNumber;
+      if (!ReadNumber(values, matrix.number)) {
+        return ffi::Error::InvalidArgument("matmul: a matrix of this dtype is not implemented");
+      }
+  }
+  if (!ReadNumber(x, matmul.x_number) || !ReadNumber(*out, matmul.out_number)) {
+    return ffi::Error::InvalidArgument("matmul: a dtype that is not a float of 16 or 32 bits");
+  }
+  const int64_t number = ReadLayer(layer, shape[0]);
+  const int64_t groups = number * matrix.rows * (matrix.depth / kGroup);
+  matrix.values = static_cast<const char*>(values.untyped_data()) +
+                  number * matrix.rows * matrix.row_bytes();
+  matrix.scale = static_cast<const uint16_t*>(scale.untyped_data()) + groups;
+  matrix.minimum = static_cast<const uint16_t*>(minimum.untyped_data()) + groups;
+  matmul.x = x.untyped_data();
+  matmul.out = out->untyped_data();
+  const MatmulKernel& kernel = CurrentMatmulKernel();
+  if (const char* reason = WhyNotMultiply(matmul, kernel)) {
+    return ffi::Error::InvalidArgument(reason);
+  }
+  XlaExecutor executor(threads);
+  RunMatmul(matmul, kernel, executor);
+  return ffi::Error::Success();
+}
+
+auto MatmulBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // values
+      .Arg<ffi::AnyBuffer>()  // scale
+      .Arg<ffi::AnyBuffer>()  // minimum
+      .Arg<ffi::Buffer<ffi::S32, 0>>()  // layer
+      .Ret<ffi::AnyBuffer>();
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+JAXSERVE_FFI_HANDLER(jaxserve_matmul, jaxserve::MatmulHandler, jaxserve::MatmulBinding());

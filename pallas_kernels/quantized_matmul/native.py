@@ -1,0 +1,73 @@
+"""Products in C++ on the CPU: the matrix is read once, in the format it is stored in.
+
+XLA widens a quantized matrix in memory before it multiplies, copies a layer's matrices out of their
+stack in each turn of a loop, and has no fast product of bfloat16 with few rows. ``matmul.h``
+describes the method.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import native
+from pallas_kernels.quantized_matmul.matrix import GROUP, SCALE_DTYPE, Matrix, Quantized
+
+DEPTH_STEP = 16
+"""What a sum runs over at a time; kernel.h has the same number."""
+AMX_ROWS = 16
+"""From so many rows on XLA is faster where the CPU multiplies bfloat16 matrices in hardware."""
+
+
+def quantized_matmul_native(
+    x: Float[Array, "*B I"],
+    matrix: Matrix,
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    dtype: jnp.dtype,
+) -> Float[Array, "*B O"]:
+    """Computes ``quantized_matmul``; see there for the arguments.
+
+    Everything is float32 once it is loaded. A number of the answer has the same bits alone, beside
+    any other rows and on any number of threads; another instruction set may round otherwise.
+    """
+    rows = math.prod(x.shape[:-1])
+    _decline(x, matrix, rows, dtype)
+    stack = matrix if layer is not None else matrix[None]
+    is_plain = not isinstance(stack, Quantized)
+    none = np.zeros((0,), SCALE_DTYPE)
+    (out,) = native.call(
+        "jaxserve_matmul",
+        [jax.ShapeDtypeStruct((rows, stack.shape[-2]), dtype)],
+        x.reshape(rows, x.shape[-1]),
+        stack if is_plain else stack.values,
+        none if is_plain else stack.scale,
+        none if is_plain or stack.minimum is None else stack.minimum,
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
+    )
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _decline(x: Float[Array, "*B I"], matrix: Matrix, rows: int, dtype: jnp.dtype) -> None:
+    """Says what the kernel was not written for; runs while tracing only."""
+    if reason := native.why_not():
+        raise NotImplementedError(reason)
+    dtypes = [jnp.dtype(x.dtype).name, jnp.dtype(dtype).name]
+    if isinstance(matrix, Quantized):
+        step = GROUP
+    else:
+        step = DEPTH_STEP
+        dtypes.append(jnp.dtype(matrix.dtype).name)
+        if dtypes[-1] == "bfloat16" and rows >= AMX_ROWS and native.has_amx():
+            raise NotImplementedError(f"XLA multiplies {AMX_ROWS} rows or more with AMX")
+    if x.shape[-1] % step:
+        raise NotImplementedError(f"the last axis must be a multiple of {step}, got {x.shape[-1]}")
+    for name in dtypes:
+        if name not in ("float32", "bfloat16", "float16"):
+            raise NotImplementedError(f"dtypes are float32, bfloat16 and float16, got {name}")
+        if name == "float16" and native.isa() is native.Isa.PORTABLE:
+            raise NotImplementedError("float16 needs AVX2 at least")
