@@ -1,12 +1,12 @@
-"""Compiled programs in files: written when they are compiled, loaded instead of tracing and compiling.
+"""Compiled programs in files: written when compiled, then loaded instead of traced and compiled.
 
     <directory>/executables/<digest of the key>/key.json        every part of the key, readable
                                                /decode-1x1.xla   one program each
 
-A key (``fingerprint.py``) names everything that a program depends on, so that one whose key is there
-is the one that would be compiled. A file holds a digest of its content and names its key; what is
-damaged, or cannot be loaded here, is compiled again. Loading one runs its machine code, as running a
-program does: a folder of programs is to be trusted like the package itself.
+A key (``fingerprint.py``) names everything that a program depends on, so a file whose key is the
+same holds what would be compiled. It has a digest of its content, and names its key; what is
+damaged, or cannot be loaded here, is compiled again. Loading a program can run code, as calling it
+does: a folder of programs is to be trusted like the package itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Signature:
     """A pytree of what it takes; leaves do not matter."""
     results: Any
     """A pytree of what it returns; leaves do not matter."""
-    devices: Sequence[jax.Device]
+    devices: Sequence[Any]
     """That it runs on, in the order of the mesh."""
 
 
@@ -81,7 +82,7 @@ class ExecutableFolder:
         self._has_warned = False
         self._lock = threading.Lock()
 
-    def load(self, name: str, signature: Signature) -> Any | None:
+    def load(self, name: str, signature: Signature) -> Any:
         """Loads a program; None when it has to be compiled.
 
         Raises:
@@ -302,10 +303,11 @@ def _is_jaxpr(part: Any) -> bool:
 
 def _register(targets: Iterable[str]) -> None:
     """Makes native kernels known to XLA, which tracing does otherwise."""
+    nothing = [jax.ShapeDtypeStruct((), "int32")]
     for target in targets:
-        symbol = target.partition(".")[0]
-        nothing = jax.ShapeDtypeStruct((), "int32")
-        jax.eval_shape(lambda symbol=symbol: tuple(native.call(symbol, [nothing])))
+        # The name without the library's digest; the key has the digest.
+        call = partial(native.call, target.partition(".")[0], nothing)
+        jax.eval_shape(lambda call=call: tuple(call()))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

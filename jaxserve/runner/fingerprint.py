@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
-from jax._src.lib import xla_client
+from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax.sharding import Mesh
 
 import pallas_kernels
@@ -57,7 +56,7 @@ def fingerprint(runner: Runner) -> dict[str, str]:
     devices = list(mesh.devices.flat)
     parts = {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "flax": version("flax"),
         "platform": f"{devices[0].platform} ({devices[0].client.platform_version})",
         "device kind": ", ".join(sorted({device.device_kind for device in devices})),
@@ -78,7 +77,12 @@ def fingerprint(runner: Runner) -> dict[str, str]:
         for name, value in jax.config.values.items()
         if not name.startswith(HARMLESS_SETTINGS)
     }
-    return parts | settings | flat(asdict(runner.config)) | flat({"model": asdict(runner.model.config)})
+    return (
+        parts
+        | settings
+        | flat(asdict(runner.config))
+        | flat({"model": asdict(runner.model.config)})
+    )
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -89,9 +93,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """
     out: dict[str, str] = {}
     for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
-            prefix + name: str(value)
-        }
+        out |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: str(value)}
+        )
     return out
 
 
@@ -110,9 +116,7 @@ def traced_files() -> list[Path]:
     ours = Path(__file__).parent.parent
     roots = [ours / name for name in TRACED]
     roots += [Path(str(package.__file__)).parent for package in (pallas_kernels, sharding)]
-    files = [
-        sorted(root.rglob("*.py")) if root.is_dir() else [root] for root in roots
-    ]
+    files = [sorted(root.rglob("*.py")) if root.is_dir() else [root] for root in roots]
     return [file for part in files for file in part]
 
 
