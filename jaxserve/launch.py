@@ -31,7 +31,7 @@ from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import MAX_END_TOKENS
-from jaxserve.errors import GroupError, TokenizerError
+from jaxserve.errors import ConfigError, GroupError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.model_info import ModelInfo
@@ -247,6 +247,11 @@ def _begin(
     config: ServeConfig, hosts: GroupConfig | None, on_lost: OnLost, undo: ExitStack
 ) -> tuple[ModelSource, Group | None]:
     """Opens the model and gathers the hosts, before devices are looked at."""
+    if config.executables is not None and hosts is not None and hosts.hosts > 1:
+        raise ConfigError(
+            "--executables is for one host and --hosts is "
+            f"{hosts.hosts}; leave it out: every host keeps what it compiles in its --cache-dir"
+        )
     configure_jax(config)
     # Compiling is what a launch is for, also while another service of this process is strict.
     CompileCounter.instance().strict = False

@@ -79,7 +79,7 @@ class ExecutableFolder:
         self._key = key
         self._digest = key_digest(key)
         self._must_hold = must_hold
-        self._has_warned = False
+        self._warned = set[str]()
         self._lock = threading.Lock()
 
     def load(self, name: str, signature: Signature) -> Any:
@@ -99,7 +99,7 @@ class ExecutableFolder:
                 jax.tree.structure(signature.results),
                 execution_devices=tuple(signature.devices),
             )
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if not self._must_hold:
                 return None
             reason = str(error.strerror)
@@ -110,7 +110,7 @@ class ExecutableFolder:
                 f"{self.path / name}{SUFFIX} cannot be loaded: {reason}; write the directory again "
                 "with `jaxserve compile`, or leave --executables out"
             )
-        self._warn(f"{self.path / name}{SUFFIX} cannot be loaded and is compiled again: {reason}")
+        self._warn("cannot be loaded and is compiled again", name, reason)
         return None
 
     def save(self, name: str, compiled: Any, targets: Iterable[str]) -> None:
@@ -137,7 +137,7 @@ class ExecutableFolder:
             head = json.dumps(header, sort_keys=True).encode()
             _write(self.path / f"{name}{SUFFIX}", head + b"\n" + content)
         except Exception as error:  # A full disk, or a backend that cannot write programs.
-            self._warn(f"{self.path / name}{SUFFIX} cannot be written: {error}")
+            self._warn("cannot be written", name, error)
 
     def copy_to(self, out: Path, names: Iterable[str]) -> int:
         """Copies programs and their key into a new directory; returns the bytes written.
@@ -162,12 +162,13 @@ class ExecutableFolder:
             shutil.rmtree(partial, ignore_errors=True)
         return sum(file.stat().st_size for file in out.iterdir())
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, what: str, name: str, reason: object) -> None:
         """Once: what ails one file ails most."""
         with self._lock:
-            first, self._has_warned = not self._has_warned, True
-        if first:
-            logger.warning("%s", message)
+            is_new = what not in self._warned
+            self._warned.add(what)
+        if is_new:
+            logger.warning("%s%s %s: %s", self.path / name, SUFFIX, what, reason)
 
 
 class ExecutableStore:

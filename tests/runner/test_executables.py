@@ -250,7 +250,7 @@ def change_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         ("jaxlib", lambda patch: patch.setattr(fingerprint_module, "version", lambda name: "0.0")),
         ("native kernels", lambda patch: patch.setattr(native, "why_not", lambda: "broken")),
         ("CPU", lambda patch: patch.setattr(fingerprint_module, "cpu_facts", lambda: "other")),
-        ("CPU cores", lambda patch: patch.setattr(os, "sched_getaffinity", lambda pid: {1} * 99)),
+        ("CPU cores", lambda patch: patch.setattr(os, "sched_getaffinity", lambda pid: range(99))),
         ("source code", change_source),
         ("jax_default_matmul_precision", change_setting),
         ("compiler options", lambda patch: patch.setattr(Runner, "compiler_options", {"a": 1})),
