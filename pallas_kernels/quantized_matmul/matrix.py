@@ -40,7 +40,7 @@ class Quantized:
     values: Leaf
     scale: Leaf
     """float16 ``[..., O, I / 32]``."""
-    minimum: Leaf | None = None
+    minimum: Leaf = None
     """As ``scale``; int8 has none."""
 
     @property

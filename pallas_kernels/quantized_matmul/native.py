@@ -39,7 +39,8 @@ def quantized_matmul_native(
     _decline(x, matrix, rows, dtype)
     stack = matrix if layer is not None else matrix[None]
     is_plain = not isinstance(stack, Quantized)
-    none = np.zeros((0,), SCALE_DTYPE)
+    # Never read. Not empty: XLA crashes on an empty operand where there are several devices.
+    none = np.zeros((1,), SCALE_DTYPE)
     (out,) = native.call(
         "jaxserve_matmul",
         [jax.ShapeDtypeStruct((rows, stack.shape[-2]), dtype)],
