@@ -123,8 +123,9 @@ def launches(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "trace", refuse)
-        with make_service("dummy:tiny-llama", *places, **options) as second:
-            yield expected, memory, second
+        second = make_service("dummy:tiny-llama", *places, **options)
+    with second:
+        yield expected, memory, second
 
 
 def temporaries(service: Service) -> dict[Any, int]:
