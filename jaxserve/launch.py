@@ -39,7 +39,7 @@ from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
-from jaxserve.planning.beside import Beside, compare
+from jaxserve.planning.beside import Beside, Expected, compare, expect
 from jaxserve.planning.devices import facts_of_kind
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve, sharding_summary
 from jaxserve.runner.compiling import CompileCounter
@@ -151,7 +151,16 @@ def build(
         tokenizer, template = _text_parts(config, source)
         if template is not None:
             undo.callback(template.close)
-        runner, digest = _make_ready(config, plan, source, group, report, undo)
+        expected: list[Expected] = []
+        facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
+
+        def predict(runner: Runner) -> None:
+            if measure and facts is not None:
+                expected.append(
+                    expect(plan.name, plan.model, plan, facts, free_bytes=free, runner=runner)
+                )
+
+        runner, digest = _make_ready(config, plan, source, group, report, undo, predict)
         steps: StepRunner = runner
         if group is not None:
             group.ready(digest)
@@ -161,19 +170,9 @@ def build(
         if isinstance(steps, LeaderRunner):
             steps.watch_group(engine.fail)
         info = _model_info(plan, engine, tokenizer, digest, config)
-        facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
         beside = None
-        if measure and facts is not None:
-            beside = compare(
-                plan.name,
-                plan.model,
-                plan,
-                facts,
-                free_bytes=free,
-                meter=meter,
-                runner=runner,
-                steps=steps,
-            )
+        if expected:
+            beside = compare(expected[0], meter=meter, runner=runner, steps=steps)
         undo.pop_all()  # From here on the service closes them.
     engine.start()
     ready_seconds = time.perf_counter() - start
@@ -301,8 +300,12 @@ def _make_ready(
     group: Group | None,
     report: Report,
     undo: ExitStack,
+    meanwhile: Callable[[Runner], None] = lambda runner: None,
 ) -> tuple[Runner, str]:
-    """Compiles, loads and warms up; returns the runner and the model's digest."""
+    """Compiles, loads and warms up; returns the runner and the model's digest.
+
+    ``meanwhile`` is called when there are programs, while weights still stream in.
+    """
     if plan.platform == "cpu" and (reason := native.why_not()):
         logger.warning(
             "%s; attention runs in plain XLA, a decode step's 2 to 5 times slower", reason
@@ -310,7 +313,7 @@ def _make_ready(
     caching = nullcontext() if group is None else every_host_caches()
     with caching, ThreadPoolExecutor(3, thread_name_prefix="jaxserve-load") as pool:
         digest = pool.submit(source.digest)
-        runner, params = _prepare(config, plan, source, group, pool, report, undo)
+        runner, params = _prepare(config, plan, source, group, pool, report, undo, meanwhile)
         runner.make_ready(params, strict=config.strict_compile)
         return runner, digest.result()
 
@@ -338,6 +341,7 @@ def _prepare(
     pool: ThreadPoolExecutor,
     report: Report,
     undo: ExitStack,
+    meanwhile: Callable[[Runner], None],
 ) -> tuple[Runner, Params]:
     """Loads or compiles everything while the weights stream in and the pages are allocated."""
     model = Model(plan.model, plan.mesh.shape["tensor"])
@@ -352,11 +356,12 @@ def _prepare(
     )
     allocating = pool.submit(runner.allocate)
 
-    def meanwhile() -> None:
+    def check_weights() -> None:
         if loading.done():
             loading.result()  # A bad weight is heard of now, not when everything is compiled.
 
-    compile_rest(config, runner, report, meanwhile=meanwhile)
+    compile_rest(config, runner, report, meanwhile=check_weights)
+    meanwhile(runner)
     allocating.result()
     return runner, loading.result()
 

@@ -92,6 +92,7 @@ SETTINGS: dict[str, object] = {
     "step_tokens": 16,
     "context_tokens": 64,
     "kv_memory_bytes": 2**20,
+    "strict_compile": False,
 }
 SAMPLING = SamplingParams(
     max_tokens=12, temperature=0.8, seed=5, ignore_eos=True, prompt_logprobs=1
