@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src import compilation_cache
 from jax.experimental import serialize_executable
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.errors import ExecutablesError
 from pallas_kernels import native
@@ -253,37 +253,34 @@ def check_new(out: Path) -> None:
         raise ExecutablesError(f"--out {out} exists; give a directory that does not, or remove it")
 
 
-_bypass_lock = threading.Lock()
-_bypasses = 0
-_was_enabled = True
-
-
 @contextmanager
 def without_jax_cache() -> Generator[None]:
-    """Within the block nothing in this process comes from JAX's own compilation cache.
+    """Within the block this thread takes no program from JAX's own compilation cache, nor adds any.
 
     XLA's CPU backend writes out a program that it has loaded without its machine code, so what is
-    to be kept in a file has to be compiled here.
+    to be kept in a file has to be compiled here. JAX's setting is for the whole process, in which
+    weights are being loaded by small programs that its cache should keep.
     """
-    global _bypasses, _was_enabled
-    with _bypass_lock:
-        if not _bypasses:
-            _was_enabled = bool(jax.config.values["jax_enable_compilation_cache"])
-            _enable_jax_cache(False)
-        _bypasses += 1
+    before, _this_thread.compiles_anew = _this_thread.compiles_anew, True
     try:
         yield
     finally:
-        with _bypass_lock:
-            _bypasses -= 1
-            if not _bypasses:
-                _enable_jax_cache(_was_enabled)
+        _this_thread.compiles_anew = before
 
 
-def _enable_jax_cache(enabled: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    # JAX asks once whether there is a cache; this makes it ask again.
-    compilation_cache.reset_cache()
+class _ThisThread(threading.local):
+    compiles_anew = False
+
+
+_this_thread = _ThisThread()
+_is_cache_used = compilation_cache.is_cache_used
+
+
+def _is_cache_used_here(backend: Any) -> bool:
+    return not _this_thread.compiles_anew and _is_cache_used(backend)
+
+
+compilation_cache.is_cache_used = _is_cache_used_here
 
 
 def native_targets(jaxpr: Any) -> set[str]:

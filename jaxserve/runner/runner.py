@@ -214,10 +214,7 @@ class Runner:
         """Loads or compiles programs in parallel; yields each key as it is done."""
         if self._executables is not None:
             yield from self._in_parallel(self._load_one, self._missing(keys), workers)
-        missing = self._missing(keys)
-        kept = missing and self._executables is not None
-        with without_jax_cache() if kept else nullcontext():
-            yield from self._in_parallel(self._compile_one, missing, workers)
+        yield from self._in_parallel(self._compile_one, self._missing(keys), workers)
 
     def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         return [key for key in keys if _name(key) not in self._compiled]
@@ -345,7 +342,8 @@ class Runner:
 
     def _compile_one(self, key: ProgramKey) -> Any:
         traced = self.trace(key)
-        compiled = traced.lower().compile(self.compiler_options)
+        with nullcontext() if self._executables is None else without_jax_cache():
+            compiled = traced.lower().compile(self.compiler_options)
         if self._executables is not None:
             targets = native_targets(traced.jaxpr)
             self._executables.save(key.file_name, compiled, targets)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -421,11 +422,22 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(
     assert "no space left" in caplog.text
 
 
-def test_jax_caches_again_after_it_was_left_out() -> None:
-    assert jax.config.values["jax_enable_compilation_cache"]
-    with without_jax_cache(), without_jax_cache():
-        assert not jax.config.values["jax_enable_compilation_cache"]
-    assert jax.config.values["jax_enable_compilation_cache"]
+def test_jax_caches_what_other_threads_compile_meanwhile() -> None:
+    asked: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: asked.append(event))
+
+    def asks(number: int) -> bool:
+        """Whether JAX's cache is looked into for a program that is new."""
+        asked.clear()
+        jax.jit(lambda x: x * number).lower(jnp.zeros(7)).compile()
+        return "/jax/compilation_cache/compile_requests_use_cache" in asked
+
+    assert asks(90001)
+    with without_jax_cache():
+        assert not asks(90002)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(asks, 90003).result()
+    assert asks(90004)
 
 
 # -- a directory that was compiled ahead -----------------------------------------------------------
