@@ -6,6 +6,7 @@ HOST ?= 127.0.0.1
 PORT ?= 50051
 ARGS ?=
 BENCH ?= offline
+OUT ?= out/gpu.json
 # A Python >= 3.12 to build .venv with; left empty, .ci/find-python looks for one.
 PYTHON ?=
 
@@ -91,6 +92,14 @@ layers: $(STAMP) ## Who may import whom
 .PHONY: bench
 bench: $(STAMP) ## Run bench/BENCH=offline, serving, frontend, host or kernels, with flags in ARGS=
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(STAMP) ## Everything that decides the speed on one GPU, under 9 minutes, into OUT=
+	$(BIN)/python -m bench.gpu --out $(OUT) $(ARGS)
+
+.PHONY: bench-gpu-dry
+bench-gpu-dry: $(STAMP) ## The same with tiny sizes on the CPU, under 3 minutes
+	$(BIN)/python -m bench.gpu --dry-run $(ARGS)
 
 .PHONY: native-sanitize
 native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and ThreadSanitizer, without Python

@@ -1,9 +1,10 @@
-"""Prints two results of ``bench.offline`` or ``bench.serving`` side by side, as ratios.
+"""Prints two results of ``bench.offline``, ``bench.serving`` or ``bench.gpu`` side by side.
 
     python -m bench.compare BEFORE AFTER
 
-Medians over the lines of a workload. Refuses to compare what is not the same question (another
-workload, seed, model or load) or was not asked on the same machine, and answers that were short.
+Of the first two: medians over the lines of a workload, as ratios. Refuses to compare what is not
+the same question (another workload, seed, model or load) or was not asked on the same machine, and
+answers that were short. Of ``bench.gpu``, what may differ is said below the table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import report
 from bench.machine import NOISE_CORES
 
 Line = Mapping[str, Any]
@@ -52,11 +54,23 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("after", type=Path)
     arguments = parser.parse_args(words)
     try:
-        text = compare(read(arguments.before), read(arguments.after))
+        text = _compared(arguments.before, arguments.after)
     except IncomparableError as error:
         print(f"NOT COMPARABLE: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(text)
+
+
+def _compared(before: Path, after: Path) -> str:
+    left, right = report.read(before), report.read(after)
+    if left is None and right is None:
+        return compare(read(before), read(after))
+    if left is None or right is None:
+        raise IncomparableError(f"only one of {before} and {after} is a result of bench.gpu")
+    try:
+        return report.compare(left, right)
+    except ValueError as error:
+        raise IncomparableError(str(error)) from error
 
 
 def read(path: Path) -> list[Line]:

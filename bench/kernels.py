@@ -65,7 +65,9 @@ def measurements(dtype: str, implementation: str, only: str) -> Iterator[dict[st
         if only not in case.name:
             continue
         before = copy_bytes_per_s()
-        seconds = best_seconds(layer_step(case, dtype, implementation))
+        inputs = case.arrays(seed=0, dtype=dtype)
+        writes = "native" if implementation == "native" else "scatter"
+        seconds = best_seconds(layer_step(case, inputs, implementation, writes))
         bandwidth = max(before, copy_bytes_per_s())
         moved = bytes_moved(case, jnp.dtype(dtype).itemsize)
         yield {
@@ -82,9 +84,17 @@ def measurements(dtype: str, implementation: str, only: str) -> Iterator[dict[st
         }
 
 
-def layer_step(case: Case, dtype: str, implementation: str) -> Callable[[], jax.Array]:
-    """One layer's append and attention, compiled, with the pool donated from call to call."""
-    inputs = case.arrays(seed=0, dtype=dtype)
+def layer_step(
+    case: Case, inputs: Inputs, implementation: str, writes: str
+) -> Callable[[], jax.Array]:
+    """One layer's append and attention, compiled, with the pool donated from call to call.
+
+    Args:
+        case: which shape.
+        inputs: its arrays; donated, do not use them again.
+        implementation: of attention.
+        writes: implementation of ``append``.
+    """
 
     @partial(jax.jit, donate_argnames="pools")
     def step(q, pools, table, start, length):
@@ -97,7 +107,7 @@ def layer_step(case: Case, dtype: str, implementation: str) -> Callable[[], jax.
             start,
             length,
             layer=LAYER,
-            implementation="native" if implementation == "native" else "scatter",
+            implementation=writes,
         )
         out = paged_attention(
             q,

@@ -55,9 +55,9 @@ def measure() -> dict[str, Any]:
         product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
         return 2 * MATRIX_SIZE**3 / _best_seconds(product, left, left) / 1e12
 
-    flags = _cpu_info("flags").split()
+    flags = cpu_info("flags").split()
     return {
-        "cpu": _cpu_info("model name") or platform.machine(),
+        "cpu": cpu_info("model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "has_amx": "amx_bf16" in flags,
@@ -78,7 +78,8 @@ def _best_seconds(program: Callable[..., Any], *arguments: Any) -> float:
     return min(times)
 
 
-def _cpu_info(name: str) -> str:
+def cpu_info(name: str) -> str:
+    """Returns what the kernel says of the first CPU under a name; empty where it says nothing."""
     try:
         lines = (PROC / "cpuinfo").read_text().splitlines()
     except OSError:

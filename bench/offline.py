@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench import common, machine, workloads
-from bench.common import Answer, Door, Run
-from bench.workloads import Ask, Workload
+from bench.asking import Asking
+from bench.common import Door, Run
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.flags import (
     MACHINE_FLAGS,
@@ -29,23 +26,12 @@ from jaxserve.cli.flags import (
     field_values,
 )
 from jaxserve.config import ServeConfig
-from jaxserve.engine.request import SamplingParams
-from jaxserve.engine.stream import TokenStream
-from jaxserve.frontend.generation import (
-    Delta,
-    Finished,
-    GenerationCall,
-    Output,
-    TextEngine,
-    TextStream,
-)
 from jaxserve.launch import Service, build
 from jaxserve.progress import show_to_person
 
 GOAL_READ_GB_PER_S = 25.0
 GOAL_TFLOP_PER_S = 2.6
 """The machine that the goals are stated for: its read bandwidth and bfloat16 matrix rate."""
-POLL_S = 1.0
 _MS = {"ms": 1.0, "s": 1e3}
 
 
@@ -168,85 +154,18 @@ def make_door(service: Service) -> Door:
     """Returns the way into a service of this process."""
     return Door(
         name="offline",
-        ask=lambda workload, asks, salt: _Asking(service.text, workload, asks, salt).run(),
+        ask=lambda workload, asks, salt: Asking(
+            service.text,
+            asks,
+            salt,
+            arrivals_s=workload.load.arrivals_s(len(asks), workload.seed),
+            clients=workload.load.clients,
+        ).run(),
         stats=service.engine.stats,
         model=service.info.name,
         precision=service.info.precision,
         vocab_size=service.info.vocab_size,
     )
-
-
-class _Asking:
-    """Sends requests and takes their answers, on the calling thread."""
-
-    def __init__(
-        self, text: TextEngine, workload: Workload, asks: Sequence[Ask], salt: str
-    ) -> None:
-        self._text = text
-        self._salt = salt
-        self._most = workload.load.clients or len(asks)
-        arrivals = workload.load.arrivals_s(len(asks), workload.seed)
-        self._waiting = deque(enumerate(zip(asks, arrivals, strict=True)))
-        self._live: dict[TokenStream, tuple[TextStream, Answer]] = {}
-        self._answers: dict[int, Answer] = {}
-        self._woken: queue.SimpleQueue[Sequence[TokenStream]] = queue.SimpleQueue()
-        self._start_s = time.perf_counter()
-
-    def run(self) -> list[Answer]:
-        """Returns the answers in the order of the requests."""
-        while self._waiting or self._live:
-            wait_s = self._send()
-            try:
-                streams = self._woken.get(timeout=wait_s)
-            except queue.Empty:
-                if self._text.engine.health().serving:
-                    continue
-                raise RuntimeError(self._text.engine.health().detail) from None
-            for stream in streams:
-                self._read(stream)
-        return [self._answers[number] for number in sorted(self._answers)]
-
-    def wake(self, streams: Sequence[TokenStream]) -> None:
-        """Called by the engine, after a step."""
-        self._woken.put(streams)
-
-    def _send(self) -> float:
-        """Sends what is due; returns the seconds until the next is."""
-        while self._waiting and len(self._live) < self._most:
-            number, (ask, arrival_s) = self._waiting[0]
-            now = time.perf_counter()
-            if (early_s := self._start_s + arrival_s - now) > 0:
-                return early_s
-            self._waiting.popleft()
-            call = GenerationCall(
-                token_ids=ask.prompt,
-                sampling=SamplingParams(
-                    max_tokens=ask.output_tokens, temperature=0.0, ignore_eos=True
-                ),
-                cache_salt=self._salt,
-            )
-            answer = self._answers[number] = Answer(now)
-            stream = self._text.submit(call, self)
-            self._live[stream.stream] = (stream, answer)
-        return POLL_S
-
-    def _read(self, stream: TokenStream) -> None:
-        if stream not in self._live:
-            return
-        text_stream, answer = self._live[stream]
-        for output in text_stream.feed(stream.take()):
-            _note(output, answer)
-        if text_stream.finished:
-            answer.end_s = time.perf_counter()
-            del self._live[stream]
-
-
-def _note(output: Output, answer: Answer) -> None:
-    if isinstance(output, Delta) and output.token_ids:
-        answer.tokens += len(output.token_ids)
-        answer.arrivals_s.append(time.perf_counter())
-    elif isinstance(output, Finished) and output.error is not None:
-        raise output.error
 
 
 if __name__ == "__main__":

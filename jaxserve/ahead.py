@@ -2,7 +2,7 @@
 
     decide mesh and sizes -> find the page count -> compile (or load) -> copy out of the cache
 
-No weights are read: programs depend on their shapes alone, which the model's config gives.
+No weights are read: programs depend on their shapes and formats alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import ServeConfig
-from jaxserve.models.decoder import Model
+from jaxserve.launch import open_configured
 from jaxserve.resolve import configure_jax, resolve
 from jaxserve.runner.executables import check_new
-from jaxserve.sizing import Report, compile_rest, silent, size_pool
-from jaxserve.weights.source import read_model_config
+from jaxserve.sizing import Report, compile_rest, make_model, silent, size_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,13 @@ def compile_ahead(config: ServeConfig, out: Path, report: Report = silent) -> Co
     start_s = time.perf_counter()
     check_new(out)  # Before anything is compiled for nothing.
     configure_jax(config)
-    plan = resolve(
-        config,
-        read_model_config(config.model, assets_dir=config.assets_dir, offline=config.offline),
-    )
-    runner = size_pool(config, plan, Model(plan.model, plan.mesh.shape["tensor"]), None, report)
+    source = open_configured(config)
+    try:
+        plan = resolve(config, source.model_config())
+        model = make_model(config, plan, source)
+    finally:
+        source.close()
+    runner = size_pool(config, plan, model, None, report)
     compile_rest(config, runner, report)
     assert runner.executables is not None
     keys = runner.program_keys()

@@ -15,6 +15,7 @@ from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("auto", "none", "int8", "int4")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
 
 
@@ -32,6 +33,9 @@ class ServeConfig:
     """``auto``, ``cpu``, ``cpu:N`` (N simulated devices) or ``cuda``."""
     dtype: str = "auto"
     """Of weights and activations. auto: bfloat16 where it is fast, else float32."""
+    quantization: str = "auto"
+    """Of weight matrices: ``none``, ``int8``, ``int4``, or ``auto``, which on a CPU leaves the
+    blocks of a GGUF file as they are stored and rounds nothing."""
     kv_dtype: str = "auto"
     """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens."""
     load_format: str = "auto"
@@ -94,6 +98,10 @@ class ServeConfig:
             (
                 self.kv_dtype in DTYPES,
                 f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(DTYPES)}",
+            ),
+            (
+                self.quantization in QUANTIZATIONS,
+                f"quantization is {self.quantization!r}; choose one of {', '.join(QUANTIZATIONS)}",
             ),
             (
                 self.load_format in LOAD_FORMATS,

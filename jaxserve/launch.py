@@ -38,7 +38,7 @@ from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Model, Params
+from jaxserve.models.decoder import Params
 from jaxserve.planning.beside import Beside, Expected, compare, expect
 from jaxserve.planning.devices import facts_of_kind
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve, sharding_summary
@@ -48,7 +48,7 @@ from jaxserve.runner.group import Group
 from jaxserve.runner.measure import MemoryMeter
 from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner
-from jaxserve.sizing import Report, compile_rest, free_bytes, silent, size_pool
+from jaxserve.sizing import Report, compile_rest, free_bytes, make_model, silent, size_pool
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model
 from pallas_kernels import native
@@ -60,6 +60,7 @@ SHARED_FLAGS = (
     "mesh",
     "device",
     "dtype",
+    "quantization",
     "kv_dtype",
     "load_format",
     "seed",
@@ -344,7 +345,7 @@ def _prepare(
     meanwhile: Callable[[Runner], None],
 ) -> tuple[Runner, Params]:
     """Loads or compiles everything while the weights stream in and the pages are allocated."""
-    model = Model(plan.model, plan.mesh.shape["tensor"])
+    model = make_model(config, plan, source)
     runner = size_pool(config, plan, model, group, report)
     undo.callback(runner.close)
     loading: Future[Params] = pool.submit(

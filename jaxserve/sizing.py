@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxserve.config import ServeConfig
 from jaxserve.errors import ExecutablesError, MemoryPlanError
@@ -30,6 +30,8 @@ from jaxserve.runner.fingerprint import fingerprint
 from jaxserve.runner.group import Group
 from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.weights.packed import Quantization
+from jaxserve.weights.source import ModelSource
 from pallas_kernels import native
 
 Report = Callable[[str, int, int, str], None]
@@ -38,6 +40,15 @@ Report = Callable[[str, int, int, str], None]
 
 def silent(stage: str, done: int, total: int, detail: str) -> None:
     """A ``Report`` that says nothing."""
+
+
+def make_model(config: ServeConfig, plan: LaunchPlan, source: ModelSource) -> Model:
+    """Lays the model out for the mesh, with the weights that are held quantized."""
+    quantization = cast("Quantization", config.quantization)
+    # Of themselves only where a kernel reads them so.
+    is_plain = quantization == "auto" and (plan.platform != "cpu" or not native.is_built())
+    formats = {} if is_plain else source.formats(quantization)
+    return Model(plan.model, plan.mesh.shape["tensor"], formats)
 
 
 def size_pool(
@@ -57,7 +68,7 @@ def size_pool(
     def agree(pages: int) -> int:
         return pages if group is None else group.agree("pages", pages)
 
-    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan))
+    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan, model))
     # Before anything is compiled, temporaries are unknown: the first guess takes none.
     num_pages = agree(memory.recall() or _fitting(plan, make_runner(plan, model, _least(plan)), 0))
     while True:
@@ -167,7 +178,7 @@ def _fitting(plan: LaunchPlan, runner: Runner, temporary_bytes: int) -> int:
     return plan_memory(budget, least_pages=_least(plan), most_pages=most)
 
 
-def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
+def _pages_key(config: ServeConfig, plan: LaunchPlan, model: Model) -> str:
     """Names everything that the page count depends on, free memory excepted."""
     facts: list[Any] = [
         asdict(plan.model),
@@ -176,6 +187,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan) -> str:
         plan.dtype.name,
         plan.kv_dtype.name,
         plan.activations.name,
+        model.formats,
         asdict(plan.step),
         plan.page_tokens,
         config.kv_memory_bytes,

@@ -41,6 +41,7 @@ def test_make_alone_lists_the_targets() -> None:
     for verb in (
         "serve", "demo", "assets", "test", "quick", "test-gpu", "lint", "fmt", "types", "layers",
         "proto", "proto-lint", "bench", "lock", "wheel", "clean", "native", "native-sanitize",
+        "bench-gpu", "bench-gpu-dry",
     ):  # fmt: skip
         assert re.search(rf"^  {verb} +\S", listed, flags=re.MULTILINE), verb
 
@@ -55,6 +56,12 @@ def test_make_serve_passes_on_its_variables() -> None:
     lines = make("serve", "MODEL=dummy:qwen3-8b", "HOST=::1", "PORT=7", "ARGS=--mesh 1x1")
     (launch,) = [line for line in lines.splitlines() if line.strip(": ")]
     assert launch.endswith("jaxserve launch dummy:qwen3-8b --host ::1 --port 7 --mesh 1x1")
+
+
+def test_make_bench_gpu_writes_where_it_is_told_and_a_dry_run_nowhere() -> None:
+    assert make("bench-gpu", "OUT=x.json").strip() == ".venv/bin/python -m bench.gpu --out x.json"
+    dry = make("bench-gpu-dry", "ARGS=--parts start").strip()
+    assert dry.endswith("-m bench.gpu --dry-run --parts start")
 
 
 def test_make_test_runs_every_check_before_pytest() -> None:

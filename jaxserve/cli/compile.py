@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     parser.add_argument(
         "--out", required=True, metavar="DIR", type=Path, help="the directory to make"
     )
-    flags.add_fields(parser, "model", ServeConfig, ("offline",), defaults)
+    flags.add_fields(parser, "model", ServeConfig, ("load_format", "offline"), defaults)
     machine = flags.add_fields(parser, "machine", ServeConfig, flags.MACHINE_FLAGS)
     flags.add_tensor_alias(machine)
     flags.add_fields(parser, "steps and memory", ServeConfig, flags.MEMORY_FLAGS)

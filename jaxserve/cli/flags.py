@@ -19,10 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from jaxserve.config import DTYPES, LOAD_FORMATS, ServeConfig
+from jaxserve.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS, ServeConfig
 from jaxserve.errors import ConfigError
 
-CHOICES = {"dtype": DTYPES, "kv_dtype": DTYPES, "load_format": LOAD_FORMATS}
+CHOICES = {
+    "dtype": DTYPES,
+    "quantization": QUANTIZATIONS,
+    "kv_dtype": DTYPES,
+    "load_format": LOAD_FORMATS,
+}
 NAMES = {"kv_memory_bytes": "kv-memory"}
 """Flags whose name is not the field's."""
 METAVARS = {
@@ -36,7 +41,7 @@ METAVARS = {
     "coordinator": "HOST:PORT",
 }
 MODEL_FLAGS = ("served_name", "load_format", "seed", "chat_template", "offline")
-MACHINE_FLAGS = ("mesh", "device", "dtype", "kv_dtype")
+MACHINE_FLAGS = ("mesh", "device", "dtype", "quantization", "kv_dtype")
 MEMORY_FLAGS = (
     "context_tokens",
     "max_rows",

@@ -8,7 +8,7 @@ from where is said in the files named after architectures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,14 @@ from jaxserve.models.layers import (
 from jaxserve.models.layout import choose_layout
 from jaxserve.models.modules import Axes, Ends, Layer
 from jaxserve.models.stacked import LayerOf
+from pallas_kernels.quantized_matmul import (
+    GROUP,
+    Format,
+    Matrix,
+    Quantized,
+    abstract_quantized,
+    dequantized,
+)
 
 Attend = Callable[..., tuple[Any, Any]]
 """``attend(cache, layer, q, k, v, window) -> (out, cache)``.
@@ -54,14 +62,18 @@ class Params:
 class Model:
     """A decoder of one configuration: what is computed, without any weights."""
 
-    def __init__(self, config: ModelConfig, tensor: int = 1) -> None:
+    def __init__(
+        self, config: ModelConfig, tensor: int = 1, formats: Mapping[str, Format] | None = None
+    ) -> None:
         """Lays the model out.
 
         Args:
             config: as the checkpoint has it.
             tensor: devices that share one copy of the model.
+            formats: of the weights that are stored quantized, by name.
         """
-        self.layout = choose_layout(config, tensor)
+        self.formats = dict(formats or {})
+        self.layout = choose_layout(config, tensor, step=GROUP if self.formats else 1)
         self.config = config = self.layout.stretched
         self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, jax.random.key(0)))
         self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, jax.random.key(0)))
@@ -99,8 +111,8 @@ class Model:
     def abstract(self, dtype: Any, *, stacked: bool) -> Params:
         """Returns the global shapes, as ``jax.ShapeDtypeStruct`` leaves."""
         key = jax.eval_shape(jax.random.key, 0)
-        ends = jax.eval_shape(partial(self.init_ends, dtype=dtype), key)
-        layer = jax.eval_shape(partial(self.init_layer, dtype=dtype), key)
+        ends = self._formatted(jax.eval_shape(partial(self.init_ends, dtype=dtype), key))
+        layer = self._formatted(jax.eval_shape(partial(self.init_layer, dtype=dtype), key))
         count = self.config.layers
         if not stacked:
             return Params(ends, (layer,) * count)
@@ -109,14 +121,35 @@ class Model:
             jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), layer),
         )
 
+    def _formatted(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: abstract_quantized(leaf.shape, self.formats[name])
+            if name in self.formats
+            else leaf
+            for name, leaf in shapes.items()
+        }
+
     def logical_axes(self, *, stacked: bool) -> Params:
         """Returns the words for every axis, as tuple leaves; None has no word and is not split."""
-        layer = _logical_axes(self._layer)
+        ends, layer = _logical_axes(self._ends), _logical_axes(self._layer)
         if stacked:
-            return Params(
-                _logical_axes(self._ends), {name: ("layer", *axes) for name, axes in layer.items()}
-            )
-        return Params(_logical_axes(self._ends), (layer,) * self.config.layers)
+            layer = {name: ("layer", *axes) for name, axes in layer.items()}
+            return Params(self._by_part(ends), self._by_part(layer))
+        return Params(self._by_part(ends), (self._by_part(layer),) * self.config.layers)
+
+    def _by_part(self, axes: dict[str, Axes]) -> dict[str, Any]:
+        """The arrays of a quantized weight have the axes of the weight."""
+
+        def parts(name: str, words: Axes) -> Any:
+            match self.formats.get(name):
+                case None:
+                    return words
+                case "int8":
+                    return Quantized(words, words)
+                case "int4":
+                    return Quantized(words, words, words)
+
+        return {name: parts(name, words) for name, words in axes.items()}
 
     def forward(
         self,
@@ -147,7 +180,9 @@ class Model:
         """
         with jax.named_scope("embed"):
             table = params.ends["embed"]
-            x = _embed(table, tokens, tensor_axis).astype(activations or table.dtype)
+            if activations is None:
+                activations = jnp.float32 if isinstance(table, Quantized) else table.dtype
+            x = _embed(table, tokens, tensor_axis, activations)
             # Rounded to the activations' dtype first, as the reference implementation does.
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         with jax.named_scope("rope_table"):
@@ -189,7 +224,7 @@ class Model:
         carry, _ = jax.lax.scan(turn, (x, cache), (vectors, numbers, windows))
         return carry
 
-    def head_weight(self, params: Params) -> Float[Array, "V D"]:
+    def head_weight(self, params: Params) -> Matrix:
         """Returns the matrix that turns hidden states into logits: the embedding when tied."""
         return params.ends["embed" if self.config.tie_embeddings else "head"]
 
@@ -203,7 +238,7 @@ class Model:
         return self.partial_logits(self.head_weight(params), hidden, products=products)
 
     def partial_logits(
-        self, rows: Float[Array, "X D"], hidden: Float[Array, "*B D"], *, products: str = "xla"
+        self, rows: Matrix, hidden: Float[Array, "*B D"], *, products: str = "xla"
     ) -> Float[Array, "*B X"]:
         """Returns the float32 logits of some tokens, given their rows of ``head_weight``."""
         with jax.named_scope("head"):
@@ -214,7 +249,7 @@ class Model:
         self, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
     ) -> Float[Array, " T"]:
         """Returns one float32 logit per place: that of its own target, an index in this shard."""
-        rows = self.head_weight(params)[targets]
+        rows = dequantized(self.head_weight(params)[targets], hidden.dtype)
         logits = jnp.einsum("TD,TD->T", hidden, rows, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.logit_softcap)
 
@@ -262,15 +297,16 @@ class Model:
 
 
 def _embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], tensor_axis: str | None
+    table: Matrix, tokens: Int[Array, "B T"], tensor_axis: str | None, dtype: Any
 ) -> Float[Array, "B T D"]:
     """Looks tokens up; each is in the table of one shard, and the others add zeros to it."""
     if tensor_axis is None:
-        return table[tokens]
+        return dequantized(table[tokens], dtype)
     size = table.shape[0]
     local = tokens - jax.lax.axis_index(tensor_axis) * size
     here = (local >= 0) & (local < size)
-    rows = jnp.where(here[..., None], table[jnp.clip(local, 0, size - 1)], 0)
+    found = dequantized(table[jnp.clip(local, 0, size - 1)], dtype)
+    rows = jnp.where(here[..., None], found, 0)
     return all_reduce(rows, tensor_axis)
 
 

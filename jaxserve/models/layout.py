@@ -39,6 +39,8 @@ class Layout:
     """Devices that share one copy of the model."""
     copies: int
     """Of each key/value head; its query heads are dealt out to them."""
+    step: int = 1
+    """A device's part of the feed-forward is a multiple of it, when there are several."""
 
     @property
     def group(self) -> int:
@@ -58,7 +60,7 @@ class Layout:
             config,
             kv_heads=self.groups,
             q_heads=self.groups * self.group,
-            ffn=_round_up(config.ffn, self.tensor),
+            ffn=_round_up(config.ffn, self.tensor * (self.step if self.tensor > 1 else 1)),
             vocab_size=_round_up(config.vocab_size, self.tensor),
         )
 
@@ -192,7 +194,7 @@ class _Origin:
     """In the stretched shape: an index into the flat true axes, or -1 for zeros."""
 
 
-def choose_layout(config: ModelConfig, tensor: int) -> Layout:
+def choose_layout(config: ModelConfig, tensor: int, *, step: int = 1) -> Layout:
     """Returns the layout with the fewest bytes of attention weights on a device.
 
     Each group on a device costs its query heads twice (their rows and the output's columns), a key
@@ -203,7 +205,7 @@ def choose_layout(config: ModelConfig, tensor: int) -> Layout:
         here = layout.groups // tensor
         return here * (2 * layout.group + 2), here
 
-    return min((Layout(config, tensor, n) for n in range(1, config.group + 1)), key=cost)
+    return min((Layout(config, tensor, n, step) for n in range(1, config.group + 1)), key=cost)
 
 
 def _round_up(size: int, multiple: int) -> int:

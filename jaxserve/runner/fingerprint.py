@@ -67,6 +67,7 @@ def fingerprint(runner: Runner) -> dict[str, str]:
         "compiler options": str(runner.compiler_options),
         "native kernels": native.why_not() or native.build_name(),
         "source code": source_digest(),
+        "weights' formats": str(sorted(runner.model.formats.items())),
         "weights' shapes": _digest(_shapes(runner.abstract_params).encode()),
     }
     if devices[0].platform == "cpu":

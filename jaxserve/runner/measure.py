@@ -106,7 +106,7 @@ def decode_seconds(
         rows: of each data shard that take part.
         tokens: that each of them has, the new one included.
     """
-    inputs = _decode_inputs(shape, pages, page_tokens, rows, tokens)
+    inputs = decode_inputs(shape, pages, page_tokens, rows, tokens)
     times_s: list[float] = []
     for _ in range(TIMED_STEPS):
         start = time.perf_counter()
@@ -115,10 +115,13 @@ def decode_seconds(
     return statistics.median(times_s)
 
 
-def _decode_inputs(
+def decode_inputs(
     shape: StepShape, pages: int, page_tokens: int, rows: int, tokens: int
 ) -> StepInputs:
-    """Greedy rows of one length; pages are dealt out in order, again from the first at the end."""
+    """Packs a decode step of greedy rows of one length; see ``decode_seconds`` for the arguments.
+
+    Pages are dealt out in order, and again from the first when there are no more.
+    """
     bucket = next(size for size in shape.decode_buckets if size >= rows)
     lines = RowTable(shape).lines.reshape(shape.data_shards, shape.shard_rows, -1)
     order = [min(row, shape.null_row) for row in range(rows)] + [shape.null_row] * (bucket - rows)

@@ -192,7 +192,7 @@ class StepPrograms:
         def chunk_logits(start: Array) -> tuple[Array, Array]:
             # The last chunk starts early enough to be whole; what it repeats is masked.
             begin = jnp.minimum(start, here - size)
-            rows = lax.dynamic_slice_in_dim(head, begin, size)
+            rows = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, begin, size), head)
             logits = self.model.partial_logits(rows, hidden, products=self.products)
             ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
             new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)

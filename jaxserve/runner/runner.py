@@ -9,7 +9,7 @@ error that names the leaf, not a silent recompilation. What the programs compute
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -82,6 +82,8 @@ class RunnerConfig:
     has_native: bool = True
     """Programs may call native kernels, where this machine has them; see ``StepPrograms``."""
     rules: ShardingRules = field(default_factory=ShardingRules)
+    compiler_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """For XLA, beside those that the platform gets anyway; ``bench.gpu`` tries some."""
 
     def program_keys(self) -> list[ProgramKey]:
         """Every program of the grid, cheapest first."""
@@ -399,10 +401,11 @@ class Runner:
         """What XLA is told of every program."""
         assert isinstance(self._mesh, Mesh), "an abstract mesh compiles nothing"
         if self._mesh.devices.flat[0].platform != "cpu":
-            return {}
+            return dict(self._config.compiler_options)
         # Layers depend on each other: looking for operations to run side by side finds none, and
         # costs 10 to 20 % of a decode step.
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+        options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+        return {**options, **self._config.compiler_options}
 
     def _trace_set_row(self) -> Any:
         vocab = partition_specs(("vocab",), self._config.rules)

@@ -17,6 +17,7 @@ from jaxserve.weights.gguf import GgufCheckpoint
 from jaxserve.weights.gguf_file import MAGIC
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import INDEX_FILE, SafetensorsCheckpoint
+from pallas_kernels.quantized_matmul import Format
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -51,6 +52,24 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: no such tensor, or the file ended early.
+        """
+        ...
+
+    def stored_format(self, name: str) -> Format | None:
+        """Returns the format in which a tensor's blocks are stored; None for any other."""
+        ...
+
+    def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
+        """Reads a box of one array of a tensor that has a ``stored_format``; see ``Quantized``.
+
+        Args:
+            name: one of ``names()``.
+            array: ``values``, ``scale`` or ``minimum``.
+            index: slices with step 1, one per axis; the last counts this array's entries and
+                begins and ends between groups.
+
+        Raises:
+            CheckpointError: the file ended early.
         """
         ...
 

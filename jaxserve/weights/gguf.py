@@ -11,6 +11,8 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +25,7 @@ from jaxserve.tokenizer_source import TokenizerSource
 from jaxserve.weights.gguf_config import config_from_metadata
 from jaxserve.weights.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxserve.weights.reading import ByteFile, Index, read_spans, resolve_index
+from pallas_kernels.quantized_matmul import GROUP, Format
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -72,6 +75,38 @@ _CONFIG_TENSORS = frozenset(
 _PERMUTED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """Where the parts of a block of 32 values lie, in bytes (ggml-common.h)."""
+
+    format: Format
+    size: int
+    values: int
+    """The first byte of them; they end the block. The scale, a float16, begins it."""
+    minimum: int | None = None
+    """The first byte of a float16; without one, values of 4 bits are counted from -8."""
+
+    def entries(self, array: str) -> int:
+        """Of one of the arrays of ``Quantized``, for each block."""
+        return self.size - self.values if array == "values" else 1
+
+    def take(self, blocks: np.ndarray, array: str) -> np.ndarray:
+        """Takes one array out of blocks, uint8 ``[..., size]``."""
+        if array == "values":
+            values = np.ascontiguousarray(blocks[..., self.values :])
+            return values.view(np.int8) if self.format == "int8" else values
+        at = 0 if array == "scale" or self.minimum is None else self.minimum
+        numbers = np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0]
+        return numbers if array == "scale" or self.minimum is not None else numbers * -8
+
+
+_BLOCKS_OF = {
+    GGMLQuantizationType.Q8_0: _Blocks("int8", size=34, values=2),
+    GGMLQuantizationType.Q4_0: _Blocks("int4", size=18, values=2),
+    GGMLQuantizationType.Q4_1: _Blocks("int4", size=20, values=4, minimum=2),
+}
+
+
 class GgufCheckpoint:
     """One GGUF file. Tensors are read and dequantized one at a time, on demand."""
 
@@ -116,14 +151,48 @@ class GgufCheckpoint:
         """
         tensor = self._tensor(name)
         spans = resolve_index(name, tensor.shape, index)
+        return self._undo_norm(tensor, self._in_order(tensor, spans, self._read_box))
+
+    def stored_format(self, name: str) -> Format | None:
+        """Returns the format of the tensor's blocks; None for one that ``Quantized`` has not."""
+        blocks = _BLOCKS_OF.get(self._tensor(name).type)
+        return None if blocks is None else blocks.format
+
+    def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
+        """Reads a box of one array of the tensor's blocks; see ``Checkpoint``."""
+        tensor = self._tensor(name)
+        blocks = _BLOCKS_OF[tensor.type]
+        entries = blocks.entries(array)
+        spans = resolve_index(
+            name, (*tensor.shape[:-1], tensor.shape[-1] // GROUP * entries), index
+        )
+
+        def read_box(tensor: GgufTensor, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+            size = blocks.size
+            groups = tensor.shape[-1] // GROUP
+            first, last = (bound // entries * size for bound in spans[-1])
+            packed_shape = (*tensor.shape[:-1], groups * size)
+            packed = self._read_packed(tensor, packed_shape, (*spans[:-1], (first, last)))
+            box = packed.reshape(*packed.shape[:-1], -1, size)
+            return blocks.take(box, array).reshape(*packed.shape[:-1], -1)
+
+        return self._in_order(tensor, spans, read_box)
+
+    def _in_order(
+        self,
+        tensor: GgufTensor,
+        spans: tuple[tuple[int, int], ...],
+        read_box: Callable[[GgufTensor, tuple[tuple[int, int], ...]], np.ndarray],
+    ) -> np.ndarray:
+        """Reads a box with its rows in Hugging Face's order."""
         rows = self._row_order(tensor)
         if rows is None:
-            return self._undo_norm(tensor, self._read_box(tensor, spans))
+            return read_box(tensor, spans)
         wanted = rows[slice(*spans[0])]
         if wanted.size == 0:
-            return self._read_box(tensor, spans)
+            return read_box(tensor, spans)
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        return self._read_box(tensor, ((low, high), *spans[1:]))[wanted - low]
+        return read_box(tensor, ((low, high), *spans[1:]))[wanted - low]
 
     def tokenizer_files(self) -> TokenizerSource:
         """Returns the metadata that says something about tokens."""

@@ -11,7 +11,7 @@ checkpoint's business, and dividing among devices that of ``sharding``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,11 +25,16 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.models.registry import weight_sources
 from jaxserve.models.sources import Part, Source, WeightSources
 from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.packed import Boxes, View, tree_of, views
 from jaxserve.weights.reading import Index
+from pallas_kernels.quantized_matmul import Quantized
 from sharding.placement import host_zeros, place
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are in place and the bytes that there will be."""
+
+type Reader = Checkpoint | View
+"""What tensors are read from: as they are, or one array of their quantized form."""
 
 PIECE_VALUES = 1 << 24
 """Values read at a time: 64 MiB in float32, the widest that dequantization gives."""
@@ -64,11 +69,20 @@ def load_params(
     abstract = model.abstract(dtype, stacked=stacked)
     placed = reporter(abstract, progress)
 
-    def load(
-        weight: _Weight, target: jax.ShapeDtypeStruct, axes: AxisNames, sharding: Any
+    def load(weight: _Weight, target: Any, axes: Any, sharding: Any) -> Any:
+        if isinstance(target, Quantized):
+            words = axes.values.words
+            make = partial(load_array, weight, words)
+            return tree_of(target, sharding, views(checkpoint, target), make=make)
+        return load_array(weight, axes.words, target, sharding, checkpoint)
+
+    def load_array(
+        weight: _Weight, words: Any, target: Any, sharding: Any, reader: Reader
     ) -> jax.Array:
-        boxes = partial(model.layout.boxes, axes.words)
-        read = partial(_read_weight, checkpoint, weight, target.dtype, boxes)
+        boxes: Boxes = partial(model.layout.boxes, words)
+        if isinstance(reader, View):
+            weight, boxes = weight.narrowed(reader), reader.boxes(boxes)
+        read = partial(_read_weight, reader, weight, target.dtype, boxes)
         return placed(place(read, target.shape, target.dtype, sharding))
 
     weights = _weights(sources, model.config.layers, stacked)
@@ -176,6 +190,10 @@ class _Weight:
     sources: tuple[Source, ...]
     stacked: bool
 
+    def narrowed(self, view: View) -> _Weight:
+        """The same of one array of a quantized weight."""
+        return replace(self, sources=tuple(map(view.narrowed, self.sources)))
+
 
 def _weights(sources: WeightSources, layers: int, stacked: bool) -> Params:
     """The tree of weights, with layer numbers filled in."""
@@ -203,11 +221,7 @@ def _weights(sources: WeightSources, layers: int, stacked: bool) -> Params:
 
 
 def _read_weight(
-    checkpoint: Checkpoint,
-    weight: _Weight,
-    dtype: Any,
-    boxes: Callable[[Index], Iterable[tuple[Index, Index]]],
-    index: Index,
+    reader: Reader, weight: _Weight, dtype: Any, boxes: Boxes, index: Index
 ) -> np.ndarray:
     """Reads the box ``index`` of one weight, as the layout has stretched it."""
     wanted = weight.sources
@@ -219,11 +233,11 @@ def _read_weight(
     pieces = list(boxes(index))
     for layer, source in enumerate(wanted):
         for into, box in pieces:
-            _fill(out[layer][into], checkpoint, source, box)
+            _fill(out[layer][into], reader, source, box)
     return out if weight.stacked else out[0]
 
 
-def _fill(out: np.ndarray, checkpoint: Checkpoint, source: Source, index: Index) -> None:
+def _fill(out: np.ndarray, reader: Reader, source: Source, index: Index) -> None:
     """Writes the box ``index`` of what the parts make up together."""
     axis, offset = source.axis, 0
     for part in source.parts:
@@ -235,23 +249,25 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, source: Source, index: Index)
             box = (*index[:axis], slice(start, stop), *index[axis + 1 :])
             at = start + offset - index[axis].start
             into = (slice(None),) * axis + (slice(at, at + stop - start),)
-            _fill_part(out[into], checkpoint, part, box)
+            _fill_part(out[into], reader, part, box)
         offset += size
 
 
-def _fill_part(out: np.ndarray, checkpoint: Checkpoint, part: Part, box: Index) -> None:
+def _fill_part(out: np.ndarray, reader: Reader, part: Part, box: Index) -> None:
     """Writes a box of one part, in pieces along its rows."""
     axis = _lead(part.split[0])
     first, last = box[axis].start, box[axis].stop
-    step = max(1, PIECE_VALUES * (last - first) // out.size)
+    # The arrays of a quantized weight in the same pieces of it.
+    values = out.size * (reader.factor if isinstance(reader, View) else 1)
+    step = max(1, PIECE_VALUES * (last - first) // values)
     before = (slice(None),) * axis
     for start in range(first, last, step):
         stop = min(start + step, last)
         piece = (*box[:axis], slice(start, stop), *box[axis + 1 :])
-        out[(*before, slice(start - first, stop - first))] = _read_box(checkpoint, part, piece)
+        out[(*before, slice(start - first, stop - first))] = _read_box(reader, part, piece)
 
 
-def _read_box(checkpoint: Checkpoint, part: Part, box: Index) -> np.ndarray:
+def _read_box(reader: Reader, part: Part, box: Index) -> np.ndarray:
     """Reads the stored rows and columns that a box touches, and cuts the box out of them.
 
     A stored axis that became several is contiguous only along the leading one of them, which is
@@ -271,7 +287,7 @@ def _read_box(checkpoint: Checkpoint, part: Part, box: Index) -> np.ndarray:
         spans_read[lead] = spans[lead].stop - spans[lead].start
         split_shape += spans_read
         inner += [slice(None) if i == lead else span for i, span in enumerate(spans)]
-    values = checkpoint.read(part.name, tuple(stored))
+    values = reader.read(part.name, tuple(stored))
     return values.reshape(split_shape)[tuple(inner)]
 
 

@@ -93,6 +93,13 @@ class SafetensorsCheckpoint:
         spans = resolve_index(name, tensor.shape, index)
         return read_spans(tensor.file, tensor.offset, tensor.shape, self.dtype(name), spans)
 
+    def stored_format(self, name: str) -> None:
+        """Returns None: tensors are plain numbers."""
+
+    def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
+        """Is never asked for: see ``stored_format``."""
+        raise NotImplementedError(f"{name} is stored as plain numbers, without {array}")
+
     def tokenizer_files(self) -> TokenizerSource:
         """Reads the tokenizer's files, as far as they exist."""
         return read_tokenizer_files(self._path)

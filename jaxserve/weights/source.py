@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from jaxserve.errors import CheckpointError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.layout import Layout
@@ -27,8 +28,10 @@ from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
 from jaxserve.weights.load import AxisNames, axis_names, load_params, random_params, reporter
+from jaxserve.weights.packed import Quantization, choose_formats
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import read_json_object, read_tokenizer_files
+from pallas_kernels.quantized_matmul import Format
 from sharding.placement import host_zeros, place
 
 DUMMY = "dummy:"
@@ -59,6 +62,14 @@ class ModelSource(Protocol):
 
     def digest(self) -> str:
         """SHA-256 (hex) of weights, config and tokenizer."""
+        ...
+
+    def formats(self, quantization: Quantization) -> dict[str, Format]:
+        """Returns which weights are held quantized, and how, by their names in the model.
+
+        Raises:
+            CheckpointError: the weights cannot be held so.
+        """
         ...
 
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
@@ -152,6 +163,10 @@ class RandomSource:
         facts = json.dumps([dict(self.config), self._seed], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
+    def formats(self, quantization: Quantization) -> dict[str, Format]:
+        """Random weights are plain numbers."""
+        return _plain(self.name, quantization)
+
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Makes the weights on their devices."""
         return random_params(
@@ -186,6 +201,10 @@ class CheckpointSource:
     def digest(self) -> str:
         """Of the checkpoint's contents."""
         return self._checkpoint.digest()
+
+    def formats(self, quantization: Quantization) -> dict[str, Format]:
+        """Those of the checkpoint's own blocks, or what is asked for."""
+        return choose_formats(self.model_config(), self._checkpoint, quantization)
 
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Reads tensor by tensor, each shard by itself."""
@@ -226,6 +245,10 @@ class SavedSource:
         """That of the model it was saved from."""
         return self._digest
 
+    def formats(self, quantization: Quantization) -> dict[str, Format]:
+        """What was saved are plain numbers."""
+        return _plain(self.name, quantization)
+
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Reads weight by weight, each shard by itself."""
         abstract = model.abstract(dtype, stacked=True)
@@ -248,14 +271,28 @@ class SavedSource:
         """Holds nothing open."""
 
 
+def _plain(name: str, quantization: Quantization) -> dict[str, Format]:
+    if quantization in ("none", "auto"):
+        return {}
+    raise CheckpointError(
+        f"{name} cannot be held as {quantization}: weights are rounded while safetensors or GGUF "
+        "are read; give such a checkpoint, or --quantization none"
+    )
+
+
 def save_model(path: Path, model: Model, params: Params, source: ModelSource) -> None:
     """Writes stacked weights as a directory that ``open_source`` opens again, for any mesh.
 
     What the mesh has stretched is copied on the host first.
 
     Raises:
-        CheckpointError: the path exists or cannot be written.
+        CheckpointError: the path exists or cannot be written, or the weights are quantized.
     """
+    if model.formats:
+        raise CheckpointError(
+            "quantized weights are not saved: what was rounded cannot be had back; start with "
+            "--quantization none, or use jaxserve convert"
+        )
     axes = axis_names(model, stacked=True)
     params = jax.tree.map(partial(_true_array, model.layout), axes, params)
 

@@ -14,14 +14,31 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantized_matmul import matrix as _matrix
-from pallas_kernels.quantized_matmul.matrix import GROUP, Matrix, Quantized, dequantized
+from pallas_kernels.quantized_matmul.matrix import (
+    GROUP,
+    Format,
+    Matrix,
+    Quantized,
+    abstract_quantized,
+    dequantized,
+    quantized,
+)
 from pallas_kernels.quantized_matmul.native import quantized_matmul_native
 from pallas_kernels.quantized_matmul.reference import (
     quantized_matmul_reference,
     quantized_matmul_xla,
 )
 
-__all__ = ["GROUP", "Matrix", "Quantized", "dequantized", "quantized_matmul"]
+__all__ = [
+    "GROUP",
+    "Format",
+    "Matrix",
+    "Quantized",
+    "abstract_quantized",
+    "dequantized",
+    "quantized",
+    "quantized_matmul",
+]
 
 IMPLEMENTATIONS = {
     "native": quantized_matmul_native,

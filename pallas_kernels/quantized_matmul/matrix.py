@@ -8,7 +8,7 @@ stacking, slicing of rows) is said of each of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,21 @@ class Quantized:
 
 
 type Matrix = Array | Quantized
+Format = Literal["int8", "int4"]
 
 
-def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, "..."]:
+def abstract_quantized(shape: tuple[int, ...], format: Format) -> Quantized:
+    """The shapes and dtypes of a matrix of this shape, as ``jax.ShapeDtypeStruct`` leaves."""
+    *rows, depth = shape
+    if depth % GROUP:
+        raise ValueError(f"the last axis has {depth} entries, not a multiple of {GROUP}")
+    scale = jax.ShapeDtypeStruct((*rows, depth // GROUP), SCALE_DTYPE)
+    if format == "int8":
+        return Quantized(jax.ShapeDtypeStruct((*rows, depth), jnp.int8), scale)
+    return Quantized(jax.ShapeDtypeStruct((*rows, depth // 2), jnp.uint8), scale, scale)
+
+
+def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
     """The numbers that a matrix stands for; computed in float32 and rounded once."""
     if not isinstance(matrix, Quantized):
         return matrix.astype(dtype)
@@ -89,7 +101,12 @@ def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, "..."]:
     return out.reshape(matrix.shape).astype(dtype)
 
 
-def quantized_int8(matrix: np.ndarray) -> Quantized:
+def quantized(matrix: np.ndarray, format: Format) -> Quantized:
+    """Rounds a matrix, group by group, to the nearest numbers that the format has there."""
+    return _rounded_int8(matrix) if format == "int8" else _rounded_int4(matrix)
+
+
+def _rounded_int8(matrix: np.ndarray) -> Quantized:
     """Rounds to the nearest of 255 numbers a group; the largest of a group is exact to float16."""
     grouped = _grouped(matrix)
     scale = (np.abs(grouped).max(axis=-1) / MAX_INT8).astype(SCALE_DTYPE)
@@ -99,7 +116,7 @@ def quantized_int8(matrix: np.ndarray) -> Quantized:
     return Quantized(values.reshape(matrix.shape), scale)
 
 
-def quantized_int4(matrix: np.ndarray) -> Quantized:
+def _rounded_int4(matrix: np.ndarray) -> Quantized:
     """Rounds to the nearest of 16 numbers a group, evenly spread from its least to its largest."""
     grouped = _grouped(matrix)
     least, most = grouped.min(axis=-1), grouped.max(axis=-1)

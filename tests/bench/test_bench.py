@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import common, compare, frontend, host, machine, offline, serving, workloads
+from bench import asking, common, compare, frontend, host, machine, offline, serving, workloads
 from bench.common import KEYS, Run
 from bench.workloads import PRESETS, WARM_UP, Load, Workload
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
@@ -162,9 +162,13 @@ def test_offline_runs_the_workloads_of_a_file_and_holds_them_to_the_goals(
 def test_answers_that_are_short_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        offline, "_note", lambda output, answer, note=offline._note: _lose_one(note, output, answer)
-    )
+    note = asking.Asking._note
+
+    def lose_one(self: asking.Asking, output: Any, answer: common.Answer) -> None:
+        note(self, output, answer)
+        answer.tokens = min(answer.tokens, 4)
+
+    monkeypatch.setattr(asking.Asking, "_note", lose_one)
     out = tmp_path / "lines"
     offline.main([*LENGTHS, "--out", str(out)])
     (line,) = read_lines(out)
@@ -173,9 +177,13 @@ def test_answers_that_are_short_are_reported(
         compare.read(out)
 
 
-def _lose_one(note: Any, output: Any, answer: Any) -> None:
-    note(output, answer)
-    answer.tokens = min(answer.tokens, 4)
+def test_a_run_that_is_cut_off_leaves_the_engine_idle() -> None:
+    asks = [workloads.Ask([3, 4, 5], 50), workloads.Ask([6, 7], 5)]
+    with counting_service() as service:
+        (cut,) = asking.Asking(service.text, asks, "", arrivals_s=[0.0, 60.0], seconds=0.0).run()
+        assert service.engine.idle
+    assert cut.end_s == 0.0, "it was given up"
+    assert cut.tokens == 0
 
 
 def test_a_disturbed_run_is_thrown_away_while_retries_last(
