@@ -1,10 +1,11 @@
 """The composition root: builds every part in order and tears it down in reverse.
 
     1 resolve    ServeConfig + the model's config + the visible devices -> LaunchPlan
-    2 compile    the largest programs first: XLA says what they need beside their arguments
+    2 programs   the largest first, loaded or compiled: XLA says what they need beside arguments
     3 pages      plan_memory; the count of the last launch is taken again while it fits
-    4 the rest   other programs compile in parallel, small ones first, while weights stream in
-    5 ready      device state allocated, every program run once; after this nothing compiles
+    4 the rest   other programs, in parallel, small ones first, while weights stream in and the
+                 device state is allocated; 2 and 3 are in ``sizing.py``
+    5 ready      what has to be run once is run; after this nothing compiles
     6 beside     for a server, memory and a step are measured beside what was planned
     7 engine     the loop thread starts
 
