@@ -77,6 +77,10 @@ class ServeConfig:
     """Where ``make assets`` puts pinned weights."""
     cache_dir: Path
     """Compiled programs and page counts are remembered here."""
+    executables: Path | None = None
+    """A directory that ``jaxserve compile`` has written: its programs are loaded, and nothing is
+    compiled. It is refused when anything differs that they depend on. Trust it like the package:
+    loading a program runs code."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all problems together."""

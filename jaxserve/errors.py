@@ -23,6 +23,7 @@
         ├── CheckpointError
         │   └── UnsupportedModelError
         ├── TokenizerError
+        ├── ExecutablesError
         └── MemoryPlanError
 
 Every class carries its facts as attributes; messages are for people and say the value, the limit
@@ -241,6 +242,10 @@ class UnsupportedModelError(CheckpointError):
 
 class TokenizerError(LaunchError):
     """A tokenizer or chat template is missing or cannot be read."""
+
+
+class ExecutablesError(LaunchError):
+    """Programs that were compiled ahead are not there, are damaged or are for something else."""
 
 
 class MemoryPlanError(LaunchError):

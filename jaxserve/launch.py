@@ -1,10 +1,11 @@
 """The composition root: builds every part in order and tears it down in reverse.
 
     1 resolve    ServeConfig + the model's config + the visible devices -> LaunchPlan
-    2 compile    the largest programs first: XLA says what they need beside their arguments
+    2 programs   the largest first, loaded or compiled: XLA says what they need beside arguments
     3 pages      plan_memory; the count of the last launch is taken again while it fits
-    4 the rest   other programs compile in parallel, small ones first, while weights stream in
-    5 ready      device state allocated, every program run once; after this nothing compiles
+    4 the rest   other programs, in parallel, small ones first, while weights stream in and the
+                 device state is allocated; 2 and 3 are in ``sizing.py``
+    5 ready      what has to be run once is run; after this nothing compiles
     6 beside     for a server, memory and a step are measured beside what was planned
     7 engine     the loop thread starts
 
@@ -17,14 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import jax
 
@@ -33,31 +32,27 @@ from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
 from jaxserve.engine.step import MAX_END_TOKENS
-from jaxserve.errors import GroupError, TokenizerError
+from jaxserve.errors import ConfigError, GroupError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Model, Params
-from jaxserve.planning.beside import Beside, compare
+from jaxserve.models.decoder import Params
+from jaxserve.planning.beside import Beside, Expected, compare, expect
 from jaxserve.planning.devices import facts_of_kind
-from jaxserve.planning.memory import budget_of
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve, sharding_summary
-from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.followers import LeaderRunner, follow_steps
 from jaxserve.runner.group import Group
 from jaxserve.runner.measure import MemoryMeter
-from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.preflight import HostFacts, join, lead
-from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.runner.runner import Runner
+from jaxserve.sizing import Report, compile_rest, free_bytes, make_model, silent, size_pool
 from jaxserve.version import __version__
-from jaxserve.weights.packed import Quantization
 from jaxserve.weights.source import ModelSource, open_source, save_model
 from pallas_kernels import native
-from pallas_kernels.quantized_matmul import Format
 from sharding.multihost import every_host_caches, join_runtime
 
 logger = logging.getLogger(__name__)
@@ -79,15 +74,8 @@ SHARED_FLAGS = (
     "prompt_logprobs",
 )
 """Fields of ``ServeConfig`` that have to be the same on every host of a mesh."""
-Report = Callable[[str, int, int, str], None]
-"""``report(stage, done, total, detail)``; stages: ``compile``, ``weights``, ``ready``."""
-
 
 OnLost = Callable[[GroupError], None]
-
-
-def silent(stage: str, done: int, total: int, detail: str) -> None:
-    """A ``Report`` that says nothing."""
 
 
 @dataclass(eq=False)
@@ -161,32 +149,32 @@ def build(
     with ExitStack() as undo:
         source, group = _begin(config, hosts, on_lost, undo)
         plan = resolve(config, source.model_config())
-        free_bytes, meter = _free_bytes(plan), MemoryMeter()
+        free, meter = free_bytes(plan), MemoryMeter()
         tokenizer, template = _text_parts(config, source)
         if template is not None:
             undo.callback(template.close)
-        runner, num_pages, digest = _make_ready(config, plan, source, group, report, undo)
+        expected: list[Expected] = []
+        facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
+
+        def predict(runner: Runner) -> None:
+            if measure and facts is not None:
+                expected.append(
+                    expect(plan.name, plan.model, plan, facts, free_bytes=free, runner=runner)
+                )
+
+        runner, digest = _make_ready(config, plan, source, group, report, undo, predict)
         steps: StepRunner = runner
         if group is not None:
             group.ready(digest)
             steps = LeaderRunner(runner, group, plan.step)
+        num_pages = runner.config.cache.num_pages
         engine = _make_engine(config, plan, steps, num_pages, _end_ids(plan.model, tokenizer))
         if isinstance(steps, LeaderRunner):
             steps.watch_group(engine.fail)
         info = _model_info(plan, engine, tokenizer, digest, config)
-        facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
         beside = None
-        if measure and facts is not None:
-            beside = compare(
-                plan.name,
-                plan.model,
-                plan,
-                facts,
-                free_bytes=free_bytes,
-                meter=meter,
-                runner=runner,
-                steps=steps,
-            )
+        if expected:
+            beside = compare(expected[0], meter=meter, runner=runner, steps=steps)
         undo.pop_all()  # From here on the service closes them.
     engine.start()
     ready_seconds = time.perf_counter() - start
@@ -221,7 +209,7 @@ def follow(
         source, group = _begin(config, hosts, on_lost, undo)
         assert group is not None
         plan = resolve(config, source.model_config())
-        runner, _, digest = _make_ready(config, plan, source, group, report, undo)
+        runner, digest = _make_ready(config, plan, source, group, report, undo)
 
         def ready() -> None:
             on_ready(time.perf_counter() - start)
@@ -260,6 +248,11 @@ def _begin(
     config: ServeConfig, hosts: GroupConfig | None, on_lost: OnLost, undo: ExitStack
 ) -> tuple[ModelSource, Group | None]:
     """Opens the model and gathers the hosts, before devices are looked at."""
+    if config.executables is not None and hosts is not None and hosts.hosts > 1:
+        raise ConfigError(
+            "--executables is for one host and --hosts is "
+            f"{hosts.hosts}; leave it out: every host keeps what it compiles in its --cache-dir"
+        )
     configure_jax(config)
     # Compiling is what a launch is for, also while another service of this process is strict.
     CompileCounter.instance().strict = False
@@ -309,19 +302,22 @@ def _make_ready(
     group: Group | None,
     report: Report,
     undo: ExitStack,
-) -> tuple[Runner, int, str]:
-    """Compiles, loads and warms up; returns the runner, its page count and the model's digest."""
+    meanwhile: Callable[[Runner], None] = lambda runner: None,
+) -> tuple[Runner, str]:
+    """Compiles, loads and warms up; returns the runner and the model's digest.
+
+    ``meanwhile`` is called when there are programs, while weights still stream in.
+    """
     if plan.platform == "cpu" and (reason := native.why_not()):
         logger.warning(
             "%s; attention runs in plain XLA, a decode step's 2 to 5 times slower", reason
         )
     caching = nullcontext() if group is None else every_host_caches()
-    with caching, ThreadPoolExecutor(2, thread_name_prefix="jaxserve-load") as pool:
+    with caching, ThreadPoolExecutor(3, thread_name_prefix="jaxserve-load") as pool:
         digest = pool.submit(source.digest)
-        runner, num_pages, params = _prepare(config, plan, source, group, pool, report)
-        undo.callback(runner.close)
+        runner, params = _prepare(config, plan, source, group, pool, report, undo, meanwhile)
         runner.make_ready(params, strict=config.strict_compile)
-        return runner, num_pages, digest.result()
+        return runner, digest.result()
 
 
 def _text_parts(config: ServeConfig, model: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
@@ -346,10 +342,13 @@ def _prepare(
     group: Group | None,
     pool: ThreadPoolExecutor,
     report: Report,
-) -> tuple[Runner, int, Params]:
-    """Compiles everything while the weights stream in."""
-    model = Model(plan.model, plan.mesh.shape["tensor"], _formats(config, plan, source))
-    runner, num_pages = _size_pool(config, plan, model, group, report)
+    undo: ExitStack,
+    meanwhile: Callable[[Runner], None],
+) -> tuple[Runner, Params]:
+    """Loads or compiles everything while the weights stream in and the pages are allocated."""
+    model = make_model(config, plan, source)
+    runner = size_pool(config, plan, model, group, report)
+    undo.callback(runner.close)
     loading: Future[Params] = pool.submit(
         source.load,
         model,
@@ -357,74 +356,16 @@ def _prepare(
         shardings=runner.param_shardings,
         progress=lambda done, total: report("weights", done, total, source.name),
     )
-    keys = runner.program_keys()
-    for done, key in enumerate(runner.compile(keys), start=1 + len(runner.largest_keys())):
-        report("compile", done, len(keys), str(key))
+    allocating = pool.submit(runner.allocate)
+
+    def check_weights() -> None:
         if loading.done():
             loading.result()  # A bad weight is heard of now, not when everything is compiled.
-    return runner, num_pages, loading.result()
 
-
-def _formats(config: ServeConfig, plan: LaunchPlan, source: ModelSource) -> dict[str, Format]:
-    """Which weights are held quantized; of themselves only where a kernel reads them so."""
-    quantization = cast("Quantization", config.quantization)
-    if quantization == "auto" and (plan.platform != "cpu" or not native.is_built()):
-        return {}
-    return source.formats(quantization)
-
-
-def _size_pool(
-    config: ServeConfig, plan: LaunchPlan, model: Model, group: Group | None, report: Report
-) -> tuple[Runner, int]:
-    """Finds the page count: compiles the largest programs to learn what they need beside it.
-
-    Of several hosts the one with the least room decides.
-    """
-
-    def agree(pages: int) -> int:
-        return pages if group is None else group.agree("pages", pages)
-
-    memory = PageCountMemory(config.cache_dir, _pages_key(config, plan, model))
-    least = math.ceil(plan.context_tokens / plan.page_tokens) + 1
-    most = plan.step.max_rows * plan.step.table_width + 1
-
-    def planned(runner: Runner, temporary_bytes: int) -> int:
-        budget = budget_of(runner, _free_bytes(plan), plan, temporary_bytes=temporary_bytes)
-        return plan_memory(budget, least_pages=least, most_pages=most)
-
-    runner = _make_runner(config, plan, model, least)
-    # Before anything is compiled, temporaries are unknown: the first guess takes none.
-    num_pages = agree(memory.recall() or planned(runner, 0))
-    total = len(runner.program_keys())
-    while True:
-        runner = _make_runner(config, plan, model, num_pages)
-        largest = runner.largest_keys()
-        report("compile", 0, total, " and ".join(map(str, largest)))
-        for done, key in enumerate(runner.compile(largest), start=1):
-            report("compile", done, total, str(key))
-        fitting = agree(planned(runner, runner.temporary_bytes()))
-        if num_pages <= fitting:
-            memory.remember(num_pages)
-            return runner, num_pages
-        num_pages = fitting
-
-
-def _make_runner(config: ServeConfig, plan: LaunchPlan, model: Model, num_pages: int) -> Runner:
-    cache = CacheShape(
-        num_pages=num_pages,
-        page_tokens=plan.page_tokens,
-        max_rows=plan.step.max_rows,
-        dtype=plan.kv_dtype,
-        data_shards=plan.step.data_shards,
-    )
-    runner_config = RunnerConfig(
-        step=plan.step,
-        cache=cache,
-        dtype=plan.dtype,
-        activations=plan.activations,
-        unrolled_rows=plan.unrolled_rows,
-    )
-    return Runner(model, runner_config, plan.mesh)
+    compile_rest(config, runner, report, meanwhile=check_weights)
+    meanwhile(runner)
+    allocating.result()
+    return runner, loading.result()
 
 
 def _make_engine(
@@ -485,13 +426,6 @@ def _model_info(
 # -- small decisions -------------------------------------------------------------------------------
 
 
-def _free_bytes(plan: LaunchPlan) -> int:
-    if plan.platform == "cpu":
-        return host_free_bytes() // plan.mesh.devices.size
-    stats = [device.memory_stats() or {} for device in plan.mesh.local_devices]
-    return min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
-
-
 def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokenizer's end tokens, which the front end goes by too, that the model can choose."""
     ids = tuple(sorted(number for number in tokenizer.eos_ids if number < model.vocab_size))
@@ -501,23 +435,3 @@ def _end_ids(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
             "shorten eos_token_id in its generation_config.json"
         )
     return ids
-
-
-def _pages_key(config: ServeConfig, plan: LaunchPlan, model: Model) -> str:
-    """Names everything that the page count depends on, free memory excepted."""
-    facts: list[Any] = [
-        asdict(plan.model),
-        str(plan.mesh.shape),
-        plan.platform,
-        plan.dtype.name,
-        plan.kv_dtype.name,
-        plan.activations.name,
-        model.formats,
-        asdict(replace(plan.step)),
-        plan.page_tokens,
-        config.kv_memory_bytes,
-        config.kv_memory_fraction,
-        plan.unrolled_rows,
-        native.build_name(),
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -41,9 +41,10 @@ def test_a_name_that_is_not_exported_is_refused() -> None:
 
 ERRORS = """
 CheckpointError ConfigError DeadlineExceededError DrainingError DuplicateRequestError
-EngineDeadError GroupError InvalidRequestError JaxserveError LaunchError MemoryPlanError MeshError
-ModelNotFoundError PromptTooLongError QueueFullError RequestCancelledError RequestFailedError
-RequestNotFoundError RetryableError ShuttingDownError SlowReaderError TokenizerError
+EngineDeadError ExecutablesError GroupError InvalidRequestError JaxserveError LaunchError
+MemoryPlanError MeshError ModelNotFoundError PromptTooLongError QueueFullError
+RequestCancelledError RequestFailedError RequestNotFoundError RetryableError ShuttingDownError
+SlowReaderError TokenizerError
 UnsupportedModelError
 """
 

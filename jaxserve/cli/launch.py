@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         metavar="N",
         help="start again up to N times in a row when it fails (default: 0)",
     )
-    flags.add_fields(parser, "places", ServeConfig, flags.PLACE_FLAGS, defaults)
+    flags.add_fields(parser, "places", ServeConfig, (*flags.PLACE_FLAGS, "executables"), defaults)
 
 
 def run(options: argparse.Namespace, environment: Environment) -> int:

@@ -9,11 +9,22 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from jaxserve import __version__
-from jaxserve.cli import chat, convert, demo, generate, launch, plan, stats, tokenize, version
+from jaxserve.cli import (
+    chat,
+    compile,
+    convert,
+    demo,
+    generate,
+    launch,
+    plan,
+    stats,
+    tokenize,
+    version,
+)
 from jaxserve.cli import environment as env
 from jaxserve.cli.environment import Environment
 
-COMMANDS = (launch, chat, generate, plan, convert, stats, tokenize, demo, version)
+COMMANDS = (launch, chat, generate, plan, compile, convert, stats, tokenize, demo, version)
 
 EPILOG = f"""\
 examples:

@@ -40,18 +40,28 @@ class Beside:
     step: TimedStep
 
 
-def compare(
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a launch is predicted to take, and the step that will be timed."""
+
+    predicted: Prediction
+    rows: int
+    """Of each data shard, in that step."""
+    tokens: int
+    """Of each row."""
+    step_ms: float
+
+
+def expect(
     name: str,
     model: ModelConfig,
     sizes: Sizes,
     facts: DeviceFacts,
     *,
     free_bytes: int,
-    meter: MemoryMeter,
     runner: Runner,
-    steps: StepRunner,
-) -> Beside:
-    """Plans what has been launched, and measures it. Before the first request.
+) -> Expected:
+    """Plans what is being launched: traces programs, which can go on beside the weights.
 
     Args:
         name: of the model, to be shown.
@@ -59,33 +69,44 @@ def compare(
         sizes: of the launch.
         facts: of one device.
         free_bytes: of each device, before anything was loaded.
-        meter: was made at that time.
-        runner: is ready.
-        steps: takes its steps, on every host.
+        runner: has its programs.
     """
     shape = MeshShape(**runner.mesh_shape)
     traffic = typical(None, None, sizes.context_tokens)
     predicted = predict_launched(name, model, runner, free_bytes, facts, sizes, traffic)
-    rows = predicted.sequences_expected // shape.data
-    if not predicted.step_ms or predicted.step_ms > MOST_STEP_MS:
+    rows, step_ms = predicted.sequences_expected // shape.data, predicted.step_ms
+    if not step_ms or step_ms > MOST_STEP_MS:
         rows = 1
-    roofline = roofline_of(*decode_costs(runner, rows, traffic.tokens), facts, shape)
+        costs = decode_costs(runner, rows, traffic.tokens)
+        step_ms = 1e3 * roofline_of(*costs, facts, shape).total_s
+    return Expected(predicted=predicted, rows=rows, tokens=traffic.tokens, step_ms=step_ms)
+
+
+def compare(expected: Expected, *, meter: MemoryMeter, runner: Runner, steps: StepRunner) -> Beside:
+    """Measures what has been launched. Before the first request.
+
+    Args:
+        expected: was predicted of it.
+        meter: was made before anything was loaded.
+        runner: is ready.
+        steps: takes its steps, on every host.
+    """
     cache = runner.config.cache
     measured_s = decode_seconds(
         steps,
         runner.config.step,
         pages=cache.num_pages,
         page_tokens=cache.page_tokens,
-        rows=rows,
-        tokens=traffic.tokens,
+        rows=expected.rows,
+        tokens=expected.tokens,
     )
     return Beside(
-        predicted=predicted,
+        predicted=expected.predicted,
         held=meter.read(runner.arrays(), runner.temporary_bytes()),
         step=TimedStep(
-            rows=rows * shape.data,
-            tokens=traffic.tokens,
-            predicted_ms=1e3 * roofline.total_s,
+            rows=expected.rows * runner.mesh_shape["data"],
+            tokens=expected.tokens,
+            predicted_ms=expected.step_ms,
             measured_ms=1e3 * measured_s,
         ),
     )

@@ -1,15 +1,17 @@
 """One compiled program per bucket, and the dispatch to them.
 
-Programs are lowered from abstract arrays and compiled in parallel before the first request, small
-buckets first, and then called as compiled programs: an unexpected shape is an error that names the
-leaf, not a silent recompilation. What the programs compute is in ``programs.py``.
+Programs are loaded from files, or lowered from abstract arrays and compiled, in parallel before the
+first request, small buckets first, and then called as compiled programs: an unexpected shape is an
+error that names the leaf, not a silent recompilation. What the programs compute is in
+``programs.py``; the files are in ``executables.py``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,12 @@ from jaxserve.runner.cache import (
     zero_state,
 )
 from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.executables import (
+    ExecutableFolder,
+    Signature,
+    native_targets,
+    without_jax_cache,
+)
 from jaxserve.runner.programs import StepPrograms
 from sharding.placement import unstack_in_place
 from sharding.rules import ShardingRules
@@ -50,6 +58,11 @@ class ProgramKey:
     def __str__(self) -> str:
         """Reads like ``decode 16x1``."""
         return f"{self.kind} {self.rows}x{self.tokens}"
+
+    @property
+    def file_name(self) -> str:
+        """Of the program, without an ending."""
+        return f"{self.kind}-{self.rows}x{self.tokens}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,7 @@ class Runner:
         self._by_row = partition_specs(("batch",), config.rules)
         check_divisible(self._abstract_state, self._state_specs, mesh)
         self._compiled: dict[tuple[str, int, int], Any] = {}
+        self._executables: ExecutableFolder | None = None
         self._params: Params | None = None
         self._unstacked: Params | None = None
         self._state: DeviceState | None = None
@@ -153,6 +167,11 @@ class Runner:
     def config(self) -> RunnerConfig:
         """What is compiled."""
         return self._config
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh:
+        """The devices."""
+        return self._mesh
 
     @property
     def mesh_shape(self) -> dict[str, int]:
@@ -182,18 +201,37 @@ class Runner:
         """Global shape and dtype of every weight."""
         return self._abstract_params
 
+    @property
+    def executables(self) -> ExecutableFolder | None:
+        """Where programs are kept, if they are."""
+        return self._executables
+
+    def use(self, executables: ExecutableFolder) -> None:
+        """Takes programs from files where they are, and writes those that it has to compile."""
+        self._executables = executables
+
     def compile(
         self, keys: Iterable[ProgramKey], *, workers: int | None = None
     ) -> Iterable[ProgramKey]:
-        """Compiles programs in parallel; yields each key as it is done."""
-        keys = [key for key in keys if _name(key) not in self._compiled]
+        """Loads or compiles programs in parallel; yields each key as it is done."""
+        if self._executables is not None:
+            yield from self._in_parallel(self._load_one, self._missing(keys), workers)
+        yield from self._in_parallel(self._compile_one, self._missing(keys), workers)
+
+    def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
+        return [key for key in keys if _name(key) not in self._compiled]
+
+    def _in_parallel(
+        self, make: Callable[[ProgramKey], Any], keys: list[ProgramKey], workers: int | None
+    ) -> Iterable[ProgramKey]:
+        """Yields the keys whose programs could be made, as they are."""
         workers = workers or min(len(keys) or 1, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
-            futures = {pool.submit(self._compile_one, key): key for key in keys}
+            futures = {pool.submit(make, key): key for key in keys}
             for future in as_completed(futures):
-                key = futures[future]
-                self._compiled[_name(key)] = future.result()
-                yield key
+                if (program := future.result()) is not None:
+                    self._compiled[_name(futures[future])] = program
+                    yield futures[future]
 
     def memory_analyses(self) -> dict[tuple[str, int, int], Any]:
         """What XLA says about the memory of every program compiled so far."""
@@ -205,8 +243,17 @@ class Runner:
         analyses = self.memory_analyses().values()
         return max((int(analysis.temp_size_in_bytes) for analysis in analyses), default=0)
 
+    def allocate(self) -> None:
+        """Allocates the device state, which ``make_ready`` does otherwise.
+
+        Filling it takes a second for each GiB of a CPU's memory, and can go on beside compiling.
+        """
+        assert isinstance(self._mesh, Mesh), "an abstract mesh holds no arrays"
+        state = zero_state(self._abstract_state, self._mesh, self._state_specs)
+        self._state = jax.block_until_ready(state)
+
     def make_ready(self, params: Params, *, strict: bool = False) -> None:
-        """Takes the weights, allocates the device state and runs every program once.
+        """Takes the weights, allocates the device state and runs what has to be run once.
 
         After this nothing is compiled and device memory does not grow.
         """
@@ -215,7 +262,8 @@ class Runner:
         if self._config.unrolled_rows:
             assert isinstance(params.layers, dict)
             self._unstacked = Params(params.ends, unstack_in_place(params.layers))
-        self._state = zero_state(self._abstract_state, self._mesh, self._state_specs)
+        if self._state is None:
+            self.allocate()
         self._blank = jnp.zeros(
             (self._config.step.all_rows, RESULT_COLUMNS),
             jnp.int32,
@@ -246,11 +294,11 @@ class Runner:
         return array if program is None else program(array)
 
     def _warm_up(self) -> None:
-        """Runs every program on padding lines, through the path that serving uses."""
+        """Runs programs on padding lines, through the path that serving uses."""
         assert self._state is not None
         assert self._blank is not None
         step = self._config.step
-        for kind, rows, tokens in sorted(self._compiled):
+        for kind, rows, tokens in self._to_warm_up():
             if kind == "set_row":
                 self._set_row(
                     step.null_row,
@@ -267,8 +315,41 @@ class Runner:
             self._gather(zeros)
         jax.block_until_ready(self._state)
 
+    def _to_warm_up(self) -> list[tuple[str, int, int]]:
+        """Every program, or on CPUs the smallest of each kind.
+
+        A GPU loads a program, and makes room for it, when it first runs. A CPU has nothing to do
+        then but the work itself: padding costs what tokens cost, and the first run of 15 programs
+        took 6.5 s where the second took 6.2.
+        """
+        names = sorted(self._compiled)
+        assert isinstance(self._mesh, Mesh)
+        if self._mesh.devices.flat[0].platform != "cpu" or self._gathers:
+            return names
+        return list(
+            {(name[0], self._is_unrolled(*name[:2])): name for name in reversed(names)}.values()
+        )
+
+    def _load_one(self, key: ProgramKey) -> Any:
+        assert self._executables is not None
+        assert isinstance(self._mesh, Mesh), "an abstract mesh loads nothing"
+        state, leaf = self._abstract_state, 0
+        if key.kind == "set_row":
+            arguments, results = (state, leaf, leaf, leaf), state
+        else:
+            arguments = (self._weights(key)[0], state, leaf, leaf)
+            results = (state, leaf, leaf) if key.kind == "score" else (state, leaf)
+        signature = Signature(arguments, results, list(self._mesh.devices.flat))
+        return self._executables.load(key.file_name, signature)
+
     def _compile_one(self, key: ProgramKey) -> Any:
-        return self.trace(key).lower().compile(self._compiler_options())
+        traced = self.trace(key)
+        with nullcontext() if self._executables is None else without_jax_cache():
+            compiled = traced.lower().compile(self.compiler_options)
+        if self._executables is not None:
+            targets = native_targets(traced.jaxpr)
+            self._executables.save(key.file_name, compiled, targets)
+        return compiled
 
     def trace(self, key: ProgramKey) -> Any:
         """Traces one program from abstract arrays.
@@ -279,11 +360,7 @@ class Runner:
         step = self._config.step
         if key.kind == "set_row":
             return self._trace_set_row()
-        abstract, specs = self._abstract_params, self._param_specs
-        if self._is_unrolled(key.kind, key.rows):
-            model, config = self._model, self._config
-            abstract = model.abstract(config.dtype, stacked=False)
-            specs = partition_specs(model.logical_axes(stacked=False), config.rules)
+        abstract, specs = self._weights(key)
         extra = 0 if key.kind == "decode" else key.tokens + 1
         columns = step.line_columns + extra
         by_row = self._by_row
@@ -308,10 +385,20 @@ class Runner:
             packed,
         )
 
+    def _weights(self, key: ProgramKey) -> tuple[Params, Any]:
+        """The weights that a program takes, abstract, and their specs."""
+        if not self._is_unrolled(key.kind, key.rows):
+            return self._abstract_params, self._param_specs
+        model, config = self._model, self._config
+        specs = partition_specs(model.logical_axes(stacked=False), config.rules)
+        return model.abstract(config.dtype, stacked=False), specs
+
     def _is_unrolled(self, kind: str, rows: int) -> bool:
         return kind == "decode" and rows <= self._config.unrolled_rows
 
-    def _compiler_options(self) -> dict[str, Any]:
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What XLA is told of every program."""
         assert isinstance(self._mesh, Mesh), "an abstract mesh compiles nothing"
         if self._mesh.devices.flat[0].platform != "cpu":
             return dict(self._config.compiler_options)

@@ -25,10 +25,10 @@ import pytest
 from jaxserve import Client, ServeConfig
 from jaxserve.engine.request import Request
 from jaxserve.frontend.client_types import GenerateOptions
-from jaxserve.launch import _make_runner
 from jaxserve.models.decoder import Model
 from jaxserve.models.presets import preset
 from jaxserve.resolve import configure_jax, resolve
+from jaxserve.sizing import make_runner
 from sharding import MeshShapeError, make_mesh, parse_mesh
 from tests.agreement.ways import STYLES, ask_together, make_service, requests
 from tests.hosts.group_process import MODEL, PROVE, SIZES, HostGroup, prove
@@ -188,7 +188,7 @@ def test_what_programs_exchange_runs_along_tensor_groups(cache_dir: Path) -> Non
     )
     configure_jax(config)
     plan = resolve(config, preset(MODEL.removeprefix("dummy:")))
-    runner = _make_runner(config, plan, Model(plan.model, plan.mesh.shape["tensor"]), 32)
+    runner = make_runner(plan, Model(plan.model, plan.mesh.shape["tensor"]), 32)
     key = next(key for key in runner.program_keys() if key.kind == "decode")
     assert list(runner.compile([key])) == [key]
     program = runner._compiled[key.kind, key.rows, key.tokens].as_text()
