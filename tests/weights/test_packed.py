@@ -1,0 +1,165 @@
+"""Quantized weights: a GGUF file's blocks taken apart, plain numbers rounded, on any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+from jax.sharding import AxisType, Mesh
+
+from jaxserve.errors import CheckpointError
+from jaxserve.models.decoder import Model, Params
+from jaxserve.models.presets import preset
+from jaxserve.weights.checkpoint import open_checkpoint
+from jaxserve.weights.load import load_params
+from jaxserve.weights.packed import choose_formats
+from jaxserve.weights.source import open_source, save_model
+from pallas_kernels.quantized_matmul import Format, Quantized, dequantized, quantized
+from sharding.rules import ShardingRules
+from sharding.specs import named_shardings, partition_specs
+from tests.weights.test_gguf import one_tensor
+from tests.weights.test_load import checkpoint_for
+
+TINY = replace(preset("tiny-llama"), head_dim=32)
+"""With whole groups along every axis that is summed over."""
+EVERY: dict[str, Format] = dict.fromkeys(("embed", "w_qkv", "w_o", "w_gate_up", "w_down"), "int4")
+
+
+def loaded(model: Model, checkpoint: Any, devices: int = 1) -> Params:
+    axes = (AxisType.Auto, AxisType.Auto)
+    mesh = Mesh(np.array(jax.devices()[:devices])[None], ("data", "tensor"), axis_types=axes)
+    specs = partition_specs(model.logical_axes(stacked=True), ShardingRules())
+    return load_params(
+        model,
+        checkpoint,
+        dtype=jnp.float32,
+        stacked=True,
+        shardings=named_shardings(specs, mesh),
+    )
+
+
+def plain(params: Params) -> dict[str, np.ndarray]:
+    assert isinstance(params.layers, dict)
+    return {
+        name: np.asarray(dequantized(weight, jnp.float32))
+        for name, weight in (params.ends | params.layers).items()
+    }
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_are_taken_apart_and_not_rounded(name: str, tmp_path: Path) -> None:
+    kind = Kind[name]
+    # The top bit of every byte is clear, which keeps the float16 scales finite and positive.
+    size = GGML_QUANT_SIZES[kind][1]
+    raw = np.random.default_rng(1).integers(0, 64, (48, 3 * size), np.uint8)
+    tensor = "model.embed_tokens.weight"
+    with closing(one_tensor(tmp_path / "m.gguf", raw, kind)) as checkpoint:
+        assert checkpoint.stored_format(tensor) == ("int8" if name == "Q8_0" else "int4")
+        rows, groups = slice(5, 9), slice(1, 3)
+        width = 16 if name != "Q8_0" else 32
+        columns = slice(groups.start * width, groups.stop * width)
+        box = Quantized(
+            checkpoint.read_stored(tensor, "values", (rows, columns)),
+            checkpoint.read_stored(tensor, "scale", (rows, groups)),
+            None if width == 32 else checkpoint.read_stored(tensor, "minimum", (rows, groups)),
+        )
+    found = np.asarray(dequantized(box, jnp.float32))
+    np.testing.assert_allclose(found, dequantize(raw, kind)[rows, 32:96], rtol=1e-6, atol=1e-6)
+
+
+def test_other_tensors_have_no_stored_format(tmp_path: Path) -> None:
+    with closing(one_tensor(tmp_path / "m.gguf", np.ones((48, 32), np.float32))) as checkpoint:
+        assert checkpoint.stored_format("model.embed_tokens.weight") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_smollm2_is_held_as_its_file_stores_it(devices: int, assets: Callable[[str], Path]) -> None:
+    with closing(open_checkpoint(assets("smollm2"))) as checkpoint:
+        config = open_source(
+            str(assets("smollm2")), assets_dir=Path(), offline=True, random_weights=False, seed=0
+        ).model_config()
+        formats = choose_formats(config, checkpoint, "auto")
+        assert formats == EVERY | {"embed": "int8"}
+        packed = plain(loaded(Model(config, devices, formats), checkpoint, devices))
+        expected = plain(loaded(Model(config, devices), checkpoint, devices))
+    assert packed.keys() == expected.keys()
+    for name, weight in expected.items():
+        # The feed-forward may have more zeros at its end, to be whole groups on each device.
+        found = packed[name][tuple(slice(size) for size in weight.shape)]
+        np.testing.assert_allclose(found, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_plain_numbers_are_rounded_as_a_whole_whatever_the_mesh(
+    format: Format, devices: int
+) -> None:
+    """The largest of a group decides its scale, so a shard must not cut one."""
+    checkpoint = checkpoint_for(Model(TINY))
+    formats = choose_formats(TINY, checkpoint, format)
+    assert formats == dict.fromkeys(EVERY, format) | {"embed": "int8"}
+    model = Model(TINY, devices, formats)
+    params = loaded(model, checkpoint, devices)
+    expected = plain(loaded(Model(TINY), checkpoint))
+    found = plain(params)
+    for name, weight in expected.items():
+        if name in formats:
+            weight = np.asarray(dequantized(quantized(weight, formats[name]), jnp.float32))
+        box = tuple(slice(size) for size in weight.shape)
+        if name not in ("w_qkv", "w_o"):  # Where groups are copied or zeros stand between.
+            np.testing.assert_array_equal(found[name][box], weight)
+            assert found[name].sum() == pytest.approx(weight.sum(), rel=1e-5)
+        elif devices == 1:
+            np.testing.assert_array_equal(found[name], weight)
+
+
+def test_shards_of_the_feed_forward_are_whole_groups() -> None:
+    config = replace(TINY, ffn=96)
+    assert Model(config, 4).config.ffn == 96
+    assert Model(config, 4, EVERY).config.ffn == 128
+    assert Model(config, 1, EVERY).config.ffn == 96
+
+
+def test_an_axis_that_is_no_whole_groups_is_refused() -> None:
+    config = preset("tiny-llama")
+    checkpoint = checkpoint_for(Model(config))
+    with pytest.raises(CheckpointError, match=r"as int8: the last axis of w_o is not a multiple"):
+        choose_formats(config, checkpoint, "int8")
+    assert choose_formats(config, checkpoint, "auto") == {}
+    assert choose_formats(config, checkpoint, "none") == {}
+
+
+def test_random_and_saved_weights_are_not_rounded(tmp_path: Path) -> None:
+    def opened(model: str) -> Any:
+        return open_source(model, assets_dir=tmp_path, offline=True, random_weights=False, seed=0)
+
+    source = opened("dummy:tiny-llama")
+    assert source.formats("auto") == source.formats("none") == {}
+    with pytest.raises(CheckpointError, match=r"dummy:tiny-llama cannot be held as int4: .* read"):
+        source.formats("int4")
+    model = Model(source.model_config())
+    save_model(tmp_path / "saved", model, loaded(model, checkpoint_for(model)), source)
+    with pytest.raises(CheckpointError, match=r"saved cannot be held as int8"):
+        opened(str(tmp_path / "saved")).formats("int8")
+
+
+def test_quantized_weights_are_not_saved(tmp_path: Path) -> None:
+    model = Model(TINY, 1, EVERY)
+    params = loaded(model, checkpoint_for(model))
+    source = open_source(
+        "dummy:tiny-llama", assets_dir=tmp_path, offline=True, random_weights=False, seed=0
+    )
+    with pytest.raises(CheckpointError, match=r"quantized weights are not saved.*jaxserve convert"):
+        save_model(tmp_path / "saved", model, params, source)
+    assert not (tmp_path / "saved").exists()
