@@ -113,7 +113,8 @@ class View:
             return self.checkpoint.read_stored(name, self.array, index)
         wide = widened(index, self.factor)
         key = (name, *((part.start, part.stop) for part in wide))
-        rounded = self.kept.pop(key, None)
+        # A box that goes to several places is read for each of them.
+        rounded = None if self.array == "values" else self.kept.pop(key, None)
         if rounded is None:
             rounded = quantized(self.checkpoint.read(name, wide), self.format)
         last = arrays_of(self.format)[-1]
