@@ -39,7 +39,8 @@ CHUNK_BYTES = 4 << 20
 """A chunk is read as a whole. Small: more of them to find. Large: a box reads more beside it."""
 PIECE_BYTES = 8 << 20
 """Read or written at a time: what waits to be decompressed, or for the disk, is in memory too.
-Without pieces loading a gigabyte needed 0.26 of one beside the weights; with them 0.04, and saving it 0.09."""
+Without pieces loading a gigabyte needed 0.26 of one beside the weights; with them loading needs
+0.04 and saving 0.09 (bench/load_memory.py)."""
 _GGUF_FILE = "gguf.json"
 
 
