@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,32 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         orbax.save(tmp_path / "b", params(), {"config": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_is_a_checkpoint_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit of the size of files: what orbax writes of the tree is below it."""
+    tree = {"w": np.random.default_rng(0).random((512, 512), np.float32)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"a cannot be written: .*; check the path"):
+            orbax.save(tmp_path / "a", tree, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    orbax.save(tmp_path / "a", tree, {})
+
+
+def test_saving_without_a_cpu_says_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(**_: Any) -> Any:
+        raise RuntimeError("Unknown backend: 'cpu' requested")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    with pytest.raises(CheckpointError, match=r"'cpu' requested; unset JAX_PLATFORMS, or add cpu"):
+        orbax.save(tmp_path / "a", params(), {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
