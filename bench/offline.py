@@ -112,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     workloads.add_flags(parser)
     common.add_run_flags(parser)
-    _add_engine_flags(parser)
+    add_engine_flags(parser)
     arguments = parser.parse_args(words)
     chosen = workloads.chosen(arguments, parser.error, needs_load=False)
 
@@ -134,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     common.say(f"{workload.name}: {goal.verdict(run, facts)}")
 
 
-def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``jaxserve launch`` that change the speed."""
     environment = Environment.read(os.environ)
     add_model_flags(

@@ -16,8 +16,6 @@ constexpr int kXRows = 6, kWRows = 4;
 #else
 constexpr int kXRows = 2, kWRows = 4;
 #endif
-// With one row of x: as many sums as an addition takes cycles, twice over.
-constexpr int kWRowsAlone = 8;
 
 // -- products ------------------------------------------------------------------------------------
 
@@ -43,25 +41,9 @@ constexpr int BitsBackwards(int i) {
   return result;
 }
 
+// Writes the sums over the lanes of each accumulator.
 template <int X_ROWS, int W_ROWS>
-void Multiply(int64_t depth, const float* x, const float* w, float* out, int64_t out_stride) {
-  Vec sum[X_ROWS][W_ROWS];
-#pragma GCC unroll 8
-  for (int m = 0; m < X_ROWS; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < W_ROWS; ++n) sum[m][n] = Splat(0);
-  }
-  for (int64_t d = 0; d < depth; d += kLanes) {
-    Vec right[W_ROWS];
-#pragma GCC unroll 8
-    for (int n = 0; n < W_ROWS; ++n) right[n] = LoadAs<Vec>(w + n * depth + d);
-#pragma GCC unroll 8
-    for (int m = 0; m < X_ROWS; ++m) {
-      const Vec left = LoadAs<Vec>(x + m * depth + d);
-#pragma GCC unroll 8
-      for (int n = 0; n < W_ROWS; ++n) sum[m][n] = Fma(left, right[n], sum[m][n]);
-    }
-  }
+JAXSERVE_INLINE void StoreSums(const Vec (&sum)[X_ROWS][W_ROWS], float* out, int64_t out_stride) {
   constexpr int kSums = X_ROWS * W_ROWS;
 #pragma GCC unroll 8
   for (int first = 0; first < kSums; first += kLanes) {
@@ -83,13 +65,37 @@ void Multiply(int64_t depth, const float* x, const float* w, float* out, int64_t
   }
 }
 
+template <typename T, int X_ROWS, int W_ROWS>
+void Multiply(int64_t depth, const float* x, const typename T::Storage* w, float* out,
+              int64_t out_stride) {
+  Vec sum[X_ROWS][W_ROWS];
+#pragma GCC unroll 8
+  for (int m = 0; m < X_ROWS; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < W_ROWS; ++n) sum[m][n] = Splat(0);
+  }
+  for (int64_t d = 0; d < depth; d += kLanes) {
+    Vec right[W_ROWS];
+#pragma GCC unroll 8
+    for (int n = 0; n < W_ROWS; ++n) right[n] = T::Load(w + n * depth + d);
+#pragma GCC unroll 8
+    for (int m = 0; m < X_ROWS; ++m) {
+      const Vec left = LoadAs<Vec>(x + m * depth + d);
+#pragma GCC unroll 8
+      for (int n = 0; n < W_ROWS; ++n) sum[m][n] = Fma(left, right[n], sum[m][n]);
+    }
+  }
+  StoreSums<X_ROWS, W_ROWS>(sum, out, out_stride);
+}
+
 using Multiplier = void (*)(int64_t, const float*, const float*, float*, int64_t);
 
 template <int W_ROWS>
 constexpr Multiplier kMultipliers[] = {
-    Multiply<1, W_ROWS>, Multiply<2, W_ROWS>,
+    Multiply<Float32, 1, W_ROWS>, Multiply<Float32, 2, W_ROWS>,
 #if defined(ISA_AVX512)
-    Multiply<3, W_ROWS>, Multiply<4, W_ROWS>, Multiply<5, W_ROWS>, Multiply<6, W_ROWS>,
+    Multiply<Float32, 3, W_ROWS>, Multiply<Float32, 4, W_ROWS>,
+    Multiply<Float32, 5, W_ROWS>, Multiply<Float32, 6, W_ROWS>,
 #endif
 };
 
@@ -98,12 +104,6 @@ void MultiplyAll(int64_t depth, int64_t x_rows, const float* x, int64_t w_rows, 
   for (int64_t m = 0; m < x_rows; m += kXRows) {
     const int64_t left = x_rows - m < kXRows ? x_rows - m : kXRows;
     int64_t n = 0;
-    if (left == 1) {
-      for (; n + kWRowsAlone <= w_rows; n += kWRowsAlone) {
-        Multiply<1, kWRowsAlone>(depth, x + m * depth, w + n * depth, out + m * out_stride + n,
-                                 out_stride);
-      }
-    }
     for (; n + kWRows <= w_rows; n += kWRows) {
       kMultipliers<kWRows>[left - 1](depth, x + m * depth, w + n * depth,
                                      out + m * out_stride + n, out_stride);
@@ -163,6 +163,8 @@ void Store(Number number, const float* source, int64_t count, void* target) {
 
 // Groups whose scales are converted at a time.
 constexpr int64_t kScales = 64;
+// Vectors that hold a group.
+constexpr int kVecs = kGroup / kLanes;
 
 // float16 numbers as float32, without the instructions that some machines lack.
 JAXSERVE_INLINE void Widen(const uint16_t* halves, int64_t count, float* out) {
@@ -215,71 +217,152 @@ JAXSERVE_INLINE VecI LoadBytes(const uint8_t* p) {
 #endif
 }
 
-void ExpandInt8(const int8_t* values, const float* scale, int64_t groups, float* out) {
-  for (int64_t group = 0; group < groups; ++group, values += kGroup, out += kGroup) {
-    const Vec factor = Splat(scale[group]);
+// One group as float32 vectors, in order.
+struct Int8Group {
+  static constexpr int64_t kBytes = kGroup;
+  static constexpr bool kHasMinimum = false;
+  static JAXSERVE_INLINE void Load(const char* values, float scale, float, Vec (&out)[kVecs]) {
+    const Vec factor = Splat(scale);
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < kGroup; j += kLanes) StoreAs(out + j, LoadInt8(values + j) * factor);
+    for (int j = 0; j < kVecs; ++j) {
+      out[j] = LoadInt8(reinterpret_cast<const int8_t*>(values) + j * kLanes) * factor;
+    }
   }
-}
+};
 
-void ExpandInt4(const uint8_t* values, const float* scale, const float* minimum, int64_t groups,
-                float* out) {
-  for (int64_t group = 0; group < groups; ++group, values += kGroup / 2, out += kGroup) {
-    const Vec factor = Splat(scale[group]), least = Splat(minimum[group]);
+struct Int4Group {
+  static constexpr int64_t kBytes = kGroup / 2;
+  static constexpr bool kHasMinimum = true;
+  static JAXSERVE_INLINE void Load(const char* values, float scale, float minimum,
+                                   Vec (&out)[kVecs]) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(values);
+    const Vec factor = Splat(scale), least = Splat(minimum);
 #if defined(ISA_AVX512)
     // The sixteen numbers that this group can have; a lookup minds the lower four bits alone.
     const __m512 choices = Fma(kSteps, factor, least);
-    const __m512i pairs = Bits<__m512i>(LoadBytes(values));
-    StoreAs(out, _mm512_permutexvar_ps(pairs, choices));
-    StoreAs(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), choices));
+    const __m512i pairs = Bits<__m512i>(LoadBytes(bytes));
+    out[0] = _mm512_permutexvar_ps(pairs, choices);
+    out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), choices);
 #else
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < kGroup / 2; j += kLanes) {
-      const VecI pairs = LoadBytes(values + j);
-      const Vec low = __builtin_convertvector(pairs & 15, Vec);
-      const Vec high = __builtin_convertvector(pairs >> 4, Vec);
-      StoreAs(out + j, Fma(low, factor, least));
-      StoreAs(out + kGroup / 2 + j, Fma(high, factor, least));
+    for (int j = 0; j < kVecs / 2; ++j) {
+      const VecI pairs = LoadBytes(bytes + j * kLanes);
+      out[j] = Fma(__builtin_convertvector(pairs & 15, Vec), factor, least);
+      out[kVecs / 2 + j] = Fma(__builtin_convertvector(pairs >> 4, Vec), factor, least);
     }
 #endif
   }
-}
+};
 
+template <typename G>
 void ExpandGroups(const Matrix& matrix, int64_t row, float* out) {
   const int64_t groups = matrix.depth / kGroup;
   const char* values = static_cast<const char*>(matrix.values) + row * matrix.row_bytes();
-  const int64_t group_bytes = matrix.format == Format::kInt4 ? kGroup / 2 : kGroup;
-  float scale[kScales], minimum[kScales];
-  for (int64_t group = 0; group < groups; group += kScales) {
-    const int64_t count = groups - group < kScales ? groups - group : kScales;
-    const char* here = values + group * group_bytes;
-    float* target = out + group * kGroup;
-    Widen(matrix.scale + row * groups + group, count, scale);
-    if (matrix.format == Format::kInt8) {
-      ExpandInt8(reinterpret_cast<const int8_t*>(here), scale, count, target);
-    } else {
-      Widen(matrix.minimum + row * groups + group, count, minimum);
-      ExpandInt4(reinterpret_cast<const uint8_t*>(here), scale, minimum, count, target);
+  float scale[kScales], minimum[kScales] = {};
+  for (int64_t first = 0; first < groups; first += kScales) {
+    const int64_t count = groups - first < kScales ? groups - first : kScales;
+    Widen(matrix.scale + row * groups + first, count, scale);
+    if (G::kHasMinimum) Widen(matrix.minimum + row * groups + first, count, minimum);
+    for (int64_t i = 0; i < count; ++i, values += G::kBytes, out += kGroup) {
+      Vec group[kVecs];
+      G::Load(values, scale[i], minimum[i], group);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) StoreAs(out + j * kLanes, group[j]);
     }
   }
 }
 
 void Expand(const Matrix& matrix, int64_t first, int64_t rows, float* out) {
   for (int64_t row = first; row < first + rows; ++row, out += matrix.depth) {
-    if (matrix.format == Format::kNumber) {
-      const char* values = static_cast<const char*>(matrix.values) + row * matrix.row_bytes();
-      Load(matrix.number, values, matrix.depth, out);
-    } else {
-      ExpandGroups(matrix, row, out);
+    switch (matrix.format) {
+      case Format::kInt8: ExpandGroups<Int8Group>(matrix, row, out); break;
+      case Format::kInt4: ExpandGroups<Int4Group>(matrix, row, out); break;
+      case Format::kNumber: {
+        const char* values = static_cast<const char*>(matrix.values) + row * matrix.row_bytes();
+        Load(matrix.number, values, matrix.depth, out);
+      }
     }
   }
+}
+
+// -- one row of x: each number of the matrix is used where it is loaded --------------------------
+
+// So many sums as an addition takes cycles, twice over.
+constexpr int kRowsAlone = 8;
+constexpr int64_t kLineBytes = 64;
+
+template <typename G, int ROWS>
+void MultiplyGroups(const Matrix& matrix, int64_t first, const float* x, float* out) {
+  const int64_t groups = matrix.depth / kGroup, row_bytes = matrix.row_bytes();
+  const char* values = static_cast<const char*>(matrix.values) + first * row_bytes;
+  // What follows these rows, wanted soon; a prefetch past the end of memory does nothing.
+  const char* next = values + ROWS * row_bytes;
+  Vec sum[1][ROWS];
+#pragma GCC unroll 8
+  for (int n = 0; n < ROWS; ++n) sum[0][n] = Splat(0);
+  float scale[ROWS][kScales], minimum[ROWS][kScales];
+  for (int64_t start = 0; start < groups; start += kScales) {
+    const int64_t count = groups - start < kScales ? groups - start : kScales;
+    for (int n = 0; n < ROWS; ++n) {
+      const int64_t where = (first + n) * groups + start;
+      Widen(matrix.scale + where, count, scale[n]);
+      if (G::kHasMinimum) Widen(matrix.minimum + where, count, minimum[n]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = (start + i) * G::kBytes;
+      Vec left[kVecs];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) left[j] = LoadAs<Vec>(x + (start + i) * kGroup + j * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < ROWS; ++n) {
+        const char* here = values + n * row_bytes + offset;
+        Vec right[kVecs];
+        G::Load(here, scale[n][i], G::kHasMinimum ? minimum[n][i] : 0, right);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sum[0][n] = Fma(left[j], right[j], sum[0][n]);
+      }
+      const int64_t ahead = offset * ROWS;
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < ROWS * G::kBytes; line += kLineBytes) {
+        __builtin_prefetch(next + ahead + line);
+      }
+    }
+  }
+  StoreSums<1, ROWS>(sum, out, ROWS);
+}
+
+template <typename T, int ROWS>
+void MultiplyNumbers(const Matrix& matrix, int64_t first, const float* x, float* out) {
+  const auto* w = static_cast<const typename T::Storage*>(matrix.values) + first * matrix.depth;
+  Multiply<T, 1, ROWS>(matrix.depth, x, w, out, ROWS);
+}
+
+template <int ROWS>
+void MultiplySome(const Matrix& matrix, int64_t first, const float* x, float* out) {
+  switch (matrix.format) {
+    case Format::kInt8: return MultiplyGroups<Int8Group, ROWS>(matrix, first, x, out);
+    case Format::kInt4: return MultiplyGroups<Int4Group, ROWS>(matrix, first, x, out);
+    case Format::kNumber: break;
+  }
+  switch (matrix.number) {
+    case Number::kFloat32: return MultiplyNumbers<Float32, ROWS>(matrix, first, x, out);
+    case Number::kBFloat16: return MultiplyNumbers<BFloat16, ROWS>(matrix, first, x, out);
+    case Number::kFloat16: return MultiplyNumbers<Float16, ROWS>(matrix, first, x, out);
+  }
+}
+
+void MultiplyRow(const Matrix& matrix, int64_t first, int64_t rows, const float* x, float* out) {
+  int64_t row = 0;
+  for (; row + kRowsAlone <= rows; row += kRowsAlone) {
+    MultiplySome<kRowsAlone>(matrix, first + row, x, out + row);
+  }
+  for (; row < rows; ++row) MultiplySome<1>(matrix, first + row, x, out + row);
 }
 
 }  // namespace
 
 extern const MatmulKernel kMatmulKernel;
-const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, Load, Store, kHasFloat16};
+const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, MultiplyRow, Load, Store, kHasFloat16};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace jaxserve

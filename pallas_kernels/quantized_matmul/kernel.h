@@ -46,6 +46,10 @@ struct MatmulKernel {
   // out[x_rows, w_rows] = x[x_rows, depth] w[w_rows, depth]^T, out with a stride.
   void (*multiply)(int64_t depth, int64_t x_rows, const float* x, int64_t w_rows, const float* w,
                    float* out, int64_t out_stride);
+  // out[rows] = x[depth] w[rows, depth]^T of rows of the matrix from the first on, with the bits
+  // that expand and multiply give.
+  void (*multiply_row)(const Matrix& matrix, int64_t first, int64_t rows, const float* x,
+                       float* out);
   // Copies of numbers, to and from float32.
   void (*load)(Number number, const void* source, int64_t count, float* target);
   void (*store)(Number number, const float* source, int64_t count, void* target);

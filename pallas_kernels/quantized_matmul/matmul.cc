@@ -28,25 +28,29 @@ int64_t PanelRows(const Matmul& m) {
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const float* x, int64_t first,
               int64_t rows) {
   const Matrix& matrix = m.matrix;
-  const bool is_float = matrix.format == Format::kNumber && matrix.number == Number::kFloat32;
   const bool writes_float = m.out_number == Number::kFloat32;
   float* memory = ThreadMemory<PanelMemory>(rows * (matrix.depth + m.x_rows));
-  const float* panel = static_cast<const float*>(matrix.values) + first * matrix.depth;
-  if (!is_float) {
-    kernel.expand(matrix, first, rows, memory);
-    panel = memory;
-  }
-  if (writes_float) {
-    kernel.multiply(matrix.depth, m.x_rows, x, rows, panel,
-                    static_cast<float*>(m.out) + first, matrix.rows);
-    return;
-  }
   float* answers = memory + rows * matrix.depth;
-  kernel.multiply(matrix.depth, m.x_rows, x, rows, panel, answers, rows);
+  int64_t stride = rows;
+  if (writes_float) {
+    answers = static_cast<float*>(m.out) + first;
+    stride = matrix.rows;
+  }
+  if (m.x_rows == 1) {
+    kernel.multiply_row(matrix, first, rows, x, answers);
+  } else {
+    const float* panel = static_cast<const float*>(matrix.values) + first * matrix.depth;
+    if (matrix.format != Format::kNumber || matrix.number != Number::kFloat32) {
+      kernel.expand(matrix, first, rows, memory);
+      panel = memory;
+    }
+    kernel.multiply(matrix.depth, m.x_rows, x, rows, panel, answers, stride);
+  }
+  if (writes_float) return;
   for (int64_t row = 0; row < m.x_rows; ++row) {
     char* target = static_cast<char*>(m.out) +
                    (row * matrix.rows + first) * NumberBytes(m.out_number);
-    kernel.store(m.out_number, answers + row * rows, rows, target);
+    kernel.store(m.out_number, answers + row * stride, rows, target);
   }
 }
 
