@@ -108,7 +108,11 @@ class View:
         return 1 if self.format == "int8" else 2
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Reads a box, of which the last slice counts this array's entries."""
+        """Reads a box, of which the last slice counts this array's entries.
+
+        Raises:
+            CheckpointError: what is rounded has numbers that the format has none for.
+        """
         if self.checkpoint.stored_format(name) == self.format:
             return self.checkpoint.read_stored(name, self.array, index)
         wide = widened(index, self.factor)
@@ -116,11 +120,21 @@ class View:
         # A box that goes to several places is read for each of them.
         rounded = None if self.array == "values" else self.kept.pop(key, None)
         if rounded is None:
-            rounded = quantized(self.checkpoint.read(name, wide), self.format)
+            rounded = self._rounded(name, wide)
         last = arrays_of(self.format)[-1]
         if self.array != last:
             self.kept[key] = replace(rounded, values=rounded.values[:0])
         return getattr(rounded, self.array)
+
+    def _rounded(self, name: str, index: Index) -> Quantized:
+        values = self.checkpoint.read(name, index)
+        try:
+            return quantized(values, self.format)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {name!r} cannot be held as {self.format}: {error}: "
+                "give --quantization none"
+            ) from error
 
     def narrowed(self, source: Source) -> Source:
         """What makes up a weight, as tensors of this array."""

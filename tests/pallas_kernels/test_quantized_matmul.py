@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
+    Format,
     Quantized,
     abstract_quantized,
     dequantized,
@@ -124,6 +125,43 @@ def test_rounding_is_to_the_nearest_number_of_the_group(format: str):
     # Half a step, and what float16 makes of the step and of the least number.
     assert (np.abs(found - matrix) <= step * 0.52 + 2e-3 * np.abs(matrix)).all()
     assert (found[2, 32:64] == 0).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_not_rounded(format: Format, value: float):
+    matrix = np.ones((2, 96), np.float32)
+    matrix[1, 40] = value
+    shown = str(abs(value) if format == "int8" else value)
+    with pytest.raises(ValueError, match=f"the matrix has a number that is {shown}, and only fi"):
+        quantized(matrix, format)
+
+
+@pytest.mark.parametrize(
+    ("format", "numbers", "message"),
+    [
+        ("int8", (0.0, -127 * 65_520), "a group's scale would be 65520 as int8, and float16, "),
+        ("int4", (0.0, 15 * 65_520), "a group's scale would be 65520 as int4, .* ends at 65504"),
+        ("int4", (-65_520, 0.0), "a group's minimum would be -65520 as int4, .* keep the matrix"),
+        ("int4", (-3e38, 3e38), "a group's scale would be inf as int4"),
+    ],
+)
+def test_scales_and_minima_beyond_float16_are_refused(
+    format: Format, numbers: tuple[float, float], message: str
+):
+    matrix = np.ones((3, 64), np.float32)
+    matrix[1, 32:] = numbers[0]
+    matrix[1, 50] = numbers[1]
+    with pytest.raises(ValueError, match=message):
+        quantized(matrix, format)
+    # One that still rounds down to the largest float16 is not.
+    fits = quantized(np.clip(matrix, -65_519, 65_519), format)
+    assert np.isfinite(np.asarray(dequantized(fits, jnp.float32))).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_matrix_without_rows_is_rounded_to_one_without_rows(format: Format):
+    assert quantized(np.ones((2, 0, 64), np.float32), format).shape == (2, 0, 64)
 
 
 def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():

@@ -126,6 +126,21 @@ def test_plain_numbers_are_rounded_as_a_whole_whatever_the_mesh(
             np.testing.assert_array_equal(found[name], weight)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1e9, "a group's scale would be 7.87402e.06 as int8"), (np.nan, "a number that is nan")],
+)
+def test_what_cannot_be_rounded_is_named_with_the_remedy(value: float, message: str) -> None:
+    checkpoint = checkpoint_for(Model(TINY))
+    tensor = "model.layers.1.mlp.down_proj.weight"
+    checkpoint.tensors = {name: 1e-4 * values for name, values in checkpoint.tensors.items()}
+    checkpoint.tensors[tensor][3, 4] = value
+    formats = choose_formats(TINY, checkpoint, "int8")
+    start = f"checkpoint-in-memory: '{tensor}' cannot be held as int8: .*"
+    with pytest.raises(CheckpointError, match=f"{start}{message}.*: give --quantization none"):
+        loaded(Model(TINY, 1, formats), checkpoint)
+
+
 def test_shards_of_the_feed_forward_are_whole_groups() -> None:
     config = replace(TINY, ffn=96)
     assert Model(config, 4).config.ffn == 96
