@@ -47,22 +47,41 @@ def choose_formats(
     """
     if quantization == "none":
         return {}
-    sources = weight_sources(config)
-    ends = {name: source for name, source in sources.ends.items() if name in MATRICES}
-    layer = {name: source for name, source in sources.layer.items() if name.startswith("w_")}
-    odd = [name for name, source in (ends | layer).items() if _depth(source) % GROUP]
-    if quantization != "auto" and odd:
-        raise CheckpointError(
-            f"{checkpoint.source} cannot be held as {quantization}: the last axis of "
-            f"{', '.join(odd)} is not a multiple of {GROUP}; give --quantization none"
-        )
+    if quantization != "auto":
+        return rounded_formats(config, checkpoint.source, quantization)
     formats: dict[str, Format] = {}
-    for name, source in (ends | layer).items():
-        if quantization != "auto":
-            formats[name] = "int8" if name in ends else quantization
-        elif name not in odd and (stored := _stored(source, config.layers, checkpoint)):
+    for name, source in _matrices(config).items():
+        stored = _stored(source, config.layers, checkpoint)
+        if stored is not None and _depth(source) % GROUP == 0:
             formats[name] = stored
     return formats
+
+
+def rounded_formats(config: ModelConfig, name: str, format: Format) -> dict[str, Format]:
+    """Returns what every matrix is held as where all are rounded.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
+        format: of the layers' matrices.
+
+    Raises:
+        CheckpointError: a matrix cannot be, since its last axis is not a multiple of 32.
+    """
+    matrices = _matrices(config)
+    if odd := [matrix for matrix, source in matrices.items() if _depth(source) % GROUP]:
+        raise CheckpointError(
+            f"{name} cannot be held as {format}: the last axis of {', '.join(odd)} is not a "
+            f"multiple of {GROUP}; give --quantization none"
+        )
+    return {matrix: "int8" if matrix in MATRICES else format for matrix in matrices}
+
+
+def _matrices(config: ModelConfig) -> dict[str, Source]:
+    """The weights that may be quantized."""
+    sources = weight_sources(config)
+    ends = {name: source for name, source in sources.ends.items() if name in MATRICES}
+    return ends | {name: source for name, source in sources.layer.items() if name.startswith("w_")}
 
 
 def _depth(source: Source) -> int:

@@ -71,18 +71,9 @@ class Quantized:
 
 
 type Matrix = Array | Quantized
+type Numbers = Any
+"""An array of numpy or of JAX; the result is of the same."""
 type Format = Literal["int8", "int4"]
-
-
-def abstract_quantized(shape: tuple[int, ...], format: Format) -> Quantized:
-    """The shapes and dtypes of a matrix of this shape, as ``jax.ShapeDtypeStruct`` leaves."""
-    *rows, depth = shape
-    if depth % GROUP:
-        raise ValueError(f"the last axis has {depth} entries, not a multiple of {GROUP}")
-    scale = jax.ShapeDtypeStruct((*rows, depth // GROUP), SCALE_DTYPE)
-    if format == "int8":
-        return Quantized(jax.ShapeDtypeStruct((*rows, depth), jnp.int8), scale)
-    return Quantized(jax.ShapeDtypeStruct((*rows, depth // 2), jnp.uint8), scale, scale)
 
 
 def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
@@ -138,7 +129,30 @@ def _rounded_int4(matrix: np.ndarray) -> Quantized:
     return Quantized(packed_int4(values.reshape(matrix.shape)), scale, minimum)
 
 
-def packed_int4(values: np.ndarray) -> np.ndarray:
+def quantized_on_device(matrix: Array, format: Format) -> Quantized:
+    """As ``quantized``, of an array that may be traced; what is not finite is not refused."""
+    grouped = _grouped(matrix)
+    if format == "int8":
+        spread, least, bounds = (
+            jnp.abs(grouped).max(axis=-1) / MAX_INT8,
+            None,
+            (-MAX_INT8, MAX_INT8),
+        )
+    else:
+        least, bounds = grouped.min(axis=-1), (0, MAX_INT4)
+        spread = (grouped.max(axis=-1) - least) / MAX_INT4
+        least = least.astype(SCALE_DTYPE)
+        grouped = grouped - least.astype(jnp.float32)[..., None]
+    scale = spread.astype(SCALE_DTYPE)
+    factor = scale.astype(jnp.float32)[..., None]
+    values = jnp.where(factor == 0, 0, grouped / jnp.where(factor == 0, 1, factor))
+    values = jnp.clip(jnp.rint(values), *bounds).reshape(matrix.shape)
+    if least is None:
+        return Quantized(values.astype(jnp.int8), scale)
+    return Quantized(packed_int4(values.astype(jnp.uint8)), scale, least)
+
+
+def packed_int4(values: Numbers) -> Numbers:
     """Puts values of 0 to 15, uint8 ``[..., I]``, two to a byte: ``[..., I / 2]``."""
     *rows, depth = values.shape
     grouped = values.reshape(*rows, depth // GROUP, GROUP)
@@ -200,7 +214,7 @@ def _within_scale_dtype(numbers: np.ndarray, what: str, format: Format) -> np.nd
     return rounded
 
 
-def _grouped(matrix: np.ndarray) -> np.ndarray:
+def _grouped(matrix: Numbers) -> Numbers:
     if matrix.shape[-1] % GROUP:
         raise ValueError(
             f"the last axis has {matrix.shape[-1]} entries, not a multiple of the group of {GROUP}"
