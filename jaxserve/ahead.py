@@ -46,11 +46,10 @@ def compile_ahead(config: ServeConfig, out: Path, report: Report = silent) -> Co
     configure_jax(config)
     source = open_configured(config)
     try:
-        plan = resolve(config, source.model_config())
-        model = make_model(config, plan, source)
+        plan = resolve(config, source.model_config(), source.formats)
     finally:
         source.close()
-    runner = size_pool(config, plan, model, None, report)
+    runner = size_pool(config, plan, make_model(plan), None, report)
     compile_rest(config, runner, report)
     assert runner.executables is not None
     keys = runner.program_keys()

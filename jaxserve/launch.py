@@ -148,7 +148,7 @@ def build(
     start = time.perf_counter()
     with ExitStack() as undo:
         source, group = _begin(config, hosts, on_lost, undo)
-        plan = resolve(config, source.model_config())
+        plan = resolve(config, source.model_config(), source.formats)
         free, meter = free_bytes(plan), MemoryMeter()
         tokenizer, template = _text_parts(config, source)
         if template is not None:
@@ -208,7 +208,7 @@ def follow(
     with ExitStack() as undo:
         source, group = _begin(config, hosts, on_lost, undo)
         assert group is not None
-        plan = resolve(config, source.model_config())
+        plan = resolve(config, source.model_config(), source.formats)
         runner, digest = _make_ready(config, plan, source, group, report, undo)
 
         def ready() -> None:
@@ -346,7 +346,7 @@ def _prepare(
     meanwhile: Callable[[Runner], None],
 ) -> tuple[Runner, Params]:
     """Loads or compiles everything while the weights stream in and the pages are allocated."""
-    model = make_model(config, plan, source)
+    model = make_model(plan)
     runner = size_pool(config, plan, model, group, report)
     undo.callback(runner.close)
     loading: Future[Params] = pool.submit(
@@ -409,6 +409,7 @@ def _model_info(
         vocab_size=plan.model.vocab_size,
         dtype=plan.dtype.name,
         kv_dtype=plan.kv_dtype.name,
+        quantization=plan.quantization,
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),
         sharding_summary=sharding_summary(plan),

@@ -7,8 +7,10 @@ and ``jaxserve plan`` predicts it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,10 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layout import choose_layout
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.memory import host_free_bytes
+from jaxserve.weights.packed import Quantization
 from jaxserve.weights.source import DUMMY
 from pallas_kernels import native
+from pallas_kernels.quantized_matmul import Format
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.rules import ShardingRules
 
@@ -78,24 +82,54 @@ def configure_jax(config: ServeConfig) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def resolve(config: ServeConfig, model: ModelConfig) -> LaunchPlan:
+def resolve(
+    config: ServeConfig,
+    model: ModelConfig,
+    formats: Callable[[Quantization], dict[str, Format]] = lambda quantization: {},
+) -> LaunchPlan:
     """Decides everything that can be decided before compiling.
+
+    Args:
+        config: what was asked for.
+        model: its config.
+        formats: says which weights are held quantized, as ``ModelSource`` does; without it none.
 
     Raises:
         MeshError: the mesh cannot be read or does not fit the devices.
         ConfigError: the context is longer than the model's.
+        CheckpointError: the weights cannot be held as they should be.
     """
     mesh = _mesh(config)
     platform = mesh.devices.flat[0].platform
-    sizes = resolve_sizes(config, model, platform, data_shards=mesh.shape["data"])
+    sizes = resolve_sizes(
+        config,
+        model,
+        platform,
+        data_shards=mesh.shape["data"],
+        formats=formats(resolve_quantization(config, platform)),
+    )
     name = config.served_name or _served_name(config.model)
     return LaunchPlan(name=name, model=model, mesh=mesh, platform=platform, **vars(sizes))
 
 
+def resolve_quantization(config: ServeConfig, platform: str) -> Quantization:
+    """What becomes of ``auto``: weights are held as they are stored only where a kernel reads them
+    so."""
+    quantization = cast("Quantization", config.quantization)
+    if quantization == "auto" and (platform != "cpu" or not native.is_built()):
+        return "none"
+    return quantization
+
+
 def resolve_sizes(
-    config: ServeConfig, model: ModelConfig, platform: str, *, data_shards: int
+    config: ServeConfig,
+    model: ModelConfig,
+    platform: str,
+    *,
+    data_shards: int,
+    formats: dict[str, Format] | None = None,
 ) -> Sizes:
-    """The part of ``resolve`` that asks for no device.
+    """The part of ``resolve`` that asks for no device. Without ``formats`` no weight is quantized.
 
     Raises:
         ConfigError: the context is longer than the model's.
@@ -129,6 +163,7 @@ def resolve_sizes(
         # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
+        formats=formats or {},
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,

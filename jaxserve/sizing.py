@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jaxserve.config import ServeConfig
 from jaxserve.errors import ExecutablesError, MemoryPlanError
@@ -30,8 +30,6 @@ from jaxserve.runner.fingerprint import fingerprint
 from jaxserve.runner.group import Group
 from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner, RunnerConfig
-from jaxserve.weights.packed import Quantization
-from jaxserve.weights.source import ModelSource
 from pallas_kernels import native
 
 Report = Callable[[str, int, int, str], None]
@@ -42,13 +40,9 @@ def silent(stage: str, done: int, total: int, detail: str) -> None:
     """A ``Report`` that says nothing."""
 
 
-def make_model(config: ServeConfig, plan: LaunchPlan, source: ModelSource) -> Model:
+def make_model(plan: LaunchPlan) -> Model:
     """Lays the model out for the mesh, with the weights that are held quantized."""
-    quantization = cast("Quantization", config.quantization)
-    # Of themselves only where a kernel reads them so.
-    is_plain = quantization == "auto" and (plan.platform != "cpu" or not native.is_built())
-    formats = {} if is_plain else source.formats(quantization)
-    return Model(plan.model, plan.mesh.shape["tensor"], formats)
+    return Model(plan.model, plan.mesh.shape["tensor"], plan.formats)
 
 
 def size_pool(

@@ -9,8 +9,9 @@ import pytest
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
 from jaxserve.models.presets import preset
-from jaxserve.resolve import configure_jax, resolve
+from jaxserve.resolve import configure_jax, resolve, resolve_quantization
 from pallas_kernels import native
+from pallas_kernels.quantized_matmul import Format
 
 TINY = preset("tiny-llama")
 
@@ -30,6 +31,7 @@ def config(**changes: object) -> ServeConfig:
     [
         ({"model": ""}, "model is empty; give a path"),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32"),
+        ({"quantization": "int2"}, "quantization is 'int2'; choose one of auto, none, int8, int4"),
         ({"kv_dtype": "int3"}, "kv_dtype is 'int3'; choose one of auto, float32"),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
         ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
@@ -147,3 +149,23 @@ def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     if dict(asked).get("dtype") == "float32" and has_native:
         assert plan.unrolled_rows == 0
     assert (plan.dtype.name, plan.kv_dtype.name, plan.activations.name) == got
+
+
+def test_auto_leaves_weights_quantized_only_where_a_kernel_reads_them_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "is_built", lambda: True)
+    assert resolve_quantization(config(), "cpu") == "auto"
+    assert resolve_quantization(config(), "gpu") == "none"
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    assert resolve_quantization(config(), "cpu") == "none"
+    assert resolve_quantization(config(quantization="int8"), "gpu") == "int8"
+    asked: list[str] = []
+
+    def formats(quantization: str) -> dict[str, Format]:
+        asked.append(quantization)
+        return {"w_o": "int4", "embed": "int8", "w_down": "int4"}
+
+    plan = resolve(config(device="cpu", quantization="int4"), TINY, formats)
+    assert (asked, plan.quantization) == (["int4"], "int4+int8")
+    assert resolve(config(device="cpu", quantization="int4"), TINY).quantization == ""

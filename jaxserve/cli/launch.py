@@ -29,6 +29,7 @@ from jaxserve.progress import Progress, show_progress
 
 if TYPE_CHECKING:
     from jaxserve.launch import Service
+    from pallas_kernels.quantized_matmul import Format
 
 SUMMARY = "serve a model over gRPC"
 USAGE = "[MODEL] [FLAGS]"
@@ -282,6 +283,7 @@ def ready_line(service: Service, address: str) -> str:
     return (
         f"ready address={address} model={info.name} mesh={info.mesh} pages={info.pages_total} "
         f"page_tokens={info.page_tokens} context={info.context_tokens} "
+        f"quantization={info.quantization or 'none'} "
         f"ready_seconds={service.ready_seconds:.1f}"
     )
 
@@ -300,6 +302,16 @@ def how_to_talk(address: str, config: ServerConfig) -> str:
 Ctrl-C stops it: running requests may finish, a second Ctrl-C gives them up."""
 
 
+def _quantized(formats: dict[str, Format]) -> list[str]:
+    """A line that names the quantized weights, if there are any."""
+    names = {
+        format: ", ".join(name for name, its in sorted(formats.items()) if its == format)
+        for format in sorted(set(formats.values()))
+    }
+    parts = [f"{format} {weights}" for format, weights in names.items()]
+    return [f"quantized weights: {'; '.join(parts)}"] if parts else []
+
+
 def describe_plan(service: Service, server_config: ServerConfig) -> str:
     """Returns what runs: the model, the pool, and each setting that is not its default."""
     plan, info = service.plan, service.info
@@ -308,6 +320,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
         "mesh": info.mesh,
         "device": info.platform,
         "dtype": info.dtype,
+        "quantization": info.quantization or "none",
         "kv_dtype": info.kv_dtype,
         "context_tokens": info.context_tokens,
         "kv_memory_bytes": plan.kv_bytes,
@@ -317,6 +330,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
         f"digest {info.model_digest[:12]}",
         f"{len(service.runner.program_keys())} programs compiled, {info.pages_total} pages of "
         f"{info.page_tokens} tokens",
+        *_quantized(plan.formats),
         "settings other than the defaults, which stand in brackets:",
     ]
     for config in (service.config, server_config):

@@ -27,6 +27,8 @@ EXAMPLES = """\
   jaxserve plan owner/name --device l40s --context-tokens 8192 --prompt-tokens 2000
   jaxserve plan smollm2 --device cpu --json
 """
+MACHINE_FLAGS = [name for name in flags.MACHINE_FLAGS if name != "device"]
+"""Of launch; a plan's device need not be there."""
 MEMORY_FLAGS = [name for name in flags.MEMORY_FLAGS if name != "prefix_cache"]
 """Of launch; sharing pages changes no size."""
 
@@ -48,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     ):
         text = f"of a typical {what} (default: {default}, less in a short context)"
         parser.add_argument(flag, type=int, metavar="N", help=text)
-    machine = flags.add_fields(parser, "machine", ServeConfig, ("mesh", "dtype", "kv_dtype"))
+    machine = flags.add_fields(parser, "machine", ServeConfig, MACHINE_FLAGS)
     flags.add_tensor_alias(machine)
     flags.add_fields(parser, "steps and memory", ServeConfig, MEMORY_FLAGS)
     flags.add_fields(parser, "places", ServeConfig, ("offline", *flags.PLACE_FLAGS), defaults)
@@ -67,8 +69,8 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
 
     from jaxserve.planning import aot
     from jaxserve.planning.plan import predict
-    from jaxserve.resolve import configure_jax, resolve, resolve_sizes
-    from jaxserve.weights.source import read_model_config
+    from jaxserve.resolve import configure_jax, resolve, resolve_quantization, resolve_sizes
+    from jaxserve.weights.source import read_model_facts
     from sharding.mesh import MeshShapeError, parse_mesh
 
     # A GPU of this machine may be serving: it is not touched, whatever is planned.
@@ -77,8 +79,10 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
         shape = parse_mesh(config.mesh)
     except MeshShapeError as error:
         raise MeshError(f"--mesh {config.mesh}: {error}") from error
-    model = read_model_config(config.model, assets_dir=config.assets_dir, offline=config.offline)
-    sizes = resolve_sizes(config, model, facts.platform, data_shards=shape.data)
+    quantization = resolve_quantization(config, facts.platform)
+    where = {"assets_dir": config.assets_dir, "offline": config.offline}
+    model, formats = read_model_facts(config.model, quantization, **where)
+    sizes = resolve_sizes(config, model, facts.platform, data_shards=shape.data, formats=formats)
     traffic = typical(options.prompt_tokens, options.output_tokens, sizes.context_tokens)
     compile_on = why_estimated = None
     if facts.simulated:

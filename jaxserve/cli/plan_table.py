@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxserve.planning.beside import Beside
     from jaxserve.planning.plan import Prediction
+    from jaxserve.planning.sizes import Sizes
 
 
 def describe(plan: Prediction, *, why_estimated: str | None = None) -> str:
@@ -74,7 +75,7 @@ def _memory_rows(plan: Prediction) -> list[tuple[str, str, str]]:
     return [
         ("parameters", f"{plan.params / 1e6:,.1f} M", ""),
         ("memory per device", _mb(budget.free_bytes), "free before weights"),
-        ("  weights", _mb(plan.weight_bytes_per_device), sizes.dtype.name),
+        ("  weights", _mb(plan.weight_bytes_per_device), _held_as(sizes)),
         ("  row state", _mb(budget.row_state_bytes), ""),
         ("  temporaries", _mb(plan.temp_bytes_per_device), plan.temp_source),
         (
@@ -85,6 +86,11 @@ def _memory_rows(plan: Prediction) -> list[tuple[str, str, str]]:
         ("cache per token", f"{plan.kv_bytes_per_token:,} B", sizes.kv_dtype.name),
         *_sequence_rows(plan),
     ]
+
+
+def _held_as(sizes: Sizes) -> str:
+    plain = sizes.dtype.name
+    return f"{sizes.quantization}, the rest {plain}" if sizes.formats else plain
 
 
 def _sequence_rows(plan: Prediction) -> list[tuple[str, str, str]]:

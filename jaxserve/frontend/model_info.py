@@ -25,7 +25,7 @@ class ModelInfo:
     kv_dtype: str = ""
     """Of cached keys and values."""
     quantization: str = ""
-    """Number format of quantized weights; empty when none are."""
+    """Number formats of quantized weights, such as ``int4+int8``; empty when none are."""
     parameters: int = 0
     """Weights, in parameters."""
     mesh: str = ""

@@ -36,8 +36,8 @@ from pallas_kernels.quantized_matmul import (
     Format,
     Matrix,
     Quantized,
-    abstract_quantized,
     dequantized,
+    quantized_on_device,
 )
 
 Attend = Callable[..., tuple[Any, Any]]
@@ -79,15 +79,15 @@ class Model:
         self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, jax.random.key(0)))
         self._layer_graph, _ = nnx.split(self._layer)
 
-    def init_ends(self, key: Array, dtype: Any) -> dict[str, Array]:
+    def init_ends(self, key: Array, dtype: Any) -> dict[str, Matrix]:
         """Returns random weights of the ends."""
-        return self._stretched(Ends(self.layout.config, dtype, key))
+        return self._as_held(Ends(self.layout.config, dtype, key))
 
-    def init_layer(self, key: Array, dtype: Any) -> dict[str, Array]:
+    def init_layer(self, key: Array, dtype: Any) -> dict[str, Matrix]:
         """Returns random weights of one layer."""
-        return self._stretched(Layer(self.layout.config, dtype, key))
+        return self._as_held(Layer(self.layout.config, dtype, key))
 
-    def init_layers(self, keys: Array, dtype: Any) -> dict[str, Array]:
+    def init_layers(self, keys: Array, dtype: Any) -> dict[str, Matrix]:
         """Returns random weights of all layers, stacked."""
         # One layer after the other, so that the random numbers' temporaries are one layer's.
         return jax.lax.map(partial(self.init_layer, dtype=dtype), keys)
@@ -111,8 +111,8 @@ class Model:
     def abstract(self, dtype: Any, *, stacked: bool) -> Params:
         """Returns the global shapes, as ``jax.ShapeDtypeStruct`` leaves."""
         key = jax.eval_shape(jax.random.key, 0)
-        ends = self._formatted(jax.eval_shape(partial(self.init_ends, dtype=dtype), key))
-        layer = self._formatted(jax.eval_shape(partial(self.init_layer, dtype=dtype), key))
+        ends = jax.eval_shape(partial(self.init_ends, dtype=dtype), key)
+        layer = jax.eval_shape(partial(self.init_layer, dtype=dtype), key)
         count = self.config.layers
         if not stacked:
             return Params(ends, (layer,) * count)
@@ -120,14 +120,6 @@ class Model:
             ends,
             jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), layer),
         )
-
-    def _formatted(self, shapes: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: abstract_quantized(leaf.shape, self.formats[name])
-            if name in self.formats
-            else leaf
-            for name, leaf in shapes.items()
-        }
 
     def logical_axes(self, *, stacked: bool) -> Params:
         """Returns the words for every axis, as tuple leaves; None has no word and is not split."""
@@ -253,10 +245,17 @@ class Model:
         logits = jnp.einsum("TD,TD->T", hidden, rows, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.logit_softcap)
 
-    def _stretched(self, module: nnx.Module) -> dict[str, Array]:
+    def _as_held(self, module: nnx.Module) -> dict[str, Matrix]:
+        """Stretches a module's weights for the mesh, and rounds those that are held quantized."""
         axes = _logical_axes(module)
         weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-        return {name: self.layout.stretch(array, axes[name]) for name, array in weights.items()}
+
+        def held(name: str, array: Array) -> Matrix:
+            stretched = self.layout.stretch(array, axes[name])
+            format = self.formats.get(name)
+            return stretched if format is None else quantized_on_device(stretched, format)
+
+        return {name: held(name, array) for name, array in weights.items()}
 
     def _ropes(self, positions: Int[Array, "B T"]) -> Float[Array, "bases 2 B T half"]:
         """One table per rope base: that of the global layers, then that of the local ones."""

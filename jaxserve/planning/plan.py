@@ -55,6 +55,8 @@ class Prediction:
     """As published: without padding, the tied head once."""
     weight_bytes_per_device: int
     """Padding and copies included."""
+    quantization: str
+    """The formats of quantized weights, such as ``int4+int8``; ``none``."""
     kv_bytes_per_token: int
     """Over the devices of one data shard, padding and copies included."""
     page_tokens: int
@@ -177,6 +179,7 @@ def _prediction(
         device=facts.name,
         params=model.params,
         weight_bytes_per_device=memory.budget.weight_bytes,
+        quantization=sizes.quantization or "none",
         kv_bytes_per_token=memory.runner.model.config.kv_bytes_per_token(sizes.kv_dtype),
         page_tokens=sizes.page_tokens,
         pages_per_data_shard=memory.pages,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jaxserve.engine.step import StepShape
+from pallas_kernels.quantized_matmul import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Sizes:
     kv_dtype: jnp.dtype
     activations: jnp.dtype
     """Of what goes from layer to layer."""
+    formats: dict[str, Format]
+    """Of the weights that are held quantized, by name."""
     unrolled_rows: int
     """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
     context_tokens: int
@@ -31,3 +34,8 @@ class Sizes:
     """Of what is free after weights and temporaries, otherwise."""
     most_kv_bytes: int | None
     """What the fraction may come to."""
+
+    @property
+    def quantization(self) -> str:
+        """The formats that there are, such as ``int4+int8``; empty when no weight is quantized."""
+        return "+".join(sorted(set(self.formats.values())))

@@ -56,7 +56,9 @@ class Model(_message.Message):
     dtype: _builtins.str
     """Number format of activations and unquantized weights, such as bfloat16."""
     quantization: _builtins.str
-    """Number format of quantized weights, such as int8; empty when none are."""
+    """Number formats of quantized weights, such as int8, with a plus sign between them where there are
+    several; empty when no weight is quantized.
+    """
     parameters: _builtins.int
     """Weights, in parameters."""
     mesh: _builtins.str

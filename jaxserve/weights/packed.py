@@ -47,22 +47,41 @@ def choose_formats(
     """
     if quantization == "none":
         return {}
-    sources = weight_sources(config)
-    ends = {name: source for name, source in sources.ends.items() if name in MATRICES}
-    layer = {name: source for name, source in sources.layer.items() if name.startswith("w_")}
-    odd = [name for name, source in (ends | layer).items() if _depth(source) % GROUP]
-    if quantization != "auto" and odd:
-        raise CheckpointError(
-            f"{checkpoint.source} cannot be held as {quantization}: the last axis of "
-            f"{', '.join(odd)} is not a multiple of {GROUP}; give --quantization none"
-        )
+    if quantization != "auto":
+        return rounded_formats(config, checkpoint.source, quantization)
     formats: dict[str, Format] = {}
-    for name, source in (ends | layer).items():
-        if quantization != "auto":
-            formats[name] = "int8" if name in ends else quantization
-        elif name not in odd and (stored := _stored(source, config.layers, checkpoint)):
+    for name, source in _matrices(config).items():
+        stored = _stored(source, config.layers, checkpoint)
+        if stored is not None and _depth(source) % GROUP == 0:
             formats[name] = stored
     return formats
+
+
+def rounded_formats(config: ModelConfig, name: str, format: Format) -> dict[str, Format]:
+    """Returns what every matrix is held as where all are rounded.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
+        format: of the layers' matrices.
+
+    Raises:
+        CheckpointError: a matrix cannot be, since its last axis is not a multiple of 32.
+    """
+    matrices = _matrices(config)
+    if odd := [matrix for matrix, source in matrices.items() if _depth(source) % GROUP]:
+        raise CheckpointError(
+            f"{name} cannot be held as {format}: the last axis of {', '.join(odd)} is not a "
+            f"multiple of {GROUP}; give --quantization none"
+        )
+    return {matrix: "int8" if matrix in MATRICES else format for matrix in matrices}
+
+
+def _matrices(config: ModelConfig) -> dict[str, Source]:
+    """The weights that may be quantized."""
+    sources = weight_sources(config)
+    ends = {name: source for name, source in sources.ends.items() if name in MATRICES}
+    return ends | {name: source for name, source in sources.layer.items() if name.startswith("w_")}
 
 
 def _depth(source: Source) -> int:
@@ -108,7 +127,11 @@ class View:
         return 1 if self.format == "int8" else 2
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Reads a box, of which the last slice counts this array's entries."""
+        """Reads a box, of which the last slice counts this array's entries.
+
+        Raises:
+            CheckpointError: what is rounded has numbers that the format has none for.
+        """
         if self.checkpoint.stored_format(name) == self.format:
             return self.checkpoint.read_stored(name, self.array, index)
         wide = widened(index, self.factor)
@@ -116,11 +139,21 @@ class View:
         # A box that goes to several places is read for each of them.
         rounded = None if self.array == "values" else self.kept.pop(key, None)
         if rounded is None:
-            rounded = quantized(self.checkpoint.read(name, wide), self.format)
+            rounded = self._rounded(name, wide)
         last = arrays_of(self.format)[-1]
         if self.array != last:
             self.kept[key] = replace(rounded, values=rounded.values[:0])
         return getattr(rounded, self.array)
+
+    def _rounded(self, name: str, index: Index) -> Quantized:
+        values = self.checkpoint.read(name, index)
+        try:
+            return quantized(values, self.format)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {name!r} cannot be held as {self.format}: {error}: "
+                "give --quantization none"
+            ) from error
 
     def narrowed(self, source: Source) -> Source:
         """What makes up a weight, as tensors of this array."""

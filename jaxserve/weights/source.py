@@ -28,7 +28,7 @@ from jaxserve.weights import orbax
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
 from jaxserve.weights.load import AxisNames, axis_names, load_params, random_params, reporter
-from jaxserve.weights.packed import Quantization, choose_formats
+from jaxserve.weights.packed import Quantization, choose_formats, rounded_formats
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import read_json_object, read_tokenizer_files
 from pallas_kernels.quantized_matmul import Format
@@ -113,22 +113,30 @@ def open_source(
     return source
 
 
-def read_model_config(model: str, *, assets_dir: Path, offline: bool) -> ModelConfig:
+def read_model_facts(
+    model: str, quantization: Quantization, *, assets_dir: Path, offline: bool
+) -> tuple[ModelConfig, dict[str, Format]]:
     """Reads what a model is, and none of its weights: of a hub id only ``config.json`` is fetched.
 
+    Returns:
+        Its config, and which weights are held quantized, as ``ModelSource.formats`` says it.
+
     Raises:
-        CheckpointError: it is not there, cannot be fetched, or is damaged.
+        CheckpointError: it is not there, cannot be fetched, is damaged, or cannot be held so.
         UnsupportedModelError: no built-in model of that name, or not our architecture.
     """
     if model.startswith(DUMMY):
-        return preset(model.removeprefix(DUMMY))
+        config = preset(model.removeprefix(DUMMY))
+        return config, _formats_of_numbers(config, model, quantization)
     path = resolve_model(model, assets_dir=assets_dir, offline=offline, files=(CONFIG_FILE,))
     config_path = path if path.name == CONFIG_FILE else path / CONFIG_FILE
     if config_path.is_file() and not any(path.glob("*.gguf")):
-        return model_config(read_json_object(config_path))
+        config = model_config(read_json_object(config_path))
+        # Safetensors hold plain numbers.
+        return config, _formats_of_numbers(config, model, quantization)
     where = {"assets_dir": assets_dir, "offline": offline}
     with closing(open_source(str(path), random_weights=False, seed=0, **where)) as source:
-        return source.model_config()
+        return source.model_config(), source.formats(quantization)
 
 
 class RandomSource:
@@ -164,8 +172,8 @@ class RandomSource:
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def formats(self, quantization: Quantization) -> dict[str, Format]:
-        """Random weights are plain numbers."""
-        return _plain(self.name, quantization)
+        """None are of themselves; what is asked for is rounded where it is made."""
+        return _formats_of_numbers(self._model, self.name, quantization)
 
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Makes the weights on their devices."""
@@ -246,8 +254,13 @@ class SavedSource:
         return self._digest
 
     def formats(self, quantization: Quantization) -> dict[str, Format]:
-        """What was saved are plain numbers."""
-        return _plain(self.name, quantization)
+        """What was saved are plain numbers, which are not rounded."""
+        if quantization in ("none", "auto"):
+            return {}
+        raise CheckpointError(
+            f"{self.name} cannot be held as {quantization}: weights are rounded while safetensors "
+            "or GGUF are read; give such a checkpoint, or --quantization none"
+        )
 
     def load(self, model: Model, *, dtype: Any, shardings: Params, progress: Progress) -> Params:
         """Reads weight by weight, each shard by itself."""
@@ -271,13 +284,13 @@ class SavedSource:
         """Holds nothing open."""
 
 
-def _plain(name: str, quantization: Quantization) -> dict[str, Format]:
+def _formats_of_numbers(
+    config: ModelConfig, name: str, quantization: Quantization
+) -> dict[str, Format]:
+    """What weights are held as that are stored as plain numbers, or nowhere."""
     if quantization in ("none", "auto"):
         return {}
-    raise CheckpointError(
-        f"{name} cannot be held as {quantization}: weights are rounded while safetensors or GGUF "
-        "are read; give such a checkpoint, or --quantization none"
-    )
+    return rounded_formats(config, name, quantization)
 
 
 def save_model(path: Path, model: Model, params: Params, source: ModelSource) -> None:

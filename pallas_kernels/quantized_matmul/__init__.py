@@ -19,9 +19,9 @@ from pallas_kernels.quantized_matmul.matrix import (
     Format,
     Matrix,
     Quantized,
-    abstract_quantized,
     dequantized,
     quantized,
+    quantized_on_device,
 )
 from pallas_kernels.quantized_matmul.native import quantized_matmul_native
 from pallas_kernels.quantized_matmul.reference import (
@@ -34,10 +34,10 @@ __all__ = [
     "Format",
     "Matrix",
     "Quantized",
-    "abstract_quantized",
     "dequantized",
     "quantized",
     "quantized_matmul",
+    "quantized_on_device",
 ]
 
 IMPLEMENTATIONS = {

@@ -56,6 +56,15 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const float* x, int64
 
 }  // namespace
 
+Matrix LayerOf(Matrix stack, int64_t layers, int64_t layer) {
+  const int64_t rows = std::clamp<int64_t>(layer, 0, layers - 1) * stack.rows;
+  stack.values = static_cast<const char*>(stack.values) + rows * stack.row_bytes();
+  const int64_t groups = rows * (stack.depth / kGroup);
+  if (stack.format != Format::kNumber) stack.scale += groups;
+  if (stack.format == Format::kInt4) stack.minimum += groups;
+  return stack;
+}
+
 const char* WhyNotMultiply(const Matmul& m, const MatmulKernel& kernel) {
   const int64_t step = m.matrix.format == Format::kNumber ? kDepthStep : kGroup;
   if (m.matrix.depth % step != 0) return "the depth is not a multiple of 16, or of a group of 32";

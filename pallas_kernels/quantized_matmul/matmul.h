@@ -19,6 +19,10 @@ struct Matmul {
   int64_t x_rows;
 };
 
+// One matrix of a stack of `layers`, given the first; a layer that is not there becomes the nearest,
+// as in a clamped XLA gather.
+Matrix LayerOf(Matrix stack, int64_t layers, int64_t layer);
+
 // Why the kernel cannot compute it, or null.
 const char* WhyNotMultiply(const Matmul& matmul, const MatmulKernel& kernel);
 

@@ -71,18 +71,9 @@ class Quantized:
 
 
 type Matrix = Array | Quantized
+type Numbers = Any
+"""An array of numpy or of JAX; the result is of the same."""
 type Format = Literal["int8", "int4"]
-
-
-def abstract_quantized(shape: tuple[int, ...], format: Format) -> Quantized:
-    """The shapes and dtypes of a matrix of this shape, as ``jax.ShapeDtypeStruct`` leaves."""
-    *rows, depth = shape
-    if depth % GROUP:
-        raise ValueError(f"the last axis has {depth} entries, not a multiple of {GROUP}")
-    scale = jax.ShapeDtypeStruct((*rows, depth // GROUP), SCALE_DTYPE)
-    if format == "int8":
-        return Quantized(jax.ShapeDtypeStruct((*rows, depth), jnp.int8), scale)
-    return Quantized(jax.ShapeDtypeStruct((*rows, depth // 2), jnp.uint8), scale, scale)
 
 
 def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
@@ -103,14 +94,20 @@ def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
 
 
 def quantized(matrix: np.ndarray, format: Format) -> Quantized:
-    """Rounds a matrix, group by group, to the nearest numbers that the format has there."""
+    """Rounds a matrix, group by group, to the nearest numbers that the format has there.
+
+    Raises:
+        ValueError: The last axis is no whole groups, a number is not finite, or a group's scale or
+            minimum is beyond float16.
+    """
     return _rounded_int8(matrix) if format == "int8" else _rounded_int4(matrix)
 
 
 def _rounded_int8(matrix: np.ndarray) -> Quantized:
     """Rounds to the nearest of 255 numbers a group; the largest of a group is exact to float16."""
     grouped = _grouped(matrix)
-    scale = (np.abs(grouped).max(axis=-1) / MAX_INT8).astype(SCALE_DTYPE)
+    (most,) = _finite(np.abs(grouped).max(axis=-1))
+    scale = _within_scale_dtype(most / MAX_INT8, "scale", "int8")
     factor = scale.astype(np.float32)[..., None]
     values = np.divide(grouped, factor, out=np.zeros_like(grouped), where=factor != 0)
     values = np.clip(np.rint(values), -MAX_INT8, MAX_INT8).astype(np.int8)
@@ -120,9 +117,11 @@ def _rounded_int8(matrix: np.ndarray) -> Quantized:
 def _rounded_int4(matrix: np.ndarray) -> Quantized:
     """Rounds to the nearest of 16 numbers a group, evenly spread from its least to its largest."""
     grouped = _grouped(matrix)
-    least, most = grouped.min(axis=-1), grouped.max(axis=-1)
-    scale = ((most - least) / MAX_INT4).astype(SCALE_DTYPE)
-    minimum = least.astype(SCALE_DTYPE)
+    least, most = _finite(grouped.min(axis=-1), grouped.max(axis=-1))
+    with np.errstate(over="ignore"):  # Refused in the next line.
+        spread = (most - least) / MAX_INT4
+    scale = _within_scale_dtype(spread, "scale", "int4")
+    minimum = _within_scale_dtype(least, "minimum", "int4")
     factor = scale.astype(np.float32)[..., None]
     shifted = grouped - minimum.astype(np.float32)[..., None]
     values = np.divide(shifted, factor, out=np.zeros_like(grouped), where=factor != 0)
@@ -130,11 +129,35 @@ def _rounded_int4(matrix: np.ndarray) -> Quantized:
     return Quantized(packed_int4(values.reshape(matrix.shape)), scale, minimum)
 
 
-def packed_int4(values: np.ndarray) -> np.ndarray:
+def quantized_on_device(matrix: Array, format: Format) -> Quantized:
+    """As ``quantized``, of an array that may be traced; what is not finite is not refused."""
+    grouped = _grouped(matrix)
+    if format == "int8":
+        spread, least, bounds = (
+            jnp.abs(grouped).max(axis=-1) / MAX_INT8,
+            None,
+            (-MAX_INT8, MAX_INT8),
+        )
+    else:
+        least, bounds = grouped.min(axis=-1), (0, MAX_INT4)
+        spread = (grouped.max(axis=-1) - least) / MAX_INT4
+        least = least.astype(SCALE_DTYPE)
+        grouped = grouped - least.astype(jnp.float32)[..., None]
+    scale = spread.astype(SCALE_DTYPE)
+    factor = scale.astype(jnp.float32)[..., None]
+    values = jnp.where(factor == 0, 0, grouped / jnp.where(factor == 0, 1, factor))
+    values = jnp.clip(jnp.rint(values), *bounds).reshape(matrix.shape)
+    if least is None:
+        return Quantized(values.astype(jnp.int8), scale)
+    return Quantized(packed_int4(values.astype(jnp.uint8)), scale, least)
+
+
+def packed_int4(values: Numbers) -> Numbers:
     """Puts values of 0 to 15, uint8 ``[..., I]``, two to a byte: ``[..., I / 2]``."""
-    grouped = values.reshape(*values.shape[:-1], -1, GROUP)
+    *rows, depth = values.shape
+    grouped = values.reshape(*rows, depth // GROUP, GROUP)
     pairs = grouped[..., : GROUP // 2] | grouped[..., GROUP // 2 :] << 4
-    return pairs.reshape(*values.shape[:-1], values.shape[-1] // 2)
+    return pairs.reshape(*rows, depth // 2)
 
 
 def check(matrix: Matrix) -> None:
@@ -167,9 +190,34 @@ def check(matrix: Matrix) -> None:
         )
 
 
-def _grouped(matrix: np.ndarray) -> np.ndarray:
+def _finite(*extremes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The extremes of each group, which are not finite where any of its numbers is not."""
+    for extreme in extremes:
+        if not (finite := np.isfinite(extreme)).all():
+            raise ValueError(
+                f"the matrix has a number that is {extreme[~finite][0]}, and only finite numbers "
+                "can be rounded; correct it, or keep the matrix as it is"
+            )
+    return extremes
+
+
+def _within_scale_dtype(numbers: np.ndarray, what: str, format: Format) -> np.ndarray:
+    """Rounds the numbers of groups to what they are stored in."""
+    with np.errstate(over="ignore"):
+        rounded = numbers.astype(SCALE_DTYPE)
+    if not (finite := np.isfinite(rounded)).all():
+        raise ValueError(
+            f"a group's {what} would be {numbers[~finite][0]:g} as {format}, and {SCALE_DTYPE}, "
+            f"which it is stored in, ends at {np.finfo(SCALE_DTYPE).max:g}; keep the matrix as it "
+            "is"
+        )
+    return rounded
+
+
+def _grouped(matrix: Numbers) -> Numbers:
     if matrix.shape[-1] % GROUP:
         raise ValueError(
             f"the last axis has {matrix.shape[-1]} entries, not a multiple of the group of {GROUP}"
         )
-    return matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, GROUP)
+    *rows, depth = matrix.shape
+    return matrix.astype(np.float32).reshape(*rows, depth // GROUP, GROUP)

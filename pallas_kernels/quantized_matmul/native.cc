@@ -7,12 +7,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// A layer that the stack does not have becomes the nearest one, as in a clamped XLA gather.
-int64_t ReadLayer(const ffi::Buffer<ffi::S32, 0>& layer, int64_t layers) {
-  const int64_t number = *layer.typed_data();
-  return number < 0 ? 0 : number < layers ? number : layers - 1;
-}
-
 // values [layers, rows, stored depth]; scale and minimum [layers, rows, groups], or nothing.
 ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
                          ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
@@ -36,12 +30,10 @@ ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
   if (!ReadNumber(x, matmul.x_number) || !ReadNumber(*out, matmul.out_number)) {
     return ffi::Error::InvalidArgument("matmul: a dtype that is not a float of 16 or 32 bits");
   }
-  const int64_t number = ReadLayer(layer, shape[0]);
-  const int64_t groups = number * matrix.rows * (matrix.depth / kGroup);
-  matrix.values = static_cast<const char*>(values.untyped_data()) +
-                  number * matrix.rows * matrix.row_bytes();
-  matrix.scale = static_cast<const uint16_t*>(scale.untyped_data()) + groups;
-  matrix.minimum = static_cast<const uint16_t*>(minimum.untyped_data()) + groups;
+  matrix.values = values.untyped_data();
+  matrix.scale = static_cast<const uint16_t*>(scale.untyped_data());
+  matrix.minimum = static_cast<const uint16_t*>(minimum.untyped_data());
+  matrix = LayerOf(matrix, shape[0], *layer.typed_data());
   matmul.x = x.untyped_data();
   matmul.out = out->untyped_data();
   const MatmulKernel& kernel = CurrentMatmulKernel();

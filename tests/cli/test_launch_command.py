@@ -24,7 +24,7 @@ from jaxserve.serve import Ended
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 READY = (
     r"ready address=127\.0\.0\.1:\d+ model=dummy:tiny-llama mesh=data=1,tensor=1 pages=\d+ "
-    r"page_tokens=32 context=256 ready_seconds=\d+\.\d"
+    r"page_tokens=32 context=256 quantization=none ready_seconds=\d+\.\d"
 )
 
 
@@ -42,6 +42,7 @@ def test_the_facts_of_the_ready_line_are_those_of_the_server(server: Any) -> Non
     assert facts["mesh"] == info.mesh
     assert int(facts["pages"]) == info.pages_total == stats.pages_total
     assert int(facts["context"]) == info.context_tokens
+    assert (facts["quantization"], info.quantization) == ("none", "")
 
 
 @pytest.mark.slow
@@ -51,6 +52,7 @@ def test_stderr_tells_of_every_stage_and_of_settings_beside_their_defaults(serve
         assert stage in text
     assert re.search(r"max_rows +4  \[64\]", text)
     assert re.search(r"dtype +float32  \[auto\]", text)
+    assert re.search(r"quantization +none  \[auto\]", text)
     assert re.search(r"kv_memory_bytes +4194304  \[None\]", text)
     assert "page_tokens  " not in text, "a default is not worth a line"
 

@@ -3,7 +3,9 @@
     python -m tests.pallas_kernels.native_cases FILE
 
 For each case a line of text: name, then every number that ``Header`` in the program reads. After
-it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer.
+it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer. A
+product's line begins with ``matmul``; its arrays are x, those of the matrix, the answer, and what
+the sizes of the products come to, of which an error may be a fraction.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import POOL_DTYPES, paged_attention
 from pallas_kernels.paged_attention.cases import CASES, LAYER, LAYERS, Case, Row
+from pallas_kernels.quantized_matmul import GROUP, Quantized, dequantized, quantized_matmul
+from pallas_kernels.quantized_matmul import cases as matmul
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -60,5 +65,72 @@ def write(path: Path) -> None:
                     file.write(np.asarray(array).tobytes())
 
 
+# -- products --------------------------------------------------------------------------------------
+
+NUMBERS = ("float32", "bfloat16", "float16")
+"""In the order of ``Number`` in number.h."""
+FORMATS = ("number", "int8", "int4")
+"""In the order of ``Format`` in kernel.h."""
+ROUNDED = (
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("bfloat16", "float32"),
+    ("float32", "bfloat16"),
+)
+"""Dtypes of activations and of the answer, beside float32 for both."""
+FAR_LAYER = 9
+"""Not in a stack: the last one is meant."""
+
+ODD = (
+    matmul.Case("no-rows", 0, 5, 64),
+    matmul.Case("no-outputs", 3, 0, 64),
+    matmul.Case("one-group", 3, 9, 32),
+    matmul.Case("one-row", 1, 13, 32),  # Eight outputs at a time, then four, then one.
+    matmul.Case("one-number", 1, 1, 32),
+    matmul.Case("half-a-group", 7, 6, 16),  # Plain numbers alone.
+    matmul.Case("group-and-a-half", 2, 7, 48),
+    matmul.Case("scales-and-one", 2, 5, 2080),  # 64 scales are converted at a time.
+    matmul.Case("panels-and-some", 9, 53, 4096),  # Panels of 24 rows.
+    matmul.Case("small-panels-and-some", 6, 197, 512),  # Of 12, several at a time.
+    matmul.Case("widest-panels-and-some", 13, 195, 224),  # Of 64.
+)
+"""What is odd enough to be read, or written, past its end."""
+
+
+def products() -> Iterator[tuple[matmul.Case, matmul.Storage, str, str]]:
+    """Every case and every odd one in every format, with the dtypes of activations and answer."""
+    for case in (*matmul.CASES, *ODD):
+        for storage in matmul.STORAGES:
+            if storage in FORMATS and case.depth % GROUP:
+                continue
+            yield case, storage, "float32", "float32"
+            if case in ODD or case.name == "chunk":
+                for dtype, out_dtype in ROUNDED:
+                    yield case, storage, dtype, out_dtype
+
+
+def append_products(path: Path) -> None:
+    """Writes the products behind the other cases."""
+    with path.open("ab") as file:
+        for case, storage, dtype, out_dtype in products():
+            x, stack = case.arrays(storage, dtype=dtype)
+            answer = quantized_matmul(
+                x, stack, layer=matmul.LAYER, dtype=jnp.float32, implementation="reference"
+            )
+            matrix = dequantized(stack[matmul.LAYER], jnp.float32)
+            sizes = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(matrix, np.float64)).T
+            is_plain = not isinstance(stack, Quantized)
+            header = (
+                "matmul", f"{case.name}-{storage}-{dtype}-{out_dtype}", NUMBERS.index(dtype),
+                NUMBERS.index(out_dtype), FORMATS.index("number" if is_plain else storage),
+                NUMBERS.index(storage if is_plain else "float32"), matmul.LAYERS,
+                FAR_LAYER if case in ODD else matmul.LAYER, case.rows, case.out, case.depth,
+            )  # fmt: skip
+            file.write((" ".join(map(str, header)) + "\n").encode())
+            for array in (x, *jax.tree.leaves(stack), answer, sizes.astype(np.float32)):
+                file.write(np.asarray(array).tobytes())
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
+    append_products(Path(sys.argv[1]))

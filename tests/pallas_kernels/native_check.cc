@@ -2,110 +2,25 @@
 // native_cases.py. Each array has an allocation of its own, so a read past its end is found; each
 // case runs on every instruction set of this machine and with several numbers of threads, which
 // must not change a bit.
+#include "native_check.h"
+
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <fstream>
 #include <iostream>
-#include <memory>
-#include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "native_check_matmul.h"
 #include "paged_attention/append.h"
 #include "paged_attention/attention.h"
-
-extern "C" void jaxserve_set_isa_limit(int level);
 
 namespace {
 
 using namespace jaxserve;
-
-class Pool final : public Executor {
- public:
-  explicit Pool(int threads) : size_(threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { Work(); });
-  }
-  ~Pool() override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      is_closed_ = true;
-    }
-    ready_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-  int64_t threads() const override { return size_; }
-  void Schedule(std::function<void()> task) override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  void Work() {
-    for (;;) {
-      std::function<void()> task;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        ready_.wait(lock, [this] { return is_closed_ || !tasks_.empty(); });
-        if (tasks_.empty()) return;
-        task = std::move(tasks_.front());
-        tasks_.pop_front();
-      }
-      task();
-    }
-  }
-
-  const int64_t size_;
-  std::vector<std::thread> workers_;
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  bool is_closed_ = false;
-};
-
-template <typename T>
-using Array = std::unique_ptr<T[]>;
-
-template <typename T>
-Array<T> Read(std::istream& file, size_t count) {
-  Array<T> array(new T[count]);
-  file.read(reinterpret_cast<char*>(array.get()), count * sizeof(T));
-  return array;
-}
-
-[[noreturn]] void Fail(const std::string& what) {
-  std::cerr << "FAILED " << what << "\n";
-  std::exit(1);
-}
-
-float AsFloat(const char* numbers, Number number, size_t i) {
-  if (number == Number::kFloat32) {
-    float value;
-    std::memcpy(&value, numbers + 4 * i, 4);
-    return value;
-  }
-  uint16_t half;
-  std::memcpy(&half, numbers + 2 * i, 2);
-  if (number == Number::kBFloat16) {
-    const uint32_t bits = uint32_t{half} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  const int exponent = half >> 10 & 31, fraction = half & 1023;
-  const float size = exponent == 0 ? std::ldexp(float(fraction), -24)
-                                   : std::ldexp(float(1024 + fraction), exponent - 25);
-  return half >> 15 ? -size : size;
-}
 
 // The new cells, and nothing else, are what the step wrote.
 void CheckAppend(const std::string& name, const Attention& a, const char* k_pool, size_t pool_bytes,
@@ -218,11 +133,22 @@ void CheckLoopsShareThreads(Pool& pool) {
 int main(int, char** arguments) {
   std::ifstream file(arguments[1], std::ios::binary);
   Pool one(1), two(2), five(5);
+  const std::vector<Pool*> pools = {&one, &two, &five};
   int cases = 0;
-  for (std::string line; std::getline(file, line); ++cases) {
-    CheckCase(line, file, {&one, &two, &five});
+  MatmulCounts matmuls;
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind(kMatmulLine, 0) == 0) {
+      CheckMatmul(line, file, pools, matmuls);
+    } else {
+      CheckCase(line, file, pools);
+      ++cases;
+    }
   }
-  if (cases == 0) Fail(std::string("no case in ") + arguments[1]);
+  if (cases == 0 || matmuls.cases == 0) Fail(std::string("no case in ") + arguments[1]);
   CheckLoopsShareThreads(two);
-  std::cout << cases << " cases\n";
+  std::cout << cases << " cases of attention\n" << matmuls.cases << " of products, run";
+  for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
+    std::cout << " " << matmuls.runs[level] << " times on level " << level
+              << (level + 1 < JAXSERVE_ISA_LEVELS ? "," : "\n");
+  }
 }

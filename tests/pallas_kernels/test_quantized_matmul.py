@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
+    Format,
     Quantized,
-    abstract_quantized,
     dequantized,
     quantized,
     quantized_matmul,
+    quantized_on_device,
 )
 from pallas_kernels.quantized_matmul.cases import CASES, LAYER, STORAGES, Case, Storage, stored
 
@@ -126,6 +127,57 @@ def test_rounding_is_to_the_nearest_number_of_the_group(format: str):
     assert (found[2, 32:64] == 0).all()
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_not_rounded(format: Format, value: float):
+    matrix = np.ones((2, 96), np.float32)
+    matrix[1, 40] = value
+    shown = str(abs(value) if format == "int8" else value)
+    with pytest.raises(ValueError, match=f"the matrix has a number that is {shown}, and only fi"):
+        quantized(matrix, format)
+
+
+@pytest.mark.parametrize(
+    ("format", "numbers", "message"),
+    [
+        ("int8", (0.0, -127 * 65_520), "a group's scale would be 65520 as int8, and float16, "),
+        ("int4", (0.0, 15 * 65_520), "a group's scale would be 65520 as int4, .* ends at 65504"),
+        ("int4", (-65_520, 0.0), "a group's minimum would be -65520 as int4, .* keep the matrix"),
+        ("int4", (-3e38, 3e38), "a group's scale would be inf as int4"),
+    ],
+)
+def test_scales_and_minima_beyond_float16_are_refused(
+    format: Format, numbers: tuple[float, float], message: str
+):
+    matrix = np.ones((3, 64), np.float32)
+    matrix[1, 32:] = numbers[0]
+    matrix[1, 50] = numbers[1]
+    with pytest.raises(ValueError, match=message):
+        quantized(matrix, format)
+    # One that still rounds down to the largest float16 is not.
+    fits = quantized(np.clip(matrix, -65_519, 65_519), format)
+    assert np.isfinite(np.asarray(dequantized(fits, jnp.float32))).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_matrix_without_rows_is_rounded_to_one_without_rows(format: Format):
+    assert quantized(np.ones((2, 0, 64), np.float32), format).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_rounding_on_a_device_gives_the_same_numbers(format: Format):
+    """A compiler may divide by way of a reciprocal, which moves a scale by a last place."""
+    matrix = np.random.default_rng(2).standard_normal((3, 5, 96)).astype(np.float32)
+    matrix[1, 2, 32:64] = 0
+    expected = quantized(matrix, format)
+    found = jax.jit(quantized_on_device, static_argnames="format")(matrix, format=format)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+    step = np.asarray(expected.scale, np.float32).repeat(32, axis=-1)
+    difference = dequantized(found, jnp.float32) - dequantized(expected, jnp.float32)
+    assert (np.abs(difference) <= 2e-3 * np.abs(matrix) + 1.01 * step).all()
+    assert (np.abs(difference) > 2e-3 * np.abs(matrix)).mean() < 0.01
+
+
 def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():
     matrix = np.arange(4 * 3 * 64, dtype=np.float32).reshape(4, 3, 64)
     for format in ("int8", "int4"):
@@ -140,7 +192,7 @@ def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():
         ):
             assert found.shape == like.shape
             np.testing.assert_array_equal(dequantized(found, jnp.float32), like)
-        shapes = abstract_quantized(matrix.shape, format)
+        shapes = jax.eval_shape(partial(quantized_on_device, format=format), jnp.asarray(matrix))
         assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, shapes)
         assert whole.nbytes == {"int8": 816, "int4": 480}[format]
 
@@ -181,8 +233,6 @@ def test_what_no_implementation_could_take_is_refused():
         quantized_matmul(x, replace(stack, minimum=wide), layer=0)
     with refuse(match=r"values are \[2, 3, 32\] and scales \[2, 3, 3\], which belong to a matrix"):
         quantized_matmul(x, replace(stack, values=stack.values[..., :32]), layer=0)
-    with refuse(match="the last axis has 33 entries, not a multiple of 32"):
-        abstract_quantized((3, 33), "int8")
     with refuse(match="the last axis has 33 entries, not a multiple of the group of 32"):
         quantized(np.ones((3, 33)), "int8")
 

@@ -15,7 +15,8 @@ from jaxserve.planning.memory import Memory, plan_device
 from jaxserve.planning.plan import Prediction, predict
 from jaxserve.planning.sizes import Sizes
 from jaxserve.planning.traffic import typical
-from jaxserve.resolve import resolve_sizes
+from jaxserve.resolve import resolve_quantization, resolve_sizes
+from jaxserve.weights.source import read_model_facts
 from sharding.mesh import parse_mesh
 
 
@@ -23,7 +24,10 @@ def sizes_of(model: str, facts: DeviceFacts, mesh: str = "1x1", **changes: Any) 
     settings: dict[str, Any] = {"assets_dir": Path("none"), "cache_dir": Path("none"), **changes}
     config = ServeConfig(model=f"dummy:{model}", mesh=mesh, **settings)
     shards = parse_mesh(mesh).data
-    return resolve_sizes(config, preset(model), facts.platform, data_shards=shards)
+    quantization = resolve_quantization(config, facts.platform)
+    where = {"assets_dir": config.assets_dir, "offline": True}
+    read, formats = read_model_facts(config.model, quantization, **where)
+    return resolve_sizes(config, read, facts.platform, data_shards=shards, formats=formats)
 
 
 @cache

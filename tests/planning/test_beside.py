@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.cli.plan_table import describe_beside
+from jaxserve.cli.launch import describe_plan
+from jaxserve.cli.plan_table import describe, describe_beside
 from jaxserve.engine.publish import StepHandle
 from jaxserve.engine.request import SamplingParams
 from jaxserve.engine.step import COLUMNS, Column, StepInputs, StepShape
+from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.launch import Service, build
+from jaxserve.models.presets import PRESETS
 from jaxserve.planning.beside import Beside
 from jaxserve.planning.devices import device_facts
 from jaxserve.planning.memory import estimate_temporaries
 from jaxserve.planning.plan import predict
 from jaxserve.planning.sizes import Sizes
 from jaxserve.planning.traffic import typical
+from jaxserve.resolve import resolve_sizes
 from jaxserve.runner.measure import TIMED_STEPS, MemoryMeter, covered, decode_seconds
+from jaxserve.weights.source import read_model_facts
 from sharding.mesh import MeshShape
 from tests.agreement.ways import ask_together, requests, service_config
 
@@ -78,6 +84,39 @@ def test_a_launch_holds_what_was_predicted(model: str, mesh: str, cache_dir: Pat
         assert beside.step.predicted_ms == pytest.approx(planned.step_ms)
         assert 0 < beside.step.measured_ms < 10_000
         check_table(beside)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_a_launch_with_quantized_weights_holds_what_was_predicted(
+    mesh: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    """Random weights are rounded, too. Heads of 32 are whole groups."""
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["tiny-llama"] | {"head_dim": 32}))
+    config = service_config(
+        str(tmp_path), cache_dir, cache_dir, strict_compile=False, mesh=mesh, load_format="dummy",
+        quantization="int4", **SETTINGS,
+    )  # fmt: skip
+    with build(config, measure=True) as service:
+        assert service.info.quantization == "int4+int8"
+        beside = service.beside
+        assert beside is not None
+        assert beside.predicted.quantization == "int4+int8"
+        assert beside.held.parts["weights"] == beside.predicted.weight_bytes_per_device
+        where = {"assets_dir": cache_dir, "offline": True}
+        model, formats = read_model_facts(str(tmp_path), "int4", **where)
+        shape = MeshShape(**service.plan.mesh.shape)
+        facts = device_facts("cpu")
+        shards = {"data_shards": shape.data}
+        sizes = resolve_sizes(config, model, facts.platform, formats=formats, **shards)
+        planned = predict("", model, shape, facts, sizes, typical(None, None, 256))
+        assert planned.weight_bytes_per_device == beside.predicted.weight_bytes_per_device
+        assert planned.flops_per_step == beside.predicted.flops_per_step
+        assert describe(planned).count("int4+int8, the rest float32") == 1
+        assert "quantized weights: int4 w_down, w_gate_up, w_o, w_qkv; int8 embed" in describe_plan(
+            service, ServerConfig()
+        )
+        assert all(answers(service))
 
 
 @pytest.mark.slow

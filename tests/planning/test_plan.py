@@ -59,6 +59,37 @@ def test_70b_in_bfloat16_needs_two_h200() -> None:
     assert (two.fits, two.nearest_fit, two.sequences_guaranteed) == (True, "1x2", 1)
 
 
+def test_quantized_weights_can_be_added_up_by_hand() -> None:
+    """8.03 billion weights: 2 x 128,256 x 4,096 of the ends are 8 bits and a sixteenth, the layers'
+    4 bits and an eighth (scale and minimum), 65 norms of 4,096 are bfloat16."""
+    params, ends, norms = 8_030_261_248, 2 * 128_256 * 4096, 65 * 4096
+    layers = params - ends - norms
+    expected = {
+        "none": 2 * params,
+        "auto": 2 * params,
+        "int8": (ends + layers) * 34 // 32 + 2 * norms,
+        "int4": ends * 34 // 32 + layers * 20 // 32 + 2 * norms,
+    }
+    for quantization, size in expected.items():
+        plan = planned("llama-3.1-8b", "h200", quantization=quantization)
+        assert plan.weight_bytes_per_device == size
+        assert plan.quantization == {"auto": "none", "int4": "int4+int8"}.get(
+            quantization, quantization
+        )
+    plain, small = (planned("llama-3.1-8b", "h200", quantization=q) for q in ("none", "int8"))
+    assert plain.hbm_bytes_per_step is not None
+    assert small.hbm_bytes_per_step is not None
+    # Of an embedding that is not the head a few rows are read, which do not count.
+    saved = (ends // 2 + layers) * 30 // 32
+    assert plain.hbm_bytes_per_step - small.hbm_bytes_per_step == saved
+
+
+def test_70b_in_4_bits_needs_one_h200() -> None:
+    """45 GB of weights instead of 141."""
+    plan = planned("llama-3.3-70b", "h200", quantization="int4", context_tokens=8192)
+    assert (plan.fits, plan.nearest_fit) == (True, "1x1")
+
+
 def test_8b_at_full_context_needs_three_rtx_4090() -> None:
     """18 GB are usable. One: 16.06 GB of weights and 17.2 of pages. Two: 8.03, and 8.59 of pages,
     for which nine tenths of at most 9.9 GB less temporaries (more than 0.4) are not enough. Three

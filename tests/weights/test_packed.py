@@ -21,10 +21,16 @@ from jaxserve.errors import CheckpointError
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.presets import preset
 from jaxserve.weights.checkpoint import open_checkpoint
-from jaxserve.weights.load import load_params
-from jaxserve.weights.packed import choose_formats
+from jaxserve.weights.load import load_params, random_params
+from jaxserve.weights.packed import choose_formats, rounded_formats
 from jaxserve.weights.source import open_source, save_model
-from pallas_kernels.quantized_matmul import Format, Quantized, dequantized, quantized
+from pallas_kernels.quantized_matmul import (
+    GROUP,
+    Format,
+    Quantized,
+    dequantized,
+    quantized,
+)
 from sharding.rules import ShardingRules
 from sharding.specs import named_shardings, partition_specs
 from tests.weights.test_gguf import one_tensor
@@ -35,16 +41,25 @@ TINY = replace(preset("tiny-llama"), head_dim=32)
 EVERY: dict[str, Format] = dict.fromkeys(("embed", "w_qkv", "w_o", "w_gate_up", "w_down"), "int4")
 
 
-def loaded(model: Model, checkpoint: Any, devices: int = 1) -> Params:
+def shardings_on(model: Model, devices: int) -> Any:
     axes = (AxisType.Auto, AxisType.Auto)
     mesh = Mesh(np.array(jax.devices()[:devices])[None], ("data", "tensor"), axis_types=axes)
-    specs = partition_specs(model.logical_axes(stacked=True), ShardingRules())
+    return named_shardings(partition_specs(model.logical_axes(stacked=True), ShardingRules()), mesh)
+
+
+def loaded(model: Model, checkpoint: Any, devices: int = 1) -> Params:
     return load_params(
         model,
         checkpoint,
         dtype=jnp.float32,
         stacked=True,
-        shardings=named_shardings(specs, mesh),
+        shardings=shardings_on(model, devices),
+    )
+
+
+def random_on(model: Model, devices: int) -> Params:
+    return random_params(
+        model, seed=3, dtype=jnp.float32, stacked=True, shardings=shardings_on(model, devices)
     )
 
 
@@ -126,6 +141,21 @@ def test_plain_numbers_are_rounded_as_a_whole_whatever_the_mesh(
             np.testing.assert_array_equal(found[name], weight)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1e9, "a group's scale would be 7.87402e.06 as int8"), (np.nan, "a number that is nan")],
+)
+def test_what_cannot_be_rounded_is_named_with_the_remedy(value: float, message: str) -> None:
+    checkpoint = checkpoint_for(Model(TINY))
+    tensor = "model.layers.1.mlp.down_proj.weight"
+    checkpoint.tensors = {name: 1e-4 * values for name, values in checkpoint.tensors.items()}
+    checkpoint.tensors[tensor][3, 4] = value
+    formats = choose_formats(TINY, checkpoint, "int8")
+    start = f"checkpoint-in-memory: '{tensor}' cannot be held as int8: .*"
+    with pytest.raises(CheckpointError, match=f"{start}{message}.*: give --quantization none"):
+        loaded(Model(TINY, 1, formats), checkpoint)
+
+
 def test_shards_of_the_feed_forward_are_whole_groups() -> None:
     config = replace(TINY, ffn=96)
     assert Model(config, 4).config.ffn == 96
@@ -142,18 +172,42 @@ def test_an_axis_that_is_no_whole_groups_is_refused() -> None:
     assert choose_formats(config, checkpoint, "none") == {}
 
 
-def test_random_and_saved_weights_are_not_rounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_random_weights_are_rounded_where_they_are_made(format: Format) -> None:
+    """The same ones on two devices as on one, and half a step from the plain ones."""
+    formats = rounded_formats(TINY, "dummy", format)
+    one = plain(random_on(Model(TINY, 1, formats), 1))
+    expected = plain(random_on(Model(TINY), 1))
+    for name, found in one.items():
+        if name in formats:
+            most = np.abs(expected[name]).reshape(-1, GROUP).max(axis=-1, keepdims=True)
+            step = most / 127 if formats[name] == "int8" else 2 * most / 15
+            error = np.abs(found - expected[name]).reshape(-1, GROUP)
+            assert (error <= 0.52 * step + 2e-3 * most).all()
+            assert (error > 0).any()
+        else:
+            np.testing.assert_array_equal(found, expected[name])
+    two = plain(random_on(Model(TINY, 2, formats), 2))
+    for name, found in one.items():
+        np.testing.assert_array_equal(two[name], found)
+
+
+def test_saved_weights_are_not_rounded(tmp_path: Path) -> None:
     def opened(model: str) -> Any:
         return open_source(model, assets_dir=tmp_path, offline=True, random_weights=False, seed=0)
 
     source = opened("dummy:tiny-llama")
     assert source.formats("auto") == source.formats("none") == {}
-    with pytest.raises(CheckpointError, match=r"dummy:tiny-llama cannot be held as int4: .* read"):
+    with pytest.raises(
+        CheckpointError, match=r"dummy:tiny-llama cannot be held as int4: .* w_o is"
+    ):
         source.formats("int4")
     model = Model(source.model_config())
     save_model(tmp_path / "saved", model, loaded(model, checkpoint_for(model)), source)
-    with pytest.raises(CheckpointError, match=r"saved cannot be held as int8"):
-        opened(str(tmp_path / "saved")).formats("int8")
+    saved = opened(str(tmp_path / "saved"))
+    assert saved.formats("auto") == saved.formats("none") == {}
+    with pytest.raises(CheckpointError, match=r"saved cannot be held as int8: weights are rounded"):
+        saved.formats("int8")
 
 
 def test_quantized_weights_are_not_saved(tmp_path: Path) -> None:

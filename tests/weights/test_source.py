@@ -1,13 +1,14 @@
 """Where a model comes from: what is refused early, and what random weights need."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from jaxserve.errors import CheckpointError, UnsupportedModelError
 from jaxserve.models.presets import PRESETS, preset
-from jaxserve.weights.source import ModelSource, RandomSource, open_source, read_model_config
+from jaxserve.weights.source import ModelSource, RandomSource, open_source, read_model_facts
 from tests.weights.gguf_writing import FFN, HIDDEN, LAYERS, write_tiny_llama
 
 
@@ -35,21 +36,31 @@ def test_an_unsupported_architecture_is_refused_before_weights_are_looked_for(
 
 
 def test_a_config_is_read_where_there_are_no_weights(tmp_path: Path) -> None:
+    read = partial(read_model_facts, assets_dir=tmp_path, offline=True)
     folder = config_only(tmp_path / "a")
     for model in (folder, folder / "config.json", "dummy:tiny-llama"):
-        config = read_model_config(str(model), assets_dir=tmp_path, offline=True)
-        assert config == preset("tiny-llama")
+        for quantization in ("auto", "none"):
+            config, formats = read(str(model), quantization)
+            assert (config, formats) == (preset("tiny-llama"), {})
+        with pytest.raises(CheckpointError, match="cannot be held as int8: the last axis of w_o"):
+            read(str(model), "int8")
+    config, formats = read("dummy:smollm2-135m", "int4")
+    assert formats == {
+        **dict.fromkeys(("w_qkv", "w_o", "w_gate_up", "w_down"), "int4"),
+        "embed": "int8",
+    }
     with pytest.raises(UnsupportedModelError, match="no built-in model 'nope'"):
-        read_model_config("dummy:nope", assets_dir=tmp_path, offline=True)
+        read("dummy:nope", "none")
     (tmp_path / "b").mkdir()
     with pytest.raises(CheckpointError, match=r"holds no \*.safetensors and no \*.gguf"):
-        read_model_config(str(tmp_path / "b"), assets_dir=tmp_path, offline=True)
+        read(str(tmp_path / "b"), "none")
 
 
 def test_the_config_of_a_gguf_file_stands_in_its_header(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_tiny_llama(path)
-    config = read_model_config(str(path), assets_dir=tmp_path, offline=True)
+    config, formats = read_model_facts(str(path), "auto", assets_dir=tmp_path, offline=True)
+    assert formats == {}
     assert (config.layers, config.embed, config.ffn) == (LAYERS, HIDDEN, FFN)
 
 

@@ -1,0 +1,121 @@
+// The products of native_check.cc: equal to the reference's answers, and the same bits on any number
+// of threads, beside any other rows, and while others multiply on the same threads.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "native_check.h"
+#include "quantized_matmul/matmul.h"
+
+namespace jaxserve {
+
+// What a product's line in the file begins with.
+constexpr char kMatmulLine[] = "matmul ";
+
+struct MatmulCounts {
+  int cases = 0;
+  int runs[JAXSERVE_ISA_LEVELS] = {};  // On each level.
+};
+
+// Computes rows of x, in memory that ends where the rows do.
+inline Array<char> Multiplied(Matmul m, const char* x, int64_t rows, const MatmulKernel& kernel,
+                              Executor& executor) {
+  const size_t x_bytes = rows * m.matrix.depth * NumberBytes(m.x_number);
+  const size_t out_bytes = rows * m.matrix.rows * NumberBytes(m.out_number);
+  Array<char> own(new char[x_bytes]), out(new char[out_bytes]);
+  std::memcpy(own.get(), x, x_bytes);
+  // What is not written shows: a NaN in every format.
+  std::memset(out.get(), 0xff, out_bytes);
+  m.x = own.get(), m.out = out.get(), m.x_rows = rows;
+  RunMatmul(m, kernel, executor);
+  return out;
+}
+
+inline void CheckAnswers(const std::string& name, const Matmul& m, const char* out,
+                         const float* expected, const float* size) {
+  // Of the sum of the products' sizes, as in test_quantized_matmul.py.
+  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
+  const float tolerance = tolerances[static_cast<int>(m.out_number)];
+  for (int64_t i = 0; i < m.x_rows * m.matrix.rows; ++i) {
+    const float got = AsFloat(out, m.out_number, i);
+    if (!(std::fabs(got - expected[i]) <= tolerance * size[i])) {
+      std::ostringstream what;
+      what << name << ": number " << i << " is " << got << ", not " << expected[i];
+      Fail(what.str());
+    }
+  }
+}
+
+// One level: returns how often it multiplied.
+inline int CheckMatmulOnLevel(const std::string& name, const Matmul& m, const MatmulKernel& kernel,
+                              const std::vector<Pool*>& pools, const float* expected,
+                              const float* size) {
+  const char* x = static_cast<const char*>(m.x);
+  const size_t x_row_bytes = m.matrix.depth * NumberBytes(m.x_number);
+  const size_t row_bytes = m.matrix.rows * NumberBytes(m.out_number);
+  int runs = 0;
+  const auto together = Multiplied(m, x, m.x_rows, kernel, *pools[0]);
+  CheckAnswers(name, m, together.get(), expected, size);
+  const auto check_same = [&](int64_t first, int64_t rows, Pool& pool, const char* what) {
+    const auto out = Multiplied(m, x + first * x_row_bytes, rows, kernel, pool);
+    if (std::memcmp(out.get(), together.get() + first * row_bytes, rows * row_bytes) != 0) {
+      Fail(name + ": " + what + " changed a bit");
+    }
+  };
+  for (Pool* pool : pools) check_same(0, m.x_rows, *pool, "the number of threads"), ++runs;
+  for (int64_t row = 0; row < m.x_rows; ++row, ++runs) {
+    check_same(row, 1, *pools[row % pools.size()], "a row's being alone");
+  }
+  for (int64_t rows = 2; rows < m.x_rows; rows = rows * 2 + 1, ++runs) {
+    check_same(m.x_rows - rows, rows, *pools.back(), "a row's neighbours");
+  }
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 3; ++caller, ++runs) {
+    callers.emplace_back([&] { check_same(0, m.x_rows, *pools[1], "another product"); });
+  }
+  for (std::thread& caller : callers) caller.join();
+  return runs + 1;
+}
+
+inline void CheckMatmul(const std::string& line, std::istream& file,
+                        const std::vector<Pool*>& pools, MatmulCounts& counts) {
+  std::istringstream header(line.substr(sizeof(kMatmulLine) - 1));
+  std::string name;
+  int x_number, out_number, format, number;
+  int64_t layers, layer;
+  Matmul m;
+  Matrix& matrix = m.matrix;
+  header >> name >> x_number >> out_number >> format >> number >> layers >> layer >> m.x_rows >>
+      matrix.rows >> matrix.depth;
+  if (!header) Fail("the header " + line);
+  m.x_number = static_cast<Number>(x_number), m.out_number = static_cast<Number>(out_number);
+  matrix.format = static_cast<Format>(format), matrix.number = static_cast<Number>(number);
+  const size_t groups = matrix.depth / kGroup * matrix.rows * layers;
+  const size_t scales = matrix.format == Format::kNumber ? 0 : groups;
+  const size_t minima = matrix.format == Format::kInt4 ? groups : 0;
+  const auto x = Read<char>(file, m.x_rows * matrix.depth * NumberBytes(m.x_number));
+  const auto values = Read<char>(file, layers * matrix.rows * matrix.row_bytes());
+  const auto scale = Read<uint16_t>(file, scales), minimum = Read<uint16_t>(file, minima);
+  const auto expected = Read<float>(file, m.x_rows * matrix.rows);
+  const auto size = Read<float>(file, m.x_rows * matrix.rows);
+  if (!file) Fail(name + ": the file ends early");
+  matrix.values = values.get(), matrix.scale = scale.get(), matrix.minimum = minimum.get();
+  matrix = LayerOf(matrix, layers, layer);
+  m.x = x.get(), m.out = nullptr;
+  ++counts.cases;
+  for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
+    jaxserve_set_isa_limit(level);
+    if (static_cast<int>(CurrentIsa()) != level) continue;
+    const MatmulKernel& kernel = CurrentMatmulKernel();
+    if (WhyNotMultiply(m, kernel)) continue;
+    const std::string where = name + " on level " + std::to_string(level);
+    counts.runs[level] += CheckMatmulOnLevel(where, m, kernel, pools, expected.get(), size.get());
+  }
+}
+
+}  // namespace jaxserve
