@@ -8,7 +8,8 @@
 Unlike a ``Checkpoint``, the tree here is the program's own (names, stacked layers, dtypes). Orbax
 writes the tree; what is in its arrays goes in and out through TensorStore, which orbax stores them
 with, in pieces. Orbax writes and reads whole shards: what waits for a slow disk is a second copy of
-them, and what was read another, which a CPU device then copies.
+them, and what was read another, which a CPU device then copies. Orbax is imported where it is used:
+it takes a second, and most launches read other formats.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from jaxserve.errors import CheckpointError
@@ -128,6 +128,8 @@ def _write_tree(path: Path, params: Any, split: Any) -> None:
 
     The zeros are one buffer that is never written, so they take no memory.
     """
+    import orbax.checkpoint as ocp
+
     largest = max((array.nbytes for array in jax.tree.leaves(params)), default=0)
     zeros = host_zeros((largest,), np.uint8)
     try:
@@ -254,6 +256,8 @@ def open_arrays(path: Path, abstract: Any) -> Any:
     Raises:
         CheckpointError: not such a directory, damaged, or of another tree or other shapes.
     """
+    import orbax.checkpoint as ocp
+
     path = path.absolute()
     read_metadata(path)
     with _damage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
