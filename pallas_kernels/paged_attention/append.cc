@@ -74,10 +74,10 @@ void QuantizeCell(const float* numbers, int64_t count, int8_t* values, uint16_t*
   } else {
     const uint32_t bits = ToBits(largest * (1.0f / 127.0f));
     *scale = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    const float step = FromBits(uint32_t{*scale} << 16);
-    // The nearest whole number is in the low bits then, even at a tie. At most 127.25 is rounded.
+    const float inverse = 1.0f / FromBits(uint32_t{*scale} << 16);
+    // The nearest whole number is in the low bits then, even at a tie. None is above 127.497.
     for (int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<int8_t>(ToBits(numbers[i] / step + 12582912.0f));
+      values[i] = static_cast<int8_t>(ToBits(numbers[i] * inverse + 12582912.0f));
     }
     return;
   }
