@@ -9,7 +9,7 @@ reads nothing else. Dtypes, meshes and cache sizes are decided elsewhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jaxserve.errors import CheckpointError
 

@@ -60,8 +60,8 @@ def paged_attention(
 
     Query ``t`` of row ``b`` stands at position ``start[b] + t`` and sees positions 0 to its own, or
     the last ``window`` of them. Its key and value must be in the pool already (``append`` first).
-    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``. Pages of int8
-    stand for what their values times their scales are (``quantized_attention``).
+    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``. Pages of
+    int8 stand for what their values times their scales are (``quantized_attention``).
 
     Args:
         q: Queries, rotated already and not scaled. A whole KV group stands together: query head

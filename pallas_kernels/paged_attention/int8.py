@@ -25,18 +25,19 @@ def quantize(
 ) -> tuple[Int8[Array, "*B H"], BFloat16[Array, "*B"]]:
     """Rounds each token and head to the nearest numbers that its scale can express, ties to even.
 
-    A token that is not finite has a scale that is not, and stands for NaN. append.cc computes the same
-    bits.
+    A token that is not finite has a scale that is not, and stands for NaN. append.cc computes the
+    same bits.
     """
     exact = numbers.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=-1)
-    # XLA may leave out a cast that is undone at once (``xla_allow_excess_precision``), but never this.
+    # XLA may leave out a cast that is undone at once (``xla_allow_excess_precision``); never this.
     scale = lax.reduce_precision(
         jnp.where(largest < LEAST, 0, largest * np.float32(1 / MAX_INT8)), 8, 7
     )
     step = scale[..., None]
     is_usable = (step > 0) & (step < jnp.inf)
-    # One quotient for each token: of one for each number XLA may make products, which round otherwise.
+    # One quotient for each token: one for each number XLA may turn into products, which round
+    # otherwise.
     inverse = jnp.where(is_usable, 1 / jnp.where(is_usable, step, 1), 0)
     # The scale was rounded, too, by 2^-8 at most: nothing above 127.497 comes here.
     ratio = jnp.where(is_usable, exact * inverse, 0)

@@ -10,8 +10,8 @@
 //
 // A key that a query does not see adds an exact zero, so neighbours in the tile leave no trace.
 //
-// Pages of int8 are multiplied as the whole numbers they hold. A token's scale stands before its sum
-// over head_dim: one product for each score, and one for each weight, in place of head_dim.
+// Pages of int8 are multiplied as the whole numbers they hold. A token's scale stands before its
+// sum over head_dim: one product for each score, and one for each weight, in place of head_dim.
 #include "kernel.h"
 
 #include "native/simd.h"
@@ -106,7 +106,7 @@ void Product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64
 // -- packing -------------------------------------------------------------------------------------
 
 // Where the keys of a block lie, in numbers and in tokens from the head's first page. Keys outside
-// the span of the tile stand in for the span's first: they are masked, and only have to be readable.
+// the span of the tile stand in for the span's first: they are masked, and have to be readable.
 struct Places {
   int64_t offset[kBlockKeys];
   int64_t token[kBlockKeys];
@@ -221,7 +221,7 @@ void AddValues(const Tile& tile, const typename T::Storage* v, const Places& pla
 // -- softmax -------------------------------------------------------------------------------------
 
 // Turns one query's scores of a block into weights. It sees the keys first <= key < end of it. Of
-// kScaled pages, scores become those of the real keys first, and weights take in the values' scales.
+// kScaled pages, scores take in the keys' scales before, and weights those of the values after.
 template <bool kScaled>
 void Weigh(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch, float* scores,
            float* maximum, float* total, float* weighted) {

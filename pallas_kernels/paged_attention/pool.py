@@ -10,7 +10,9 @@ page_token, head_dim]``:
     axis 3   head_dim
 
 Pools of int8 have their scales beside them, one for each token and head, in arrays of the same axes
-without the last (``int8.py``); they share, shard and are donated as their pages are. Attention consumes that order as it stands, so no transpose of the pool ever stands between a write
+without the last (``int8.py``); they are shared, sharded and donated as their pages are.
+
+Attention consumes that order as it stands, so no transpose of the pool ever stands between a write
 and a read. Which pages belong to whom is decided elsewhere; here a table is just numbers.
 """
 
@@ -44,7 +46,7 @@ class Pools:
     pages: int = field(metadata={"static": True})
     """Pages per layer, the null page included."""
     k_scale: PoolArray = None
-    """bfloat16 ``[layers * pages, kv_heads, page_token]`` of int8 pools; None: pools hold floats."""
+    """bfloat16 ``[layers * pages, kv_heads, page_token]`` of int8 pools; None: floats."""
     v_scale: PoolArray = None
 
     @property

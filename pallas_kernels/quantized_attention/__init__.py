@@ -2,9 +2,9 @@
 
 Such pages are one more kind of the paged pool, ``Pools`` with scales, so that ``append`` and
 ``paged_attention`` take them as they take others and a model does not ask which it has. This family
-says what they mean (``reference``), makes them of pages of floats, and insists on them; the layout
-is ``paged_attention.pool``'s, the numbers ``paged_attention.int8``'s, the loops ``paged_attention``'s
-own, in C++ and in plain XLA.
+says what they mean (``reference``), makes them of pages of floats, and insists on them. The layout
+is that of ``paged_attention.pool``, the numbers are those of ``paged_attention.int8``, and the
+loops are ``paged_attention``'s own, in C++ and in plain XLA.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 
 def quantized(pools: Pools) -> Pools:
-    """Rounds every page of a pool of floats, token by token and head by head, as ``append`` does."""
+    """Rounds every token and head of a pool of floats, as ``append`` does."""
     (k, k_scale), (v, v_scale) = quantize(pools.k), quantize(pools.v)
     return Pools(k=k, v=v, pages=pools.pages, k_scale=k_scale, v_scale=v_scale)
 

@@ -3,8 +3,8 @@
 A token's keys and values are rounded by themselves when they are written, so that what a page holds
 depends neither on what stood beside the token in its step nor on who computed the page. Rounding is
 a cliff, though: where two programs differ in a last bit of float32, a number on its edge falls to
-another side, which moves it by a 127th of the token's largest. Native products have the same bits in
-every program; plain XLA's do not, so there only the same steps are held to each other.
+another side, which moves it by a 127th of the token's largest. Native products have the same bits
+in every program; plain XLA's do not, so there only the same steps are held to each other.
 """
 
 from __future__ import annotations

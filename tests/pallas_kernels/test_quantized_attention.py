@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +110,8 @@ def test_no_number_is_off_by_more_than_half_a_step(seed: int, exponent: int):
 
 
 def test_zeros_tiny_numbers_and_numbers_that_are_not_finite():
-    numbers = np.array([[0, -0.0], [1e-31, 1e-45], [1, np.nan], [np.inf, 1], [3e38, -1]], np.float32)
+    pairs = [[0, -0.0], [1e-31, 1e-45], [1, np.nan], [np.inf, 1], [3e38, -1]]
+    numbers = np.array(pairs, np.float32)
     values, scale = quantize(jnp.asarray(numbers))
     np.testing.assert_array_equal(values[:4], np.zeros((4, 2), np.int8))
     read = np.asarray(dequantize(values, scale))
@@ -167,8 +167,9 @@ def test_append_rounds_the_new_cells_and_writes_no_others(
                     values[page, :, offset] = new_values[b, t]
                     scale[page, :, offset] = new_scale[b, t]
         real = np.arange(values.shape[0]) % pools.pages != NULL_PAGE
-        np.testing.assert_array_equal(np.asarray(getattr(after, name))[real], values[real])
-        np.testing.assert_array_equal(np.asarray(getattr(after, f"{name}_scale"))[real], scale[real])
+        written = [np.asarray(getattr(after, part))[real] for part in (name, f"{name}_scale")]
+        np.testing.assert_array_equal(written[0], values[real])
+        np.testing.assert_array_equal(written[1], scale[real])
 
 
 @needs_native
