@@ -44,9 +44,7 @@ def quantize(
     return jnp.round(ratio).astype(jnp.int8), scale.astype(SCALE_DTYPE)
 
 
-def dequantize(
-    values: Int8[Array, "*B H"], scale: BFloat16[Array, "*B"]
-) -> Float32[Array, "*B H"]:
+def dequantize(values: Int8[Array, "*B H"], scale: BFloat16[Array, "*B"]) -> Float32[Array, "*B H"]:
     """The numbers that values and scales stand for; exact."""
     return values.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
 

@@ -168,4 +168,3 @@ def test_int8_pages_cost_little_more_than_bfloat16_ones(
     print(f"\n{stated}")
     assert off["int8"] < 0.05, stated
     assert abs(mean["int8"] - mean["float32"]) < 0.005, stated
-
