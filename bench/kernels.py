@@ -23,8 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, POOL_DTYPES, append, paged_attention
+from pallas_kernels.paged_attention import (
+    IMPLEMENTATIONS,
+    POOL_DTYPES,
+    append,
+    cell_bytes,
+    paged_attention,
+)
 from pallas_kernels.paged_attention.cases import LAYER, SERVING, Case, Inputs
+from pallas_kernels.quantized_attention.cases import arrays
 
 COPY_BYTES = 256 * 2**20
 """Well past any cache, so that the copy measures memory."""
@@ -35,7 +42,7 @@ REPEATS = 7
 def main() -> None:
     """Runs the cases that the arguments select."""
     parser = argparse.ArgumentParser(description="Measures the kernels of cases.SERVING.")
-    parser.add_argument("--dtype", choices=POOL_DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=(*POOL_DTYPES, "int8"), default="float32")
     parser.add_argument(
         "--implementation",
         choices=IMPLEMENTATIONS,
@@ -65,11 +72,12 @@ def measurements(dtype: str, implementation: str, only: str) -> Iterator[dict[st
         if only not in case.name:
             continue
         before = copy_bytes_per_s()
-        inputs = case.arrays(seed=0, dtype=dtype)
+        is_int8 = dtype == "int8"  # Of pages; queries and answers are float32 then.
+        inputs = arrays(case, seed=0) if is_int8 else case.arrays(seed=0, dtype=dtype)
         writes = "native" if implementation == "native" else "scatter"
         seconds = best_seconds(layer_step(case, inputs, implementation, writes))
         bandwidth = max(before, copy_bytes_per_s())
-        moved = bytes_moved(case, jnp.dtype(dtype).itemsize)
+        moved = bytes_moved(case, jnp.dtype(dtype), inputs.q.dtype)
         yield {
             "kernel": "paged_attention",
             "case": case.name,
@@ -130,12 +138,13 @@ def layer_step(
     return run
 
 
-def bytes_moved(case: Case, itemsize: int) -> int:
+def bytes_moved(case: Case, dtype: jnp.dtype, q_dtype: jnp.dtype) -> int:
     """Keys and values of every row's context once, plus queries, new cells and answers."""
     context_tokens = sum(row.start + row.length for row in case.rows)
     new_tokens = sum(row.length for row in case.rows)
-    cells = 2 * case.kv_heads * (context_tokens + new_tokens) + 2 * case.q_heads * new_tokens
-    return cells * case.head_dim * itemsize
+    cells = 2 * case.kv_heads * (context_tokens + new_tokens)
+    vectors = 2 * case.q_heads * new_tokens
+    return cells * cell_bytes(case.head_dim, dtype) + vectors * case.head_dim * q_dtype.itemsize
 
 
 def operations(case: Case) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
@@ -37,7 +38,8 @@ class ServeConfig:
     """Of weight matrices: ``none``, ``int8``, ``int4``, or ``auto``, which on a CPU leaves the
     blocks of a GGUF file as they are stored and rounds nothing."""
     kv_dtype: str = "auto"
-    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens."""
+    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8 keeps a
+    scale for each token and head, and is not exact: answers may part from those of floats."""
     load_format: str = "auto"
     """``dummy`` takes the checkpoint's config with random weights."""
     seed: int = 0
@@ -96,8 +98,8 @@ class ServeConfig:
                 f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}",
             ),
             (
-                self.kv_dtype in DTYPES,
-                f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(DTYPES)}",
+                self.kv_dtype in KV_DTYPES,
+                f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}",
             ),
             (
                 self.quantization in QUANTIZATIONS,

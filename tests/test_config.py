@@ -32,7 +32,10 @@ def config(**changes: object) -> ServeConfig:
         ({"model": ""}, "model is empty; give a path"),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32"),
         ({"quantization": "int2"}, "quantization is 'int2'; choose one of auto, none, int8, int4"),
-        ({"kv_dtype": "int3"}, "kv_dtype is 'int3'; choose one of auto, float32"),
+        (
+            {"kv_dtype": "int3"},
+            "kv_dtype is 'int3'; choose one of auto, float32, bfloat16, float16, int8",
+        ),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
         ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
         ({"max_rows": 0}, "max_rows is 0; choose 1 to 4096"),
@@ -133,6 +136,7 @@ def test_a_plan_leaves_nothing_open() -> None:
             (False, True),
             ("float32", "bfloat16", "float32"),
         ),
+        ({"kv_dtype": "int8"}, (True, True), ("bfloat16", "int8", "bfloat16")),
     ],
 )
 def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(

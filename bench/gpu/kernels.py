@@ -124,7 +124,7 @@ def attention(setting: Setting) -> Iterator[Number]:
         run = layer_step(case, _device_inputs(case, dtype), "auto", "auto")
         seconds = seconds_per_call(run, calls=setting.pick(5, 2))
         name = f"{rows} rows of {context}, pages of {page_tokens}"
-        moved = bytes_moved(case, jnp.dtype(dtype).itemsize)
+        moved = bytes_moved(case, jnp.dtype(dtype), jnp.dtype(dtype))
         limit = None if setting.facts is None else setting.facts.memory_bytes_per_s / 1e9
         yield Number(name, moved / seconds / 1e9, "GB/s", limit)
 

@@ -19,13 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from jaxserve.config import DTYPES, LOAD_FORMATS, QUANTIZATIONS, ServeConfig
+from jaxserve.config import DTYPES, KV_DTYPES, LOAD_FORMATS, QUANTIZATIONS, ServeConfig
 from jaxserve.errors import ConfigError
 
 CHOICES = {
     "dtype": DTYPES,
     "quantization": QUANTIZATIONS,
-    "kv_dtype": DTYPES,
+    "kv_dtype": KV_DTYPES,
     "load_format": LOAD_FORMATS,
 }
 NAMES = {"kv_memory_bytes": "kv-memory"}

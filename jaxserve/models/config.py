@@ -9,9 +9,7 @@ reads nothing else. Dtypes, meshes and cache sizes are decided elsewhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from jaxserve.errors import CheckpointError
 
@@ -124,7 +122,3 @@ class ModelConfig:
         layer += 2 * self.head_dim if self.qk_norm else 0
         ends = self.vocab_size * self.embed * (1 if self.tie_embeddings else 2) + self.embed
         return self.layers * layer + ends
-
-    def kv_bytes_per_token(self, dtype: Any) -> int:
-        """Bytes of keys and values that one token of context occupies, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(dtype).itemsize

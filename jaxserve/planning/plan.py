@@ -180,7 +180,7 @@ def _prediction(
         params=model.params,
         weight_bytes_per_device=memory.budget.weight_bytes,
         quantization=sizes.quantization or "none",
-        kv_bytes_per_token=memory.runner.model.config.kv_bytes_per_token(sizes.kv_dtype),
+        kv_bytes_per_token=memory.runner.config.cache.token_bytes(memory.runner.model.config),
         page_tokens=sizes.page_tokens,
         pages_per_data_shard=memory.pages,
         sequences_guaranteed=memory.rows(sizes.context_tokens) * shape.data,

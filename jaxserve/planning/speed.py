@@ -123,7 +123,7 @@ def _with_attention(
     # Two products, q with k and weights with v, in float32 whatever the pages hold; padding, too.
     attention = 2 * 2 * heads * config.head_dim * seen * key.places
     flops = traced.flops + Counter({"float32": attention})
-    kv_token_bytes = 2 * config.kv_heads * config.head_dim * runner.config.cache.dtype.itemsize
+    kv_token_bytes = runner.config.cache.token_bytes(config) // config.layers
     kv_bytes = rows * (seen + queries * config.layers) * kv_token_bytes // tensor
     logit_bytes = 2 * key.rows * (config.vocab_size // tensor) * np.dtype(np.float32).itemsize
     hbm_bytes = _weight_bytes_read(runner) + kv_bytes + logit_bytes

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig
-from pallas_kernels.paged_attention import Pools, pool_shape
+from pallas_kernels.paged_attention import SCALE_DTYPE, Pools, cell_bytes, pool_shape
 from sharding.rules import ShardingRules
 from sharding.specs import partition_specs
 
@@ -54,12 +54,16 @@ class CacheShape:
     max_rows: int
     """Of each data shard."""
     dtype: jnp.dtype
+    """Of keys and values; those of int8 have scales beside them."""
     data_shards: int = 1
 
     def page_bytes(self, config: ModelConfig) -> int:
-        """Bytes of one page over all layers, keys and values, over the tensor axis."""
-        heads = config.layers * config.kv_heads * config.head_dim
-        return 2 * heads * self.page_tokens * jnp.dtype(self.dtype).itemsize
+        """Bytes of one page over all layers, keys, values and scales, over the tensor axis."""
+        return self.page_tokens * self.token_bytes(config)
+
+    def token_bytes(self, config: ModelConfig) -> int:
+        """Bytes of one token of context: a page has so many times ``page_tokens``."""
+        return 2 * config.layers * config.kv_heads * cell_bytes(config.head_dim, self.dtype)
 
     def row_bytes(self, config: ModelConfig) -> int:
         """Bytes of the per-row state of one data shard, over the tensor axis."""
@@ -78,9 +82,12 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
         ),
         shape.dtype,
     )
+    scale = None
+    if shape.dtype == jnp.int8:
+        scale = jax.ShapeDtypeStruct(pool.shape[:-1], SCALE_DTYPE)
     rows = shape.data_shards * (shape.max_rows + 1)
     return DeviceState(
-        pools=Pools(k=pool, v=pool, pages=shape.num_pages),  # pyright: ignore[reportArgumentType]
+        pools=Pools(k=pool, v=pool, pages=shape.num_pages, k_scale=scale, v_scale=scale),
         last_token=jax.ShapeDtypeStruct((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
         counts=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.int32),  # pyright: ignore[reportArgumentType]
         bias=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),  # pyright: ignore[reportArgumentType]
@@ -90,9 +97,12 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
 def state_specs(state: DeviceState, rules: ShardingRules) -> DeviceState:
     """Where each part lives: pools by page and KV head, rows with their vocabulary by row."""
     pool = partition_specs(("page", "kv_heads", None, None), rules)
+    scale = None
+    if state.pools.has_scales:
+        scale = partition_specs(("page", "kv_heads", None), rules)
     dense = partition_specs(("batch", "vocab"), rules)
     return DeviceState(
-        pools=Pools(k=pool, v=pool, pages=state.pools.pages),
+        pools=Pools(k=pool, v=pool, pages=state.pools.pages, k_scale=scale, v_scale=scale),
         last_token=partition_specs(("batch",), rules),  # pyright: ignore[reportArgumentType]
         counts=dense,  # pyright: ignore[reportArgumentType]
         bias=dense,  # pyright: ignore[reportArgumentType]

@@ -119,17 +119,22 @@ JAXSERVE_INLINE float Max(Vec v) { return Reduce<Larger>(v); }
 
 // -- stored numbers ------------------------------------------------------------------------------
 
-// kIsHighHalf: the number is the upper half of the float32 it stands for.
+// FromWord<i>: number i of those that lie side by side in each 32-bit lane. Formats that take more
+// cycles to find them there than to load them one by one have kHasWords false.
 struct Float32 {
   using Storage = float;
-  static constexpr bool kIsHighHalf = false;
+  static constexpr bool kHasWords = false;
   static JAXSERVE_INLINE Vec Load(const float* p) { return LoadAs<Vec>(p); }
   static JAXSERVE_INLINE void Store(float* p, Vec v) { StoreAs(p, v); }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static constexpr bool kIsHighHalf = true;
+  static constexpr bool kHasWords = true;
+  template <int I>
+  static JAXSERVE_INLINE Vec FromWord(VecU word) {
+    return Bits<Vec>(I == 0 ? word << 16 : word & 0xffff0000u);
+  }
   static JAXSERVE_INLINE Vec Load(const uint16_t* p) {
 #if defined(ISA_AVX512)  // GCC 12 widens in two halves what one instruction can.
     const VecU wide = Bits<VecU>(_mm512_cvtepu16_epi32(LoadAs<__m256i>(p)));
@@ -152,7 +157,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
-  static constexpr bool kIsHighHalf = false;
+  static constexpr bool kHasWords = false;
 #if defined(ISA_AVX512)
   static JAXSERVE_INLINE Vec Load(const uint16_t* p) {
     return _mm512_cvtph_ps(LoadAs<__m256i>(p));
@@ -172,6 +177,27 @@ struct Float16 {
   static JAXSERVE_INLINE Vec Load(const uint16_t*) { return Splat(0); }
   static JAXSERVE_INLINE void Store(uint16_t*, Vec) {}
 #endif
+};
+
+// Whole numbers of -128 to 127, for which somebody else knows the scale.
+struct Int8 {
+  using Storage = int8_t;
+  static constexpr bool kHasWords = true;
+  template <int I>
+  static JAXSERVE_INLINE Vec FromWord(VecU word) {
+    return __builtin_convertvector(Bits<VecI>(word << (24 - 8 * I)) >> 24, Vec);
+  }
+  static JAXSERVE_INLINE Vec Load(const int8_t* p) {
+#if defined(ISA_AVX512)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadAs<__m128i>(p)));
+#elif defined(ISA_AVX2)
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof(eight));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
+#else
+    return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+#endif
+  }
 };
 
 // -- transposition -------------------------------------------------------------------------------

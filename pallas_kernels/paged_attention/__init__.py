@@ -13,11 +13,21 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
+from pallas_kernels.paged_attention.int8 import SCALE_DTYPE, cell_bytes
 from pallas_kernels.paged_attention.native import append_native, paged_attention_native
 from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append_scatter, pool_shape
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
-__all__ = ["NULL_PAGE", "Pools", "append", "paged_attention", "pool_shape"]
+__all__ = [
+    "NULL_PAGE",
+    "SCALE_DTYPE",
+    "Pools",
+    "append",
+    "cell_bytes",
+    "check",
+    "paged_attention",
+    "pool_shape",
+]
 
 IMPLEMENTATIONS = {
     "native": paged_attention_native,
@@ -30,6 +40,7 @@ APPENDS = {"native": append_native, "scatter": append_scatter}
 """Of ``append``, by name, best first."""
 
 POOL_DTYPES = ("float32", "bfloat16", "float16")
+"""Of pools without scales; those with scales are int8."""
 
 
 def paged_attention(
@@ -49,7 +60,8 @@ def paged_attention(
 
     Query ``t`` of row ``b`` stands at position ``start[b] + t`` and sees positions 0 to its own, or
     the last ``window`` of them. Its key and value must be in the pool already (``append`` first).
-    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``.
+    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``. Pages of
+    int8 stand for what their values times their scales are (``quantized_attention``).
 
     Args:
         q: Queries, rotated already and not scaled. A whole KV group stands together: query head
@@ -68,7 +80,7 @@ def paged_attention(
         ValueError: Shapes, dtypes or numbers that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
-    _check(q, pools, scale=scale, window=window, softcap=softcap)
+    check(q, pools, scale=scale, window=window, softcap=softcap)
     with jax.named_scope("paged_attention"):
         return dispatch(
             "paged_attention",
@@ -105,8 +117,9 @@ def append(
 
     Args:
         pools: Updated in place when the caller's ``jit`` donates them: do not use again.
-        k: New keys, rotated already; cast to the pool's dtype.
-        v: New values; cast to the pool's dtype.
+        k: New keys, rotated already; cast to the pool's dtype, or rounded to int8 with a scale for
+            each token and head.
+        v: New values; as ``k``.
         table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
         start: Position of each row's first new token.
         length: Real new tokens of each row, 0 for a padding row.
@@ -124,7 +137,7 @@ def append(
         )
 
 
-def _check(
+def check(
     q: Float[Array, "B T N H"],
     pools: Pools,
     *,
@@ -138,8 +151,13 @@ def _check(
             f"the key pool is {pools.k.dtype}{list(pools.k.shape)} and the value pool "
             f"{pools.v.dtype}{list(pools.v.shape)}; make both of pool_shape() and one dtype"
         )
-    if jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
-        raise ValueError(f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}")
+    if pools.has_scales:
+        _check_scales(pools)
+    elif jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
+        raise ValueError(
+            f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}, or give int8 "
+            "its scales"
+        )
     if pools.pages < 1 or pools.k.shape[0] % pools.pages:
         raise ValueError(
             f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
@@ -161,3 +179,17 @@ def _check(
         raise ValueError(f"window must be 0 (none) or a number of tokens, got {window}")
     if not softcap >= 0:
         raise ValueError(f"softcap must be 0 (none) or above, got {softcap}")
+
+
+def _check_scales(pools: Pools) -> None:
+    """Refuses scales that do not belong to the pages beside them."""
+    if pools.k.dtype != jnp.int8:
+        raise ValueError(f"the pool is {pools.k.dtype}; only int8 pools have scales")
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(pools, name)
+        if scale is None or scale.dtype != SCALE_DTYPE or scale.shape != pools.k.shape[:-1]:
+            got = "missing" if scale is None else f"{scale.dtype}{list(scale.shape)}"
+            raise ValueError(
+                f"{name} is {got}; the scales of a pool int8{list(pools.k.shape)} are "
+                f"{SCALE_DTYPE.name}{list(pools.k.shape[:-1])}"
+            )

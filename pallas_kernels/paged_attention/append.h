@@ -40,10 +40,16 @@ struct Append {
   PoolShape pool;
   Rows rows;
   int64_t layer;
-  int64_t item_bytes;  // Of one number, in the pool and in what is new.
+  int64_t item_bytes;  // Of one number in what is new, and in the pool unless that is int8.
   char* pools[2];      // Keys and values.
   const char* fresh[2];  // [rows, query_tokens, kv_heads, head_dim] each
+  // [layers * pages, kv_heads, page_tokens] bfloat16 each: pools are int8 and what is new float32.
+  // Null: pools hold what is new as it is.
+  uint16_t* scales[2] = {nullptr, nullptr};
 };
+
+// Rounds the numbers of one token and head as int8.py says.
+void QuantizeCell(const float* numbers, int64_t count, int8_t* values, uint16_t* scale);
 
 // Padding, and positions that the table has no page for, are not written.
 void RunAppend(const Append& append, Executor& executor);

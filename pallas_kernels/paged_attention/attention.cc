@@ -31,7 +31,7 @@ struct Job {
 
 // The float32 memory of one thread: scratch and two states.
 int64_t ScratchFloats(int64_t vectors, int64_t head_dim) {
-  return vectors * head_dim + 2 * kBlockKeys * head_dim + vectors * kBlockKeys +
+  return vectors * head_dim + 2 * kBlockKeys * (head_dim + 1) + vectors * kBlockKeys +
          2 * vectors * (head_dim + 2);
 }
 
@@ -57,7 +57,9 @@ ThreadState CutThreadMemory(const Tile& tile) {
   state.scratch.k = memory;
   state.scratch.v = state.scratch.k + kBlockKeys * head_dim;
   state.scratch.scores = state.scratch.v + kBlockKeys * head_dim;
-  state.scratch.q = state.scratch.scores + vectors * kBlockKeys;
+  state.scratch.k_scale = state.scratch.scores + vectors * kBlockKeys;
+  state.scratch.v_scale = state.scratch.k_scale + kBlockKeys;
+  state.scratch.q = state.scratch.v_scale + kBlockKeys;
   memory = state.scratch.q + vectors * head_dim;
   state.part = CutState(memory, tile);
   state.whole = CutState(memory, tile);
@@ -119,7 +121,8 @@ void RunCut(const std::vector<Job>& jobs, const Kernel& kernel, Executor& execut
 void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
   const PoolShape& pool = a.pool;
   const int64_t group = a.q_heads / pool.kv_heads;
-  const int64_t q_bytes = NumberBytes(a.q_number), pool_bytes = NumberBytes(a.pool_number);
+  const int64_t q_bytes = NumberBytes(a.q_number);
+  const int64_t pool_bytes = a.k_scale != nullptr ? 1 : NumberBytes(a.pool_number);
   const int64_t token_stride = a.q_heads * pool.head_dim;
   const int64_t row_offset = row * a.rows.query_tokens * token_stride;
   const int64_t length =
@@ -131,9 +134,9 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
   for (int64_t first = 0; first < length; first += tile_tokens) {
     for (int64_t head = 0; head < pool.kv_heads; ++head) {
       const int64_t offset = row_offset + first * token_stride + head * group * pool.head_dim;
-      const int64_t head_numbers = pool.page_tokens * pool.head_dim;
-      const int64_t page_stride = pool.kv_heads * head_numbers;
-      const int64_t pool_offset = a.layer * pool.pages * page_stride + head * head_numbers;
+      const int64_t page_stride = pool.kv_heads * pool.page_tokens;
+      const int64_t first_token = a.layer * pool.pages * page_stride + head * pool.page_tokens;
+      const int64_t pool_offset = first_token * pool.head_dim;
       Job job;
       Tile& tile = job.tile;
       tile.q_number = a.q_number;
@@ -146,6 +149,8 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       tile.head_dim = pool.head_dim;
       tile.k = static_cast<const char*>(a.k_pool) + pool_offset * pool_bytes;
       tile.v = static_cast<const char*>(a.v_pool) + pool_offset * pool_bytes;
+      tile.k_scale = a.k_scale != nullptr ? a.k_scale + first_token : nullptr;
+      tile.v_scale = a.v_scale != nullptr ? a.v_scale + first_token : nullptr;
       tile.page_stride = page_stride;
       tile.page_tokens = pool.page_tokens;
       tile.pages = pool.pages;
@@ -178,8 +183,8 @@ const char* WhyNotAttend(const Attention& a, const Kernel& kernel) {
   if (a.q_heads % a.pool.kv_heads != 0 || a.q_heads / a.pool.kv_heads > kMaxGroup) {
     return "query heads are not 1 to 128 for each key head";
   }
-  const bool has_float16 =
-      a.q_number == Number::kFloat16 || a.pool_number == Number::kFloat16;
+  const bool has_float16 = a.q_number == Number::kFloat16 ||
+                           (a.k_scale == nullptr && a.pool_number == Number::kFloat16);
   if (has_float16 && !kernel.has_float16) return "no float16 on this instruction set";
   return nullptr;
 }

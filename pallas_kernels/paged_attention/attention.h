@@ -37,6 +37,8 @@ struct Attention {
   Number pool_number;
   const void* k_pool;
   const void* v_pool;
+  const uint16_t* k_scale = nullptr;  // [layers * pages, kv_heads, page_tokens] bfloat16 of int8
+  const uint16_t* v_scale = nullptr;  // pages; null: pages hold pool_number.
   const void* q;  // [rows, query_tokens, q_heads, head_dim]
   void* out;      // As q.
   float scale;

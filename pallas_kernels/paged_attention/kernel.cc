@@ -9,6 +9,9 @@
 //     total     over lanes in order, then a tree over the lanes, then over the blocks
 //
 // A key that a query does not see adds an exact zero, so neighbours in the tile leave no trace.
+//
+// Pages of int8 are multiplied as the whole numbers they hold. A token's scale stands before its
+// sum over head_dim: one product for each score, and one for each weight, in place of head_dim.
 #include "kernel.h"
 
 #include "native/simd.h"
@@ -102,10 +105,11 @@ void Product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64
 
 // -- packing -------------------------------------------------------------------------------------
 
-// Where the keys of a block lie, in numbers from the head's first page. Keys outside the span of
-// the tile stand in for the span's first: they are masked, and only have to be readable.
+// Where the keys of a block lie, in numbers and in tokens from the head's first page. Keys outside
+// the span of the tile stand in for the span's first: they are masked, and have to be readable.
 struct Places {
   int64_t offset[kBlockKeys];
+  int64_t token[kBlockKeys];
 };
 
 void Find(const Tile& tile, int64_t block, int64_t first, int64_t end, Places& places) {
@@ -115,15 +119,25 @@ void Find(const Tile& tile, int64_t block, int64_t first, int64_t end, Places& p
     if (page < 0 || page >= tile.pages) page = 0;
     const int64_t left = tile.page_tokens - token;
     const int64_t count = left < end - key ? left : end - key;
-    const int64_t offset = page * tile.page_stride + token * tile.head_dim;
+    const int64_t at = page * tile.page_stride + token;
     for (int64_t i = 0; i < count; ++i) {
-      places.offset[key - block + i] = offset + i * tile.head_dim;
+      places.offset[key - block + i] = (at + i) * tile.head_dim;
+      places.token[key - block + i] = at + i;
     }
     key += count;
   }
-  const int64_t stand_in = places.offset[first - block];
-  for (int64_t key = block; key < first; ++key) places.offset[key - block] = stand_in;
-  for (int64_t key = end; key < block + kBlockKeys; ++key) places.offset[key - block] = stand_in;
+  const int64_t offset = places.offset[first - block], at = places.token[first - block];
+  for (int64_t i = 0; i < kBlockKeys; ++i) {
+    if (i >= first - block && i < end - block) continue;
+    places.offset[i] = offset, places.token[i] = at;
+  }
+}
+
+// The scales of a block's tokens.
+void LoadScales(const uint16_t* scales, const Places& places, float* out) {
+  for (int64_t key = 0; key < kBlockKeys; ++key) {
+    out[key] = Bits<float>(uint32_t{scales[places.token[key]]} << 16);
+  }
 }
 
 // Asks for what is read a product later: pages lie anywhere, and the machine cannot foresee them.
@@ -141,20 +155,25 @@ template <typename T>
 void PackKeys(const typename T::Storage* k, const Places& places, int64_t head_dim, float* packed) {
   for (int64_t key = 0; key < kBlockKeys; key += kLanes) {
     int64_t d = 0;
-    if constexpr (T::kIsHighHalf) {
-      // Two numbers at a time; each is float32 once it stands in the upper half.
-      for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
-        VecU pairs[kLanes];
+    if constexpr (T::kHasWords) {
+      // The numbers of a word at a time: they are told apart when they stand where they belong.
+      constexpr int kCount = 4 / sizeof(typename T::Storage);
+      for (; d + kCount * kLanes <= head_dim; d += kCount * kLanes) {
+        VecU words[kLanes];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) {
-          pairs[lane] = LoadAs<VecU>(k + places.offset[key + lane] + d);
+          words[lane] = LoadAs<VecU>(k + places.offset[key + lane] + d);
         }
-        Transpose(pairs);
+        Transpose(words);
 #pragma GCC unroll 16
-        for (int pair = 0; pair < kLanes; ++pair) {
-          float* target = packed + (d + 2 * pair) * kBlockKeys + key;
-          StoreAs(target, pairs[pair] << 16);
-          StoreAs(target + kBlockKeys, pairs[pair] & 0xffff0000u);
+        for (int word = 0; word < kLanes; ++word) {
+          float* target = packed + (d + kCount * word) * kBlockKeys + key;
+          StoreAs(target, T::template FromWord<0>(words[word]));
+          StoreAs(target + kBlockKeys, T::template FromWord<1>(words[word]));
+          if constexpr (kCount == 4) {
+            StoreAs(target + 2 * kBlockKeys, T::template FromWord<2>(words[word]));
+            StoreAs(target + 3 * kBlockKeys, T::template FromWord<3>(words[word]));
+          }
         }
       }
     }
@@ -201,9 +220,11 @@ void AddValues(const Tile& tile, const typename T::Storage* v, const Places& pla
 
 // -- softmax -------------------------------------------------------------------------------------
 
-// Turns one query's scores of a block into weights. It sees the keys first <= key < end of it.
-void Weigh(const Tile& tile, int64_t first, int64_t end, float* scores, float* maximum,
-           float* total, float* weighted) {
+// Turns one query's scores of a block into weights. It sees the keys first <= key < end of it. Of
+// kScaled pages, scores take in the keys' scales before, and weights those of the values after.
+template <bool kScaled>
+void Weigh(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch, float* scores,
+           float* maximum, float* total, float* weighted) {
   constexpr int kVecs = kBlockKeys / kLanes;
   if (first >= end) {
     for (int vec = 0; vec < kVecs; ++vec) StoreAs(scores + vec * kLanes, Splat(0));
@@ -214,6 +235,7 @@ void Weigh(const Tile& tile, int64_t first, int64_t end, float* scores, float* m
 #pragma GCC unroll 16
   for (int vec = 0; vec < kVecs; ++vec) {
     score[vec] = LoadAs<Vec>(scores + vec * kLanes) * Splat(tile.scale);
+    if constexpr (kScaled) score[vec] *= LoadAs<Vec>(scratch.k_scale + vec * kLanes);
   }
   if (tile.softcap > 0) {
     for (int vec = 0; vec < kVecs; ++vec) {
@@ -238,7 +260,11 @@ void Weigh(const Tile& tile, int64_t first, int64_t end, float* scores, float* m
   for (int vec = 0; vec < kVecs; ++vec) {
     const Vec weight = Exp(score[vec] - Splat(top));
     sum += weight;
-    StoreAs(scores + vec * kLanes, weight);
+    if constexpr (kScaled) {
+      StoreAs(scores + vec * kLanes, weight * LoadAs<Vec>(scratch.v_scale + vec * kLanes));
+    } else {
+      StoreAs(scores + vec * kLanes, weight);
+    }
   }
   *maximum = top;
   *total = *total * shrink + Sum(sum);
@@ -251,7 +277,7 @@ void Weigh(const Tile& tile, int64_t first, int64_t end, float* scores, float* m
 
 // -- the kernel ----------------------------------------------------------------------------------
 
-template <typename T>
+template <typename T, bool kScaled = false>
 void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
               const Softmax& state) {
   const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
@@ -268,6 +294,10 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
     const int64_t to = Least(block + kBlockKeys, end);
     PackKeys<T>(k, places[turn], head_dim, scratch.k);
     Prefetch<T>(v, places[turn], head_dim);
+    if constexpr (kScaled) {
+      LoadScales(tile.k_scale, places[turn], scratch.k_scale);
+      LoadScales(tile.v_scale, places[turn], scratch.v_scale);
+    }
     Product<Float32>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k, kBlockKeys,
                      scratch.scores, kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
@@ -275,8 +305,9 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
       int64_t sees_first = tile.KeyFirst(token);
       if (sees_first < from) sees_first = from;
       const int64_t sees_end = Least(tile.KeyEnd(token), to);
-      Weigh(tile, sees_first - block, sees_end - block, scratch.scores + m * kBlockKeys,
-            state.maximum + m, state.total + m, state.weighted + m * head_dim);
+      Weigh<kScaled>(tile, sees_first - block, sees_end - block, scratch,
+                     scratch.scores + m * kBlockKeys, state.maximum + m, state.total + m,
+                     state.weighted + m * head_dim);
     }
     if (to < end) {
       Find(tile, to, to, Least(to + kBlockKeys, end), places[turn ^ 1]);
@@ -288,6 +319,7 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
 
 void Attend(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
             const Softmax& state) {
+  if (tile.k_scale != nullptr) return AttendAs<Int8, true>(tile, first, end, scratch, state);
   switch (tile.pool_number) {
     case Number::kFloat32: return AttendAs<Float32>(tile, first, end, scratch, state);
     case Number::kBFloat16: return AttendAs<BFloat16>(tile, first, end, scratch, state);

@@ -31,7 +31,10 @@ struct Tile {
   int64_t head_dim;
   const void* k;  // The layer's pages, at this key head.
   const void* v;
-  int64_t page_stride;  // Numbers from one page to the next.
+  // bfloat16 for each token of those pages, which then hold int8; null: they hold pool_number.
+  const uint16_t* k_scale;
+  const uint16_t* v_scale;
+  int64_t page_stride;  // Tokens of any head from one page to the next.
   int64_t page_tokens;
   int64_t pages;
   const int32_t* table;
@@ -66,6 +69,8 @@ struct Scratch {
   float* k;       // [head_dim, kBlockKeys]
   float* v;       // [kBlockKeys, head_dim]
   float* scores;  // [vectors, kBlockKeys]
+  float* k_scale;  // [kBlockKeys]
+  float* v_scale;  // [kBlockKeys]
 };
 
 struct Kernel {

@@ -29,19 +29,58 @@ int64_t ReadLayer(const Int32Scalar& layer, const PoolShape& pool) {
   return number < 0 ? 0 : number < pool.layers ? number : pool.layers - 1;
 }
 
+// The scales of int8 pages: bfloat16 for each token, keys' and then values', as a call's last
+// arguments. Other pages have none.
+struct Scales {
+  const uint16_t* k = nullptr;
+  const uint16_t* v = nullptr;
+};
+
+bool IsScale(const ffi::AnyBuffer& scale, const ffi::AnyBuffer& pool) {
+  return scale.element_type() == ffi::BF16 &&
+         scale.element_count() * pool.dimensions()[3] == pool.element_count();
+}
+
+// Null pointers when the pool is not int8; false when it is and its scales are not there.
+bool ReadScales(const ffi::AnyBuffer& pool, ffi::RemainingArgs more, Scales& out) {
+  if (pool.element_type() != ffi::S8) return more.size() == 0;
+  if (more.size() != 2) return false;
+  const auto k = more.get<ffi::AnyBuffer>(0), v = more.get<ffi::AnyBuffer>(1);
+  if (!k || !v || !IsScale(*k, pool) || !IsScale(*v, pool)) return false;
+  out.k = static_cast<const uint16_t*>(k->untyped_data());
+  out.v = static_cast<const uint16_t*>(v->untyped_data());
+  return true;
+}
+
+bool AliasScales(const Scales& in, ffi::RemainingRets more, uint16_t* (&out)[2]) {
+  if (in.k == nullptr) return more.size() == 0;
+  if (more.size() != 2) return false;
+  const auto k = more.get<ffi::AnyBuffer>(0), v = more.get<ffi::AnyBuffer>(1);
+  if (!k || !v || (*k)->untyped_data() != in.k || (*v)->untyped_data() != in.v) return false;
+  out[0] = static_cast<uint16_t*>((*k)->untyped_data());
+  out[1] = static_cast<uint16_t*>((*v)->untyped_data());
+  return true;
+}
+
 ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::AnyBuffer v_pool,
                          ffi::AnyBuffer k, ffi::AnyBuffer v, Int32Table table, Int32Rows start,
-                         Int32Rows length, Int32Scalar layer, ffi::Result<ffi::AnyBuffer> k_out,
-                         ffi::Result<ffi::AnyBuffer> v_out, int64_t pages) {
+                         Int32Rows length, Int32Scalar layer, ffi::RemainingArgs scales_in,
+                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
+                         ffi::RemainingRets scales_out, int64_t pages) {
   if (k_out->untyped_data() != k_pool.untyped_data() ||
       v_out->untyped_data() != v_pool.untyped_data()) {
     return ffi::Error::Internal("append: the results do not alias the pools");
   }
   Append append;
+  Scales scales;
+  if (!ReadScales(k_pool, scales_in, scales) || !AliasScales(scales, scales_out, append.scales) ||
+      (scales.k != nullptr && k.element_type() != ffi::F32)) {
+    return ffi::Error::Internal("append: int8 pages need scales, aliased, and float32 numbers");
+  }
   append.pool = ReadPoolShape(k_pool, pages);
   append.rows = ReadRows(table, start, length, k.dimensions()[1]);
   append.layer = ReadLayer(layer, append.pool);
-  append.item_bytes = ffi::ByteWidth(k_pool.element_type());
+  append.item_bytes = ffi::ByteWidth(k.element_type());
   append.pools[0] = static_cast<char*>(k_out->untyped_data());
   append.pools[1] = static_cast<char*>(v_out->untyped_data());
   append.fresh[0] = static_cast<const char*>(k.untyped_data());
@@ -54,12 +93,20 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
 ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k_pool,
                          ffi::AnyBuffer v_pool, Int32Table table, Int32Rows start,
                          Int32Rows length, Int32Scalar layer, Int32Scalar window,
-                         ffi::Result<ffi::AnyBuffer> out, int64_t pages, float scale,
-                         float softcap) {
+                         ffi::RemainingArgs scales_in, ffi::Result<ffi::AnyBuffer> out,
+                         int64_t pages, float scale, float softcap) {
   Attention attention;
-  if (!ReadNumber(q, attention.q_number) || !ReadNumber(k_pool, attention.pool_number)) {
+  Scales scales;
+  if (!ReadScales(k_pool, scales_in, scales)) {
+    return ffi::Error::InvalidArgument("paged_attention: int8 pages, and no others, have scales");
+  }
+  attention.pool_number = Number::kFloat32;  // Of int8 pages nobody asks.
+  if (!ReadNumber(q, attention.q_number) ||
+      (scales.k == nullptr && !ReadNumber(k_pool, attention.pool_number))) {
     return ffi::Error::InvalidArgument("paged_attention: a dtype that is not a float of 16 or 32");
   }
+  attention.k_scale = scales.k;
+  attention.v_scale = scales.v;
   attention.pool = ReadPoolShape(k_pool, pages);
   attention.rows = ReadRows(table, start, length, q.dimensions()[1]);
   attention.layer = ReadLayer(layer, attention.pool);
@@ -91,8 +138,10 @@ auto AppendBinding() {
       .Arg<Int32Rows>()    // start
       .Arg<Int32Rows>()    // length
       .Arg<Int32Scalar>()  // layer
+      .RemainingArgs()     // scales of keys and of values
       .Ret<ffi::AnyBuffer>()
       .Ret<ffi::AnyBuffer>()
+      .RemainingRets()
       .Attr<int64_t>("pages");
 }
 
@@ -107,6 +156,7 @@ auto AttendBinding() {
       .Arg<Int32Rows>()    // length
       .Arg<Int32Scalar>()  // layer
       .Arg<Int32Scalar>()  // window
+      .RemainingArgs()     // scales of keys and of values
       .Ret<ffi::AnyBuffer>()
       .Attr<int64_t>("pages")
       .Attr<float>("scale")

@@ -50,6 +50,7 @@ def paged_attention_native(
         length,
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(window, jnp.int32),
+        *_scales(pools),
         pages=np.int64(pools.pages),
         scale=np.float32(scale),
         softcap=np.float32(softcap),
@@ -70,7 +71,10 @@ def _decline(q: Float[Array, "B T N H"], pools: Pools) -> None:
         raise NotImplementedError(
             f"{group} query heads share a key head, and at most {MAX_GROUP} may"
         )
-    for dtype in (jnp.dtype(q.dtype).name, jnp.dtype(pools.k.dtype).name):
+    dtypes = [jnp.dtype(q.dtype).name]
+    if not pools.has_scales:
+        dtypes.append(jnp.dtype(pools.k.dtype).name)
+    for dtype in dtypes:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise NotImplementedError(f"dtypes are float32, bfloat16 and float16, got {dtype}")
         if dtype == "float16" and native.isa() is native.Isa.PORTABLE:
@@ -87,20 +91,33 @@ def append_native(
     *,
     layer: int | Int[Array, ""],
 ) -> Pools:
-    """Computes ``append``; see there. Padding is not written anywhere, the null page neither."""
-    pool = jax.ShapeDtypeStruct(pools.k.shape, pools.k.dtype)
-    k_pool, v_pool = native.call(
-        "jaxserve_append",
-        [pool, pool],
+    """Computes ``append``; see there. Padding is not written anywhere, the null page neither.
+
+    Rounds to int8 on the way in, to the same bits as ``quantize``.
+    """
+    scales = _scales(pools)
+    dtype = jnp.float32 if scales else pools.k.dtype
+    fixed = (
         pools.k,
         pools.v,
-        k.astype(pools.k.dtype),
-        v.astype(pools.v.dtype),
+        k.astype(dtype),
+        v.astype(dtype),
         table,
         start,
         length,
         jnp.asarray(layer, jnp.int32),
-        aliases={0: 0, 1: 1},
+    )
+    written = native.call(
+        "jaxserve_append",
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (pools.k, pools.v, *scales)],
+        *fixed,
+        *scales,
+        aliases={0: 0, 1: 1} | {len(fixed) + i: 2 + i for i in range(len(scales))},
         pages=np.int64(pools.pages),
     )
-    return replace(pools, k=k_pool, v=v_pool)
+    return replace(pools, **dict(zip(("k", "v", "k_scale", "v_scale"), written, strict=False)))
+
+
+def _scales(pools: Pools) -> tuple[Array, ...]:
+    """The last operands of both kernels: of int8 pools their scales, of others nothing."""
+    return (pools.k_scale, pools.v_scale) if pools.has_scales else ()

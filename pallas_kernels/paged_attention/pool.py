@@ -9,6 +9,9 @@ page_token, head_dim]``:
     axis 2   tokens of the page, in position order
     axis 3   head_dim
 
+Pools of int8 have their scales beside them, one for each token and head, in arrays of the same axes
+without the last (``int8.py``); they are shared, sharded and donated as their pages are.
+
 Attention consumes that order as it stands, so no transpose of the pool ever stands between a write
 and a read. Which pages belong to whom is decided elsewhere; here a table is just numbers.
 """
@@ -21,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.int8 import dequantize, quantize
 
 NULL_PAGE = 0
 """First page of every layer, never allocated. Padding reads and writes it; masks keep it out of
@@ -40,11 +45,19 @@ class Pools:
     v: PoolArray
     pages: int = field(metadata={"static": True})
     """Pages per layer, the null page included."""
+    k_scale: PoolArray = None
+    """bfloat16 ``[layers * pages, kv_heads, page_token]`` of int8 pools; None: floats."""
+    v_scale: PoolArray = None
 
     @property
     def page_tokens(self) -> int:
         """Tokens in one page."""
         return self.k.shape[2]
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether pages hold int8."""
+        return self.k_scale is not None
 
 
 def pool_shape(
@@ -89,10 +102,20 @@ def append_scatter(
     row_BT = layer * pools.pages + page_BT
     offset_BT = position_BT % page_tokens
     # Two index arrays around a slice: the scatter takes k and v as they come, [B, T, K, H].
+    here = (row_BT, slice(None), offset_BT)
+    if not pools.has_scales:
+        return replace(
+            pools,
+            k=pools.k.at[here].set(k.astype(pools.k.dtype)),
+            v=pools.v.at[here].set(v.astype(pools.v.dtype)),
+        )
+    (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantize(k), quantize(v)
     return replace(
         pools,
-        k=pools.k.at[row_BT, :, offset_BT].set(k.astype(pools.k.dtype)),
-        v=pools.v.at[row_BT, :, offset_BT].set(v.astype(pools.v.dtype)),
+        k=pools.k.at[here].set(k_BTKH),
+        v=pools.v.at[here].set(v_BTKH),
+        k_scale=pools.k_scale.at[here].set(k_scale_BTK),
+        v_scale=pools.v_scale.at[here].set(v_scale_BTK),
     )
 
 
@@ -102,7 +125,8 @@ def read(
     """Lines up the pages that ``table`` names, in table order, head by head: ``S = C * Z``.
 
     Page and head are both index arrays, so the gather copies ``[page_token, head_dim]`` tiles to
-    where the products want them, and no transpose of the block follows.
+    where the products want them, and no transpose of the block follows. Pages of int8 come as the
+    float32 numbers they stand for, others as they are.
     """
     kv_heads, page_tokens, head_dim = pools.k.shape[1:]
     row_BxC = (layer * pools.pages + table)[:, None, :]
@@ -110,4 +134,8 @@ def read(
     shape_BKSH = (table.shape[0], kv_heads, table.shape[1] * page_tokens, head_dim)
     k_BKSH = pools.k[row_BxC, head_xKx].reshape(shape_BKSH)
     v_BKSH = pools.v[row_BxC, head_xKx].reshape(shape_BKSH)
-    return k_BKSH, v_BKSH
+    if not pools.has_scales:
+        return k_BKSH, v_BKSH
+    k_scale_BKS = pools.k_scale[row_BxC, head_xKx].reshape(shape_BKSH[:-1])
+    v_scale_BKS = pools.v_scale[row_BxC, head_xKx].reshape(shape_BKSH[:-1])
+    return dequantize(k_BKSH, k_scale_BKS), dequantize(v_BKSH, v_scale_BKS)

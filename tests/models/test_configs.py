@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import pytest
 
 from jaxserve.errors import CheckpointError, UnsupportedModelError
@@ -358,10 +357,6 @@ def test_a_config_that_describes_no_model_is_refused(changes, text):
 
 
 # --- What follows from it ---------------------------------------------------------------------
-
-
-def test_keys_and_values_of_smollm2_take_23040_bytes_a_token():
-    assert preset("smollm2-135m").kv_bytes_per_token(ml_dtypes.bfloat16) == 23040
 
 
 def test_a_config_can_be_a_static_argument():

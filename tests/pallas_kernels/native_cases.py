@@ -3,9 +3,9 @@
     python -m tests.pallas_kernels.native_cases FILE
 
 For each case a line of text: name, then every number that ``Header`` in the program reads. After
-it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer. A
-product's line begins with ``matmul``; its arrays are x, those of the matrix, the answer, and what
-the sizes of the products come to, of which an error may be a fraction.
+it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer, and
+of int8 pages both scales. A product's line begins with ``matmul``; its arrays are x, those of the
+matrix, the answer, and what the sizes of the products come to, of which an error may be a fraction.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import POOL_DTYPES, paged_attention
-from pallas_kernels.paged_attention.cases import CASES, LAYER, LAYERS, Case, Row
+from pallas_kernels.paged_attention.cases import CASES, LAYER, LAYERS, Case, Inputs, Row
+from pallas_kernels.quantized_attention.cases import arrays
 from pallas_kernels.quantized_matmul import GROUP, Quantized, dequantized, quantized_matmul
 from pallas_kernels.quantized_matmul import cases as matmul
 
+DTYPES = (*POOL_DTYPES, "int8")
+"""Of pages, by the numbers that the program knows them by."""
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -40,12 +43,19 @@ def sanitized() -> Iterator[Case]:
     )
 
 
+def inputs_of(case: Case, dtype: str) -> Inputs:
+    """The arrays of a case; queries of int8 pages are float32."""
+    if dtype == "int8":
+        return arrays(case, seed=0)
+    return case.arrays(seed=0, dtype=dtype)
+
+
 def write(path: Path) -> None:
     """Writes every case in every dtype."""
     with path.open("wb") as file:
         for case in sanitized():
-            for number, dtype in enumerate(POOL_DTYPES):
-                inputs = case.arrays(seed=0, dtype=dtype, spare_pages=1)
+            for number, dtype in enumerate(DTYPES):
+                inputs = inputs_of(case, dtype)
                 answer = paged_attention(
                     *inputs,
                     layer=LAYER,
@@ -61,7 +71,8 @@ def write(path: Path) -> None:
                     case.table_width, LAYER, case.q_heads, case.window, case.scale, case.softcap,
                 )  # fmt: skip
                 file.write((" ".join(map(str, header)) + "\n").encode())
-                for array in (pools.k, pools.v, q, *where, answer):
+                scales = (pools.k_scale, pools.v_scale) if pools.has_scales else ()
+                for array in (pools.k, pools.v, q, *where, answer, *scales):
                     file.write(np.asarray(array).tobytes())
 
 

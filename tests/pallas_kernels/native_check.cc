@@ -55,6 +55,64 @@ void CheckAppend(const std::string& name, const Attention& a, const char* k_pool
   }
 }
 
+// The new cells of int8 pages are what is new to within half a step of their scale, and no other
+// cell was written.
+void CheckQuantizedAppend(const std::string& name, const Attention& a, const char* k_pool,
+                          Executor& executor) {
+  const PoolShape& pool = a.pool;
+  const size_t cells = pool.layers * pool.pages * pool.kv_heads * pool.page_tokens;
+  const size_t tokens = a.rows.rows * a.rows.query_tokens * pool.kv_heads;
+  Array<float> fresh(new float[tokens * pool.head_dim]);
+  for (size_t i = 0; i < tokens * pool.head_dim; ++i) {
+    fresh[i] = (static_cast<int>(i * 131 % 257) - 128) * std::ldexp(1.f, i * 7 % 40 - 20);
+  }
+  Array<char> values[2];
+  Array<uint16_t> scales[2];
+  for (int which = 0; which < 2; ++which) {
+    values[which].reset(new char[cells * pool.head_dim]);
+    scales[which].reset(new uint16_t[cells]);
+    std::memcpy(values[which].get(), k_pool, cells * pool.head_dim);
+    std::memcpy(scales[which].get(), a.k_scale, cells * sizeof(uint16_t));
+  }
+  const char* bytes = reinterpret_cast<const char*>(fresh.get());
+  RunAppend(Append{pool, a.rows, a.layer, 4, {values[0].get(), values[1].get()}, {bytes, bytes},
+                   {scales[0].get(), scales[1].get()}},
+            executor);
+  std::vector<bool> is_new(cells);
+  for (int64_t row = 0; row < a.rows.rows; ++row) {
+    for (int64_t token = 0; token < a.rows.length[row]; ++token) {
+      const int64_t position = a.rows.start[row] + token;
+      const int64_t page = a.rows.table[row * a.rows.table_width + position / pool.page_tokens];
+      for (int64_t head = 0; head < pool.kv_heads; ++head) {
+        const size_t cell = ((a.layer * pool.pages + page) * pool.kv_heads + head) *
+                                pool.page_tokens + position % pool.page_tokens;
+        is_new[cell] = true;
+        const float* source =
+            &fresh[((row * a.rows.query_tokens + token) * pool.kv_heads + head) * pool.head_dim];
+        for (const int which : {0, 1}) {
+          const float step = AsFloat(reinterpret_cast<const char*>(scales[which].get()),
+                                     Number::kBFloat16, cell);
+          for (int64_t d = 0; d < pool.head_dim; ++d) {
+            const auto value = static_cast<signed char>(values[which][cell * pool.head_dim + d]);
+            if (!(std::fabs(step * value - source[d]) <= 0.50001f * step)) {
+              Fail(name + ": append rounds badly");
+            }
+          }
+        }
+      }
+    }
+  }
+  for (size_t cell = 0; cell < cells; ++cell) {
+    for (const int which : {0, 1}) {
+      const size_t first = cell * pool.head_dim;
+      if (!is_new[cell] && (scales[which][cell] != a.k_scale[cell] ||
+                            std::memcmp(&values[which][first], k_pool + first, pool.head_dim))) {
+        Fail(name + ": append wrote something else");
+      }
+    }
+  }
+}
+
 void CheckCase(const std::string& line, std::istream& file, const std::vector<Pool*>& pools) {
   std::istringstream header(line);
   std::string name;
@@ -66,21 +124,25 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
       pool.head_dim >> rows.rows >> rows.query_tokens >> rows.table_width >> a.layer >>
       a.q_heads >> a.window >> a.scale >> a.softcap;
   if (!header) Fail("the header " + line);
-  a.q_number = a.pool_number = static_cast<Number>(number);
+  const bool is_int8 = number == 3;
+  a.q_number = a.pool_number = is_int8 ? Number::kFloat32 : static_cast<Number>(number);
   const size_t item = a.q_number == Number::kFloat32 ? 4 : 2;
   const size_t pool_bytes = pool.layers * pool.pages * pool.kv_heads * pool.page_tokens *
-                            pool.head_dim * item;
+                            pool.head_dim * (is_int8 ? 1 : item);
   const size_t answers = rows.rows * rows.query_tokens * a.q_heads * pool.head_dim;
   const auto k = Read<char>(file, pool_bytes), v = Read<char>(file, pool_bytes);
   const auto q = Read<char>(file, answers * item);
   const auto table = Read<int32_t>(file, rows.rows * rows.table_width);
   const auto start = Read<int32_t>(file, rows.rows), length = Read<int32_t>(file, rows.rows);
   const auto expected = Read<float>(file, answers);
+  const size_t scales = is_int8 ? pool_bytes / pool.head_dim : 0;
+  const auto k_scale = Read<uint16_t>(file, scales), v_scale = Read<uint16_t>(file, scales);
+  if (is_int8) a.k_scale = k_scale.get(), a.v_scale = v_scale.get();
   if (!file) Fail(name + ": the file ends early");
   rows.table = table.get(), rows.start = start.get(), rows.length = length.get();
   a.k_pool = k.get(), a.v_pool = v.get(), a.q = q.get();
 
-  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
+  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048, 2e-6f};
   for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
     jaxserve_set_isa_limit(level);
     if (static_cast<int>(CurrentIsa()) != level) continue;
@@ -107,7 +169,13 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
       first = std::move(out);
     }
   }
-  for (Pool* executor : pools) CheckAppend(name, a, k.get(), pool_bytes, *executor);
+  for (Pool* executor : pools) {
+    if (is_int8) {
+      CheckQuantizedAppend(name, a, k.get(), *executor);
+    } else {
+      CheckAppend(name, a, k.get(), pool_bytes, *executor);
+    }
+  }
 }
 
 // More loops at once than the pool has threads, some of them inside the pool's own tasks.

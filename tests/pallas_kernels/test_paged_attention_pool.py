@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import NULL_PAGE, Pools, append, paged_attention, pool_shape
+from pallas_kernels.paged_attention import (
+    NULL_PAGE,
+    SCALE_DTYPE,
+    Pools,
+    append,
+    paged_attention,
+    pool_shape,
+)
 from pallas_kernels.paged_attention.pool import read
 
 from .native_here import needs_native
@@ -158,6 +165,8 @@ def _step(pools: Pools, x, table, start, length, *, scanned: bool, native: bool)
         (False, 16, "bfloat16"),
         (True, 1, "bfloat16"),
         (True, 16, "float32"),
+        (True, 1, "int8"),
+        (False, 16, "int8"),
     ],
 )
 def test_a_donated_pool_is_updated_in_place(
@@ -166,34 +175,40 @@ def test_a_donated_pool_is_updated_in_place(
     """No instruction of the compiled program makes a pool but those that write into it."""
     shape = pool_shape(layers=LAYERS, pages=999, kv_heads=KV_HEADS, page_tokens=16, head_dim=64)
     pool = jax.ShapeDtypeStruct(shape, dtype)
+    scale = jax.ShapeDtypeStruct(shape[:-1], SCALE_DTYPE) if dtype == "int8" else None
+    pools = Pools(pool, pool, pages=999, k_scale=scale, v_scale=scale)
     row = jax.ShapeDtypeStruct((4,), "int32")
     compiled = (
         jax.jit(partial(_step, scanned=scanned, native=native), donate_argnames="pools")
         .lower(
-            Pools(pool, pool, pages=999),
-            jax.ShapeDtypeStruct((4, query_tokens, 6, 64), dtype),
+            pools,
+            jax.ShapeDtypeStruct((4, query_tokens, 6, 64), "float32" if scale else dtype),
             jax.ShapeDtypeStruct((4, 20), "int32"),
             row,
             row,
         )
         .compile()
     )
-    dimensions = ",".join(map(str, shape))
-    results = re.findall(
-        rf"= \(?(?:[^(=]*, )?\w+\[{dimensions}\][^(=]* ([\w-]+)\(", compiled.as_text() or ""
-    )
-    makers = [name for name in results if name not in ("parameter", "get-tuple-element", "tuple")]
-    writer = "custom-call" if native else "scatter"
-    assert writer in makers
-    # A fusion or call that makes a pool is a scatter in a wrapper: one per pool and layer.
-    wrappers = makers.count("fusion") + makers.count("call")
-    writes = makers.count(writer)
-    assert len(makers) == writes + wrappers + makers.count("while")
-    assert wrappers <= (0 if native else writes)
-    assert writes <= 2 * LAYERS
+    for array in {leaf.shape: leaf for leaf in jax.tree.leaves(pools)}.values():
+        dimensions = ",".join(map(str, array.shape))
+        results = re.findall(
+            rf"= \(?(?:[^(=]*, )?\w+\[{dimensions}\][^(=]* ([\w-]+)\(", compiled.as_text() or ""
+        )
+        makers = [
+            name for name in results if name not in ("parameter", "get-tuple-element", "tuple")
+        ]
+        writer = "custom-call" if native else "scatter"
+        assert writer in makers
+        # A fusion or call that makes a pool is a scatter in a wrapper: one per pool and layer.
+        wrappers = makers.count("fusion") + makers.count("call")
+        writes = makers.count(writer)
+        assert len(makers) == writes + wrappers + makers.count("while")
+        assert wrappers <= (0 if native else writes)
+        assert writes <= 2 * LAYERS
 
-    pool_bytes = int(np.prod(shape)) * pool.dtype.itemsize
     memory = compiled.memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes >= 2 * pool_bytes
+    pool_bytes = int(np.prod(shape)) * pool.dtype.itemsize
+    all_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
+    assert memory.alias_size_in_bytes >= all_bytes
     assert memory.temp_size_in_bytes < pool_bytes

@@ -41,6 +41,23 @@ def test_published_models_have_their_published_sizes(model: str, tensor: int) ->
         assert (plan.params, plan.kv_bytes_per_token) == (params, kv_bytes)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_int8_pages_take_a_byte_for_each_number_and_two_for_each_scale(tensor: int) -> None:
+    """Llama 3.1 8B: 32 layers, keys and values of 8 heads, 128 numbers and a scale each."""
+    token = 32 * 2 * 8 * (128 + 2)
+    memory = memory_of("llama-3.1-8b", f"1x{tensor}", dtype="bfloat16", kv_dtype="int8")
+    assert memory.budget.page_bytes == 32 * token // tensor
+    if tensor == 1:
+        plan = planned("llama-3.1-8b", "h200", kv_dtype="int8")
+        floats = planned("llama-3.1-8b", "h200", kv_dtype="bfloat16")
+        assert plan.kv_bytes_per_token == token
+        assert plan.hbm_bytes_per_step is not None
+        assert floats.hbm_bytes_per_step is not None
+        saved = floats.hbm_bytes_per_step - plan.hbm_bytes_per_step
+        assert saved == 64 * (1256 + 1) * (131_072 - token)
+        assert plan.flops_per_step == floats.flops_per_step
+
+
 @pytest.mark.parametrize(("mesh", "expected"), [("1x1", 427_264), ("1x2", 214_272)])
 def test_the_weights_of_a_tiny_model_can_be_added_up_by_hand(mesh: str, expected: int) -> None:
     """Embedding 512 x 64; per layer 64 x 128, 64 x 64, 256 x 64, 64 x 128 and two norms of 64; a

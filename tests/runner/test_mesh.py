@@ -33,7 +33,11 @@ CASES = [
     # Pools and rows of their own for each half.
     ("tiny-llama", "2x1"),
     ("tiny-llama", "2x4"),
+    # Pages of int8: a token's scales are on the shards of their heads.
+    ("tiny-llama", "1x2", "int8"),
+    ("tiny-llama", "2x1", "int8"),
 ]
+"""Model, mesh, and pages other than float32."""
 SETTINGS: dict[str, object] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
 PROMPTS = 20
 
@@ -54,12 +58,13 @@ def answers(service: Service) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(cache_dir: Path) -> Callable[[str], list[list[int]]]:
+def alone(cache_dir: Path) -> Callable[[str, str], list[list[int]]]:
     """What one device answers."""
 
     @cache
-    def ask(name: str) -> list[list[int]]:
-        with make_service(f"dummy:{name}", cache_dir, cache_dir, **SETTINGS) as service:
+    def ask(name: str, kv_dtype: str) -> list[list[int]]:
+        settings = {**SETTINGS, "kv_dtype": kv_dtype}
+        with make_service(f"dummy:{name}", cache_dir, cache_dir, **settings) as service:
             return answers(service)
 
     return ask
@@ -67,15 +72,17 @@ def alone(cache_dir: Path) -> Callable[[str], list[list[int]]]:
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def service(request: pytest.FixtureRequest, cache_dir: Path) -> Iterator[Service]:
-    name, mesh = request.param
-    with make_service(f"dummy:{name}", cache_dir, cache_dir, **SETTINGS, mesh=mesh) as ready:
+    name, mesh, *kv_dtype = request.param
+    settings = {**SETTINGS, "mesh": mesh, "kv_dtype": kv_dtype[0] if kv_dtype else "auto"}
+    with make_service(f"dummy:{name}", cache_dir, cache_dir, **settings) as ready:
         yield ready
 
 
 def test_a_mesh_answers_what_one_device_answers(
-    service: Service, alone: Callable[[str], list[list[int]]]
+    service: Service, alone: Callable[[str, str], list[list[int]]]
 ) -> None:
-    assert answers(service) == alone(service.plan.name.removeprefix("dummy:"))
+    name = service.plan.name.removeprefix("dummy:")
+    assert answers(service) == alone(name, service.plan.kv_dtype.name)
 
 
 def test_dense_logits_are_those_of_one_device(service: Service) -> None:
@@ -159,12 +166,13 @@ def moves(program: str, *shapes: tuple[int, ...]) -> list[str]:
 def test_no_program_copies_transposes_or_gathers_a_pool(service: Service) -> None:
     state = service.runner._state
     assert state is not None
-    pool = state.pools.k
-    shapes = (pool.sharding.shard_shape(pool.shape), pool.shape)
+    pools = jax.tree.leaves(state.pools)
+    local = [pool.sharding.shard_shape(pool.shape) for pool in pools]
     for name, program in service.runner._compiled.items():
         text = program.as_text()
-        assert any(",".join(map(str, shapes[0])) == size for _, size in VALUE.findall(text)), name
-        assert not moves(text, *shapes), name
+        sizes = {size for _, size in VALUE.findall(text)}
+        assert {",".join(map(str, shape)) for shape in local} <= sizes, name
+        assert not moves(text, *local, *(pool.shape for pool in pools)), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

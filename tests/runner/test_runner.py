@@ -172,16 +172,20 @@ def test_an_unexpected_shape_is_an_error_that_names_the_argument(service: Servic
         )
 
 
-@pytest.mark.parametrize("context_tokens", [256, 512])
-def test_no_program_copies_the_pool(context_tokens: int, cache_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("context_tokens", "kv_dtype"), [(256, "auto"), (512, "auto"), (256, "int8"), (512, "int8")]
+)
+def test_no_program_copies_the_pool(context_tokens: int, kv_dtype: str, cache_dir: Path) -> None:
     """Donated pools are written in place, also where a row's whole context is one block."""
-    bounds = {"context_tokens": context_tokens, "strict_compile": False}
+    bounds = {"context_tokens": context_tokens, "kv_dtype": kv_dtype, "strict_compile": False}
     with make_service(MODEL, cache_dir, cache_dir, **bounds) as service:
         runner = service.runner
         cache = runner.config.cache
         pool_bytes = cache.page_bytes(service.plan.model) * cache.num_pages
-        shape = ",".join(map(str, runner._abstract_state.pools.k.shape))
-        moved = re.compile(rf"\[{shape}\]\S* (copy|transpose|convert)\(")
+        arrays = jax.tree.leaves(runner._abstract_state.pools)
+        assert len(arrays) == (4 if kv_dtype == "int8" else 2)
+        shapes = "|".join({",".join(map(str, array.shape)) for array in arrays})
+        moved = re.compile(rf"\[({shapes})\]\S* (copy|transpose|convert)\(")
         for name, program in runner._compiled.items():
             assert not moved.search(program.as_text()), name
             if name[0] != "set_row":

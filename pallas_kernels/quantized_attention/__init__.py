@@ -1,0 +1,84 @@
+"""Attention over pages of int8 with a scale for each token and head: the public function.
+
+Such pages are one more kind of the paged pool, ``Pools`` with scales, so that ``append`` and
+``paged_attention`` take them as they take others and a model does not ask which it has. This family
+says what they mean (``reference``), makes them of pages of floats, and insists on them. The layout
+is that of ``paged_attention.pool``, the numbers are those of ``paged_attention.int8``, and the
+loops are ``paged_attention``'s own, in C++ and in plain XLA.
+"""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.paged_attention import IMPLEMENTATIONS as PAGED
+from pallas_kernels.paged_attention import Pools, append, check
+from pallas_kernels.quantized_attention.reference import (
+    dequantized,
+    quantized,
+    quantized_attention_reference,
+)
+
+__all__ = ["append", "dequantized", "quantized", "quantized_attention"]
+
+IMPLEMENTATIONS = {**PAGED, "reference": quantized_attention_reference}
+"""By name, best first."""
+
+
+def quantized_attention(
+    q: Float[Array, "B T N H"],
+    pools: Pools,
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    window: int | Int[Array, ""] = 0,
+    softcap: float = 0.0,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Computes ``paged_attention`` over pages of int8; see there for all other arguments.
+
+    Keys and values are float32 once they are loaded and scaled, as queries, softmax and sums are.
+
+    Args:
+        q: Queries.
+        pools: With scales.
+        table: Pages of each row.
+        start: Position of each row's first query.
+        length: Real queries of each row.
+        layer: Which layer's pages.
+        scale: Multiplies the scores.
+        window: Sliding window in tokens; 0 for none.
+        softcap: Of the scores; 0 for none.
+        implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
+
+    Raises:
+        ValueError: Shapes, dtypes or numbers that no implementation could take; pools without
+            scales.
+        ExceptionGroup: Every implementation declined; it holds the reasons.
+    """
+    if not pools.has_scales:
+        raise ValueError(
+            f"the pool is {pools.k.dtype} without scales; make it of quantized(), or use "
+            "paged_attention for floats"
+        )
+    check(q, pools, scale=scale, window=window, softcap=softcap)
+    with jax.named_scope("quantized_attention"):
+        return dispatch(
+            "quantized_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            pools,
+            table,
+            start,
+            length,
+            layer=layer,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
