@@ -40,6 +40,7 @@ ROWS = [
     (errors.ConfigError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.MeshError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.CheckpointError("secret"), Code.INTERNAL, "INTERNAL"),
+    (errors.ExecutablesError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.UnsupportedModelError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.TokenizerError("secret"), Code.INTERNAL, "INTERNAL"),
     (errors.MemoryPlanError("secret"), Code.INTERNAL, "INTERNAL"),
