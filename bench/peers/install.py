@@ -28,6 +28,8 @@ from bench.peers.systems import VERSIONS, Places
 from jaxserve.assets import ASSETS
 from jaxserve.cli.environment import Environment
 
+PYTHON = (3, 12)
+"""All of the pinned versions have wheels for it."""
 TORCH = "torch==2.13.0"
 TCMALLOC = "libtcmalloc-minimal4"
 PROMPTS = (
@@ -58,7 +60,8 @@ class Environments:
         folder.mkdir(parents=True, exist_ok=True)
         uv = [sys.executable, "-m", "uv"]
         if not self.places.python(peer).exists():
-            self.run([*uv, "venv", "--python", sys.executable, str(folder / "venv")])
+            python = sys.executable if sys.version_info[:2] == PYTHON else "{}.{}".format(*PYTHON)
+            self.run([*uv, "venv", "--python", python, str(folder / "venv")])
         words = ["pip", "install", "--python", str(self.places.python(peer)), *packages]
         if overrides:
             file = folder / "overrides.txt"

@@ -42,6 +42,8 @@ class Child:
     version: str = ""
     process_id: int = 0
     """The root of the engine's processes."""
+    stop_s: float = STOP_S
+    """How long it may take to end."""
 
     def ask(
         self, questions: Sequence[Question], clients: int | None, *, limit_s: float
@@ -69,7 +71,7 @@ class Child:
         with suppress(OSError, ChildError):
             self._tell({"stop": True})
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
+            self.process.wait(self.stop_s)
 
     def _tell(self, line: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -119,12 +121,18 @@ def running(system: System, places: Places) -> Iterator[Child]:
             start_new_session=True,
         )
     child = Child(process, queue.SimpleQueue(), started_s, log)
-    threading.Thread(target=_read, args=(process, child.lines), daemon=True).start()
+    reader = threading.Thread(target=_read, args=(process, child.lines), daemon=True)
+    reader.start()
     try:
         yield child
         child.stop()
     finally:
         end(process)
+        reader.join(GONE_S)
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # What was not sent cannot be now.
+                pipe.close()
 
 
 def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -135,35 +143,40 @@ def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) 
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kills a child, its session and its descendants, and waits until they are gone."""
+    """Kills a child, its descendants and its session, and waits until they are gone."""
     ends_s = time.monotonic() + GONE_S
     # Before the kill: afterwards nobody knows whose children the rest were.
     others = descendants(process.pid)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for process_id in others:
+    for process_id in {*others, *_session(process.pid)}:
         with suppress(ProcessLookupError):
             os.kill(process_id, signal.SIGKILL)
     process.wait()
-    while time.monotonic() < ends_s and any(_is_running(one) for one in others):
+    while time.monotonic() < ends_s and _session(process.pid):
         time.sleep(0.05)
 
 
-def _is_running(process_id: int) -> bool:
-    try:
-        fields = (PROC / str(process_id) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return fields[0] not in ("Z", "X")
+def _stats() -> Iterator[tuple[int, list[str]]]:
+    """Every process with what the kernel says of it: state, parent, group, session, ..."""
+    for process in PROC.glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            yield int(process.name), fields
+
+
+def _session(leader: int) -> list[int]:
+    """Returns what still runs in the session of a child, its parent there or not."""
+    return [
+        process_id
+        for process_id, fields in _stats()
+        if int(fields[3]) == leader and fields[0] not in ("Z", "X")
+    ]
 
 
 def descendants(root: int) -> list[int]:
     """Returns a process and those that it started, directly or not."""
     children: dict[int, list[int]] = {}
-    for process in PROC.glob("[0-9]*"):
-        with suppress(OSError):
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(process.name))
+    for process_id, fields in _stats():
+        children.setdefault(int(fields[1]), []).append(process_id)
     found, todo = list[int](), [root]
     while todo:
         process_id = todo.pop()

@@ -197,7 +197,8 @@ def _of_starts(document: Mapping[str, Any]) -> str:
 
 
 def _of_ratios(document: Mapping[str, Any]) -> str:
-    rows = [("", "", "best peer of the class", "times better", "best peer of all", "times better")]
+    head = ("", "", "best peer of the class", "times better", "best peer of all", "times better")
+    rows: list[tuple[str, ...]] = [head]
     ours = [name for name, system in document["systems"].items() if system["is_ours"]]
     for workload in sorted(WORKLOADS):
         for metric in METRICS[workload]:
