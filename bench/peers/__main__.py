@@ -31,7 +31,7 @@ from bench.common import say
 from bench.gpu.report import write
 from bench.machine import NOISE_CORES
 from bench.peers import report
-from bench.peers.process import ROOT, Child, ChildError, Memory, log_tail, running
+from bench.peers.process import ROOT, Child, ChildError, Memory, log_path, log_tail, running
 from bench.peers.protocol import Question
 from bench.peers.systems import SYSTEMS, WORKLOADS, Places, System
 from bench.workloads import PRESETS, WARM_UP
@@ -50,7 +50,8 @@ VOCAB_SIZE = 49_152
 FIRST = Question(list(range(1000, 1016)), 1)
 WARM_UP_REQUESTS = {"W2": 8, "W3": 32, "W4": 8}
 WARM_UP_TOKENS = 16
-START_LIMIT_S = 300.0
+WARM_START_S = 60.0
+"""What a start takes at most when nothing has to be compiled."""
 REFERENCE_LIMIT_S = 240.0
 QUALITY_TOKENS = 32
 NEAR_BEST = 0.7
@@ -109,6 +110,13 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
         default=180.0,
         metavar="S",
         help="of one run of one workload (default 180)",
+    )
+    parser.add_argument(
+        "--start-limit-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="of a start (default 300)",
     )
     parser.add_argument(
         "--retries",
@@ -181,7 +189,8 @@ class Bench:
         self._start_s = time.monotonic()
         self._retries = arguments.retries
         self._spare_variant = arguments.runs
-        self._turn_s: dict[str, float] = {}
+        self._took_s: dict[tuple[str, str], float] = {}
+        """A workload of a system the last time, with its warm-up."""
         self._answers: dict[str, list[list[int]]] = {}
         self._prompts: list[list[int]] = (
             json.loads(places.prompts.read_text()) if places.prompts.exists() else []
@@ -222,7 +231,7 @@ class Bench:
             shift = number % len(self._systems)
             for system in [*self._systems[shift:], *self._systems[:shift]]:
                 wanted = self._wanted(system, number)
-                if wanted and self._has_time(system, number):
+                if wanted and self._has_time(system, number, wanted):
                     self._take_turn(system, number, wanted)
         self._compare_answers()
         self._save()
@@ -235,47 +244,58 @@ class Bench:
             return asked
         return [one for one in asked if is_worth_repeating(self.document, system.name, one)]
 
-    def _has_time(self, system: System, number: int) -> bool:
+    def _has_time(self, system: System, number: int, wanted: Sequence[str]) -> bool:
         """Whether a turn ends within the budget, going by the last one; the first is never cut."""
         left_s = self._arguments.budget_s - (time.monotonic() - self._start_s)
-        if number == 0 or self._turn_s.get(system.name, 0.0) <= left_s:
+        # The first start may have compiled, which is kept.
+        starts_s = self.document["systems"][system.name]["starts_s"]
+        needed_s = min([WARM_START_S, *starts_s])
+        needed_s += sum(self._took_s.get((system.name, one), 0.0) for one in wanted)
+        if number == 0 or needed_s <= left_s:
             return True
         self._note(f"{system.name} has no run {number}: the time was up (--budget-s)")
         return False
 
     def _take_turn(self, system: System, number: int, wanted: Sequence[str]) -> None:
         """One system: a workload that fails costs a start and nothing else."""
-        entry, todo, start_s = self.document["systems"][system.name], list(wanted), time.monotonic()
-        while todo and not entry["reason"]:
+        entry, todo = self.document["systems"][system.name], list(wanted)
+        while todo:
+            has_started = False
             try:
                 with running(system, self._places) as child:
                     self._start(system, child)
+                    has_started = True
                     self._run_workloads(system, child, number, todo)
             except ChildError as error:
-                self._note_failure(system, todo, error)
+                say(f"{system.name} failed: {error}\n{log_tail(log_path(system, self._places))}")
+                if not has_started:
+                    entry["reason"] = str(error)
+                    break
+                entry["failures"][todo.pop(0)] = str(error)
             self._save()
-        self._turn_s[system.name] = time.monotonic() - start_s
 
     def _start(self, system: System, child: Child) -> None:
-        entry = self.document["systems"][system.name]
-        child.wait_until_ready(START_LIMIT_S)
-        child.ask([FIRST], None, limit_s=self._arguments.limit_s)
+        """Waits for the first token; the first time, asks what the reference will be asked."""
+        entry, limit_s = self.document["systems"][system.name], self._arguments.limit_s
+        child.wait_until_ready(self._arguments.start_limit_s)
+        child.ask([FIRST], None, limit_s=limit_s)
         start_s = time.perf_counter() - child.started_s
         entry["version"] = child.version
         entry["starts_s"].append(round(start_s, 2))
         say(f"{system.name} {child.version}: first token {start_s:.1f} s after its start")
-
-    def _run_workloads(self, system: System, child: Child, number: int, todo: list[str]) -> None:
-        """Takes workloads out of ``todo`` as it finishes them."""
-        limit_s = self._arguments.limit_s
         if self._prompts and system.name not in self._answers:
             asked = [Question(prompt, QUALITY_TOKENS) for prompt in self._prompts]
             replies = child.ask(asked, None, limit_s=limit_s)
             self._answers[system.name] = [reply.ids for reply in replies]
+
+    def _run_workloads(self, system: System, child: Child, number: int, todo: list[str]) -> None:
+        """Takes workloads out of ``todo`` as it finishes them."""
+        limit_s = self._arguments.limit_s
         while todo:
-            workload = todo[0]
+            workload, start_s = todo[0], time.monotonic()
             child.ask(questions(workload, WARM_UP), _clients(workload), limit_s=limit_s)
             self._run(system, child, number, workload)
+            self._took_s[system.name, workload] = time.monotonic() - start_s
             todo.pop(0)
             self._save()
 
@@ -299,14 +319,6 @@ class Bench:
         runs[str(number)] = {**found, "variant": variant, "other_cores": cores}
         if workload == "W2":
             entry["peak_bytes"].append(memory.peak_bytes)
-
-    def _note_failure(self, system: System, todo: list[str], error: ChildError) -> None:
-        entry = self.document["systems"][system.name]
-        if entry["version"] and todo:
-            entry["failures"][todo.pop(0)] = str(error)
-        else:
-            entry["reason"] = str(error)
-        say(f"{system.name} failed: {error}\n{log_tail(self._places.root / 'logs' / _log(system))}")
 
     def _compare_answers(self) -> None:
         """Asks the reference, which is not installed everywhere, about everybody's answers."""
@@ -365,10 +377,6 @@ class Bench:
     def _save(self) -> None:
         self.document["seconds"] = round(time.monotonic() - self._start_s, 1)
         write(self.document, self._arguments.out)
-
-
-def _log(system: System) -> str:
-    return f"{system.name}.log"
 
 
 def _clients(workload: str) -> int | None:

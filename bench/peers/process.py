@@ -104,9 +104,8 @@ class Child:
 @contextmanager
 def running(system: System, places: Places) -> Iterator[Child]:
     """Starts a system; it is gone with all its descendants when the block ends, however it ends."""
-    folder = places.root / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{system.name}.log"
+    log = log_path(system, places)
+    log.parent.mkdir(parents=True, exist_ok=True)
     options = json.dumps(system.options(places))
     started_s = time.perf_counter()
     with log.open("w") as file:
@@ -223,6 +222,11 @@ def _pss_bytes(process_id: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def log_path(system: System, places: Places) -> Path:
+    """Returns where a system's own words go; each start begins anew."""
+    return places.root / "logs" / f"{system.name}.log"
 
 
 def log_tail(log: Path) -> str:

@@ -248,7 +248,7 @@ def _notes(document: Mapping[str, Any]) -> Iterator[str]:
     """Says who is missing and why, and what is not to be trusted."""
     for name, system in document["systems"].items():
         if system["reason"]:
-            yield f"{name} did not run: {system['reason']}"
+            yield f"{name} could not run: {system['reason']}"
         for workload, reason in system["failures"].items():
             yield f"{name} {workload} failed: {reason}"
         for workload, runs in system["runs"].items():

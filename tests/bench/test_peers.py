@@ -187,7 +187,7 @@ def test_the_table_says_ratios_doors_and_who_is_missing(document: dict[str, Any]
     assert any(line.split()[:2] == ["slow", "bf16"] and "20 (once)" in line for line in lines)
     assert any("fast (HTTP)" in line and "2 (1.5..2)" in line for line in lines)
     assert any("small (HTTP)" in line and "5 (5..5)" in line for line in lines)
-    assert "absent did not run: not installed (no python): make peers" in said
+    assert "absent could not run: not installed (no python): make peers" in said
     assert "slow W2 run 1 is refused: short, 3 of 4 tokens" in said
     assert "fast W2 run 0 was disturbed: others used 0.50 cores" in said
 
@@ -196,7 +196,7 @@ def test_a_document_without_any_run_has_a_table(document: dict[str, Any]) -> Non
     document["systems"] = {"absent": {**document["systems"]["absent"], "starts_s": []}}
     document["quality"]["reason"] = "not compared"
     assert table(document) == (
-        "quality: not compared\n\nabsent did not run: not installed (no python): make peers"
+        "quality: not compared\n\nabsent could not run: not installed (no python): make peers"
     )
 
 
