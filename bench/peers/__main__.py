@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -107,9 +108,16 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit-s",
         type=float,
-        default=180.0,
+        default=150.0,
         metavar="S",
-        help="of one run of one workload (default 180)",
+        help="of one run of one workload (default 150)",
+    )
+    parser.add_argument(
+        "--turn-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="of a peer's turn; what it has not reached by then is left out (default 300)",
     )
     parser.add_argument(
         "--start-limit-s",
@@ -259,13 +267,18 @@ class Bench:
     def _take_turn(self, system: System, number: int, wanted: Sequence[str]) -> None:
         """One system: a workload that fails costs a start and nothing else."""
         entry, todo = self.document["systems"][system.name], list(wanted)
+        ends_s = math.inf if system.is_ours else time.monotonic() + self._arguments.turn_s
         while todo:
+            if time.monotonic() > ends_s:
+                reason = f"left out, after {self._arguments.turn_s:.0f} s for the others"
+                entry["failures"] |= dict.fromkeys(todo, reason)
+                break
             has_started = False
             try:
                 with running(system, self._places) as child:
                     self._start(system, child)
                     has_started = True
-                    self._run_workloads(system, child, number, todo)
+                    self._run_workloads(system, child, number, todo, ends_s)
             except ChildError as error:
                 say(f"{system.name} failed: {error}\n{log_tail(log_path(system, self._places))}")
                 if not has_started:
@@ -288,11 +301,12 @@ class Bench:
             replies = child.ask(asked, None, limit_s=limit_s)
             self._answers[system.name] = [reply.ids for reply in replies]
 
-    def _run_workloads(self, system: System, child: Child, number: int, todo: list[str]) -> None:
-        """Takes workloads out of ``todo`` as it finishes them."""
-        limit_s = self._arguments.limit_s
-        while todo:
-            workload, start_s = todo[0], time.monotonic()
+    def _run_workloads(
+        self, system: System, child: Child, number: int, todo: list[str], ends_s: float
+    ) -> None:
+        """Takes workloads out of ``todo`` as it finishes them, until it is time to end."""
+        while todo and (start_s := time.monotonic()) <= ends_s:
+            workload, limit_s = todo[0], self._arguments.limit_s
             child.ask(questions(workload, WARM_UP), _clients(workload), limit_s=limit_s)
             self._run(system, child, number, workload)
             self._took_s[system.name, workload] = time.monotonic() - start_s

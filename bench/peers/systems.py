@@ -110,6 +110,7 @@ def _vllm_environment(places: Places) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GB),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{THREADS - 1}",
+        "OMP_NUM_THREADS": str(THREADS),  # Otherwise it asks PyTorch for one thread.
         "VLLM_CACHE_ROOT": str(places.root / "vllm" / "cache"),
         "VLLM_NO_USAGE_STATS": "1",
         **_OFFLINE,
