@@ -337,11 +337,12 @@ class Bench:
     def _compare_answers(self) -> None:
         """Asks the reference, which is not installed everywhere, about everybody's answers."""
         quality = self.document["quality"]
-        answers = {
-            name: found
-            for name, found in self._answers.items()
-            if all(len(ids) == QUALITY_TOKENS for ids in found)
-        }
+        answers: dict[str, list[list[int]]] = {}
+        for name, found in self._answers.items():
+            if all(len(ids) == QUALITY_TOKENS for ids in found):
+                answers[name] = found
+            else:
+                self._note(f"{name} is not compared with the reference: its answers are short")
         python = self._places.python("transformers")
         if not answers or not python.exists():
             quality["reason"] = "not compared: needs the peer transformers as reference"
