@@ -101,6 +101,15 @@ bench-gpu: $(STAMP) ## Everything that decides the speed on one GPU, under 9 min
 bench-gpu-dry: $(STAMP) ## The same with tiny sizes on the CPU, under 3 minutes
 	$(BIN)/python -m bench.gpu --dry-run $(ARGS)
 
+.PHONY: peers
+peers: $(STAMP) ## Install the engines that bench-peers measures, each in its own environment: 10 GB
+	@$(BIN)/python -m jaxserve.assets smollm2
+	$(BIN)/python -m bench.peers.install $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(STAMP) ## jaxserve and these engines on the same tokens, about 25 minutes, into OUT=
+	$(BIN)/python -m bench.peers --out $(if $(filter file,$(origin OUT)),out/peers.json,$(OUT)) $(ARGS)
+
 .PHONY: native-sanitize
 native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and ThreadSanitizer, without Python
 	@mkdir -p build/native
