@@ -35,6 +35,7 @@ def test_kernels_are_compiled_for_each_level_and_the_rest_once(
         objects = build.compile_objects(tmp_path, "c++", (), has_xla=has_xla)
         assert len(objects) == len(set(objects))
         counts = Counter(path.stem.rpartition("-")[0] for path in objects)
-        assert counts.pop("paged_attention-kernel") == levels
-        assert ("paged_attention-native" in counts) == has_xla
+        for family in ("paged_attention", "quantized_matmul"):
+            assert counts.pop(f"{family}-kernel") == levels
+            assert (f"{family}-native" in counts) == has_xla
         assert set(counts.values()) == {1}
