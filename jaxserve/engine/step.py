@@ -19,7 +19,9 @@ Lines that pad a bucket belong to the null row, have length 0 and point at the n
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,6 +33,8 @@ MAX_END_TOKENS = 8
 MAX_SUPPRESSED = MAX_STOP_TOKEN_IDS + MAX_END_TOKENS
 RESULT_COLUMNS = 3 + 2 * MAX_LOGPROBS
 """Of a result line: token, log-probability bits, rank, then ids and log-probability bits."""
+MAX_TABLES = 16
+"""Of cuts, kept for the shapes of the engines in this process."""
 
 POISONED_TOKEN = -1
 """Sampled when a row's logits hold a NaN or an infinity."""
@@ -87,6 +91,9 @@ class StepShape:
     score_buckets: tuple[tuple[int, int], ...] = ()
     """Those that also have a program that scores prompts; empty when prompts cannot be scored."""
     data_shards: int = 1
+    call_places: int = 256
+    """Token places that take as long as one more call, which reads every weight again: about the
+    operations of a device for each byte that it reads."""
 
     @property
     def null_row(self) -> int:
@@ -273,18 +280,72 @@ def _null_row(shard: int, shape: StepShape) -> int:
 
 
 def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list[list[Chunk]]]]:
-    """Puts chunks into prefill buckets: longest first, so that equals share a call."""
+    """Puts chunks into prefill buckets: longest first, so that equals share a call.
+
+    A chunk is cut where that saves more padding than its calls cost. Its pieces stand in order, and
+    one call writes all keys and values of a layer before it attends to any.
+    """
     groups: list[tuple[tuple[int, int], list[list[Chunk]]]] = []
     for scores in (False, True):
         left: list[list[Chunk]] = [[] for _ in range(shape.data_shards)]
-        for chunk in sorted(plan.chunks, key=lambda chunk: -chunk.count):
-            if _wants_scores(chunk) == scores:
-                left[chunk.row // shape.shard_rows].append(chunk)
+        chunks = [chunk for chunk in plan.chunks if _wants_scores(chunk) == scores]
+        if not scores:
+            chunks = [piece for chunk in chunks for piece in _pieces(chunk, shape)]
+        for chunk in sorted(chunks, key=lambda chunk: -chunk.count):
+            left[chunk.row // shape.shard_rows].append(chunk)
         while any(left):
             bucket = _bucket_for(left, shape, scores=scores)
             groups.append((bucket, [own[: bucket[0]] for own in left]))
             left = [own[bucket[0] :] for own in left]
     return groups
+
+
+def _pieces(chunk: Chunk, shape: StepShape) -> Iterator[Chunk]:
+    """The chunk, or what it is cut into: longest first."""
+    sizes = tuple(tokens for rows, tokens in shape.prefill_buckets if rows == 1)
+    counts = cut(chunk.count, sizes, shape.call_places)
+    start = chunk.start
+    for number, count in enumerate(counts, 1):
+        last = chunk.last and number == len(counts)
+        yield Chunk(chunk.sequence, chunk.row, start, count, last)
+        start += count
+
+
+def cut(count: int, sizes: tuple[int, ...], call_places: int) -> tuple[int, ...]:
+    """Cuts so many tokens into pieces for the cheapest calls, descending.
+
+    Args:
+        count: of tokens.
+        sizes: of the buckets, ascending.
+        call_places: what a call costs beside its places, in places.
+
+    >>> cut(300, (16, 64, 128, 256, 512), 24)
+    (256, 44)
+    >>> cut(300, (16, 64, 128, 256, 512), 256)
+    (300,)
+    """
+    if not sizes or count > sizes[-1]:
+        return (count,)
+    table = _first_pieces(sizes, call_places)
+    pieces = list[int]()
+    while count:
+        pieces.append(table[count])
+        count -= pieces[-1]
+    return tuple(sorted(pieces, reverse=True))
+
+
+@lru_cache(maxsize=MAX_TABLES)
+def _first_pieces(sizes: tuple[int, ...], call_places: int) -> list[int]:
+    """Of each count up to the largest size, a piece of the cheapest cut."""
+    least, pieces = [0], [0]
+    for count in range(1, sizes[-1] + 1):
+        whole = next(size for size in sizes if size >= count)
+        choices = [(whole, count)]
+        choices += [(least[count - size] + size, size) for size in sizes if size < count]
+        cost, piece = min(choices, key=lambda choice: (choice[0], -choice[1]))
+        least.append(cost + call_places)
+        pieces.append(piece)
+    return pieces
 
 
 def _bucket_for(left: list[list[Chunk]], shape: StepShape, *, scores: bool) -> tuple[int, int]:

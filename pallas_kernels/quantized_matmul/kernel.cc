@@ -65,6 +65,22 @@ JAXSERVE_INLINE void StoreSums(const Vec (&sum)[X_ROWS][W_ROWS], float* out, int
   }
 }
 
+// With one row of x: so many sums as an addition takes cycles, twice over.
+constexpr int kRowsAlone = 8;
+constexpr int64_t kLineBytes = 64;
+
+// Asks for bytes that are wanted soon, of a format with so many bytes for each group of numbers.
+// What comes fast waits in the second cache: the first has room for few lines on their way. Past
+// the end of memory this does nothing.
+template <int64_t BYTES, int64_t GROUP_BYTES>
+JAXSERVE_INLINE void Prefetch(const void* from) {
+  constexpr int kNearness = GROUP_BYTES < kGroup ? 3 : 2;
+#pragma GCC unroll 16
+  for (int64_t line = 0; line < BYTES; line += kLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(from) + line, 0, kNearness);
+  }
+}
+
 template <typename T, int X_ROWS, int W_ROWS>
 void Multiply(int64_t depth, const float* x, const typename T::Storage* w, float* out,
               int64_t out_stride) {
@@ -78,6 +94,11 @@ void Multiply(int64_t depth, const float* x, const typename T::Storage* w, float
     Vec right[W_ROWS];
 #pragma GCC unroll 8
     for (int n = 0; n < W_ROWS; ++n) right[n] = T::Load(w + n * depth + d);
+    if constexpr (X_ROWS == 1 && W_ROWS == kRowsAlone) {
+      // Of the next rows. Several streams in one page are more than the machine foresees.
+      constexpr int64_t kBytes = sizeof(typename T::Storage);
+      Prefetch<W_ROWS * kLanes * kBytes, kGroup * kBytes>(w + W_ROWS * (depth + d));
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < X_ROWS; ++m) {
       const Vec left = LoadAs<Vec>(x + m * depth + d);
@@ -287,15 +308,10 @@ void Expand(const Matrix& matrix, int64_t first, int64_t rows, float* out) {
 
 // -- one row of x: each number of the matrix is used where it is loaded --------------------------
 
-// So many sums as an addition takes cycles, twice over.
-constexpr int kRowsAlone = 8;
-constexpr int64_t kLineBytes = 64;
-
 template <typename G, int ROWS>
 void MultiplyGroups(const Matrix& matrix, int64_t first, const float* x, float* out) {
   const int64_t groups = matrix.depth / kGroup, row_bytes = matrix.row_bytes();
   const char* values = static_cast<const char*>(matrix.values) + first * row_bytes;
-  // What follows these rows, wanted soon; a prefetch past the end of memory does nothing.
   const char* next = values + ROWS * row_bytes;
   Vec sum[1][ROWS];
 #pragma GCC unroll 8
@@ -321,11 +337,7 @@ void MultiplyGroups(const Matrix& matrix, int64_t first, const float* x, float* 
 #pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j) sum[0][n] = Fma(left[j], right[j], sum[0][n]);
       }
-      const int64_t ahead = offset * ROWS;
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < ROWS * G::kBytes; line += kLineBytes) {
-        __builtin_prefetch(next + ahead + line);
-      }
+      Prefetch<ROWS * G::kBytes, G::kBytes>(next + offset * ROWS);
     }
   }
   StoreSums<1, ROWS>(sum, out, ROWS);

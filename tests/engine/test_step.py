@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxserve.engine.step import (
     RowTable,
     StepInputs,
     StepShape,
+    cut,
     pack_step,
 )
 from jaxserve.engine.stream import TokenStream
@@ -311,6 +313,57 @@ def test_chunks_go_to_the_buckets_with_the_fewest_places_for_each(
     assert inputs.token_places == sum(rows * tokens for rows, tokens in buckets)
     packed = sorted(int(line[Column.LENGTH]) for call in inputs.calls for line in call.buffer)
     assert [length for length in packed if length] == sorted(lengths)
+
+
+SIZES = (16, 64, 128, 256, 512)
+
+
+@pytest.mark.parametrize("call_places", [1, 24, 256])
+def test_no_cut_into_two_or_three_is_cheaper(call_places: int) -> None:
+    def cost(*pieces: int) -> int:
+        return sum(min(size for size in SIZES if size >= piece) + call_places for piece in pieces)
+
+    for count in range(1, 513, 7):
+        pieces = cut(count, SIZES, call_places)
+        assert sum(pieces) == count
+        assert list(pieces) == sorted(pieces, reverse=True)
+        ours = cost(*pieces)
+        assert ours <= cost(count)
+        assert all(ours <= cost(a, count - a) for a in range(1, count))
+        two_full = [(a, b) for a in SIZES for b in SIZES if a + b < count]
+        assert all(ours <= cost(a, b, count - a - b) for a, b in two_full)
+
+
+def test_a_chunk_longer_than_every_size_stays_whole() -> None:
+    assert cut(513, SIZES, 1) == (513,)
+    assert cut(5, (), 1) == (5,)
+
+
+def test_less_than_a_tenth_of_a_prompt_call_is_padding_where_calls_are_cheap() -> None:
+    places = sum(
+        min(size for size in SIZES if size >= piece)
+        for count in range(64, 513)
+        for piece in cut(count, SIZES, 24)
+    )
+    assert 1 - sum(range(64, 513)) / places < 0.1
+
+
+def test_pieces_of_a_prompt_stand_in_order_and_the_last_one_samples() -> None:
+    packer = Packer()
+    packer.table.shape = replace(SHAPE, call_places=1)
+    prompt = list(range(1, 11))
+    packer.add(prompt)
+
+    calls = packer.step().calls
+
+    assert [call.bucket for call in calls] == [(2, 4), (1, 4)]
+    lines = [line for call in calls for line in call.buffer if line[Column.LENGTH]]
+    assert [int(line[Column.START]) for line in lines] == [0, 4, 8]
+    assert [int(line[Column.LENGTH]) for line in lines] == [4, 4, 2]
+    assert [int(line[Column.SAMPLES]) for line in lines] == [0, 0, 1]
+    first = packer.table.shape.line_columns
+    tokens = [int(line[first + i]) for line in lines for i in range(line[Column.LENGTH])]
+    assert tokens == prompt
 
 
 def test_prompts_to_be_scored_go_to_programs_that_score_one_call_each() -> None:
