@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16", "quantization": "none"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "int8-pages": {"dtype": "bfloat16", "quantization": "none", "kv_dtype": "int8"},
 }
 """What ``--settings`` selects, by name: flags of a launch. The first is what others differ from."""
 WINDOW_TOKENS = 1024
