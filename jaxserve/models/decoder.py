@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import (
+    XLA,
     all_reduce,
     project,
     rms_norm,
@@ -35,6 +36,7 @@ from pallas_kernels.quantized_matmul import (
     GROUP,
     Format,
     Matrix,
+    Products,
     Quantized,
     dequantized,
     quantized_on_device,
@@ -152,7 +154,7 @@ class Model:
         attend: Attend,
         *,
         tensor_axis: str | None,
-        products: str = "xla",
+        products: Products = XLA,
         activations: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs all layers over new tokens.
@@ -164,7 +166,7 @@ class Model:
             cache: any pytree; handed from layer to layer through ``attend``.
             attend: attention of new tokens over the cache and themselves.
             tensor_axis: mesh axis that heads, ffn and vocabulary are split over; None: none is.
-            products: which implementation of ``quantized_matmul``.
+            products: how to multiply by the weights.
             activations: dtype of what goes from layer to layer; None: that of the embedding.
 
         Returns:
@@ -221,7 +223,7 @@ class Model:
         return params.ends["embed" if self.config.tie_embeddings else "head"]
 
     def logits(
-        self, params: Params, hidden: Float[Array, "*B D"], *, products: str = "xla"
+        self, params: Params, hidden: Float[Array, "*B D"], *, products: Products = XLA
     ) -> Float[Array, "*B V"]:
         """Returns one float32 logit per token of this shard, from what ``forward`` returned.
 
@@ -230,7 +232,7 @@ class Model:
         return self.partial_logits(self.head_weight(params), hidden, products=products)
 
     def partial_logits(
-        self, rows: Matrix, hidden: Float[Array, "*B D"], *, products: str = "xla"
+        self, rows: Matrix, hidden: Float[Array, "*B D"], *, products: Products = XLA
     ) -> Float[Array, "*B X"]:
         """Returns the float32 logits of some tokens, given their rows of ``head_weight``."""
         with jax.named_scope("head"):
@@ -276,7 +278,7 @@ class Model:
         ropes: Float[Array, "bases 2 B T half"],
         attend: Attend,
         tensor_axis: str | None,
-        products: str,
+        products: Products,
     ) -> tuple[Float[Array, "B T D"], Any]:
         layer = nnx.merge(
             self._layer_graph, nnx.State({name: nnx.Param(w) for name, w in weights.items()})

@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import Activation, RopeScaling
 from jaxserve.models.stacked import LayerOf
-from pallas_kernels.quantized_matmul import Matrix, quantized_matmul
+from pallas_kernels.quantized_matmul import Matrix, Products, quantized_matmul
+
+XLA = Products("xla")
+"""Products anywhere, where nothing better is known."""
 
 
 def rms_norm(
@@ -39,23 +42,22 @@ def rms_norm(
 def project(
     x: Float[Array, "*B I"],
     weight: Matrix | LayerOf,
-    products: str = "xla",
+    products: Products = XLA,
     *,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*B O"]:
-    """Multiplies by a matrix stored ``[out, in]``, accumulating in float32.
+    """Multiplies by a matrix stored ``[out, in]``.
 
     Args:
         x: activations.
         weight: the matrix.
-        products: which implementation of ``quantized_matmul``.
+        products: how; see ``quantized_matmul``.
         dtype: of the result; that of ``x`` when None.
     """
+    options = {"dtype": dtype, **products._asdict()}
     if isinstance(weight, LayerOf):
-        return quantized_matmul(
-            x, weight.stack, layer=weight.number, dtype=dtype, implementation=products
-        )
-    return quantized_matmul(x, weight, dtype=dtype, implementation=products)
+        return quantized_matmul(x, weight.stack, layer=weight.number, **options)
+    return quantized_matmul(x, weight, **options)
 
 
 def gated(gate_up: Float[Array, "*B two_F"], activation: Activation) -> Float[Array, "*B F"]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import all_reduce, apply_rope, gated, project, rms_norm
+from pallas_kernels.quantized_matmul import Products
 
 Axes = tuple[str | None, ...]
 """A word of the alphabet for each axis of a weight; None has no word and is never split."""
@@ -80,7 +81,7 @@ class Layer(nnx.Module):
         cache: Any,
         attend: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
         tensor_axis: str | None,
-        products: str,
+        products: Products,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs the layer; ``attend(cache, q, k, v)`` is bound to it."""
         with jax.named_scope("attn_norm"):
@@ -101,7 +102,7 @@ class Layer(nnx.Module):
         return x, cache
 
     def _qkv(
-        self, x: Float[Array, "B T D"], rope: Float[Array, "2 B T half"], products: str
+        self, x: Float[Array, "B T D"], rope: Float[Array, "2 B T half"], products: Products
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         w = self.w_qkv[...]
         K, rows, H, D = w.shape
@@ -117,7 +118,7 @@ class Layer(nnx.Module):
         with jax.named_scope("rope"):
             return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def _ffn(self, x: Float[Array, "B T D"], products: str) -> Float[Array, "B T D"]:
+    def _ffn(self, x: Float[Array, "B T D"], products: Products) -> Float[Array, "B T D"]:
         w = self.w_gate_up[...]
         gate_up = project(x, w.reshape(-1, w.shape[-1]), products)
         return project(gated(gate_up, self.config.activation), self.w_down[...], products)

@@ -22,6 +22,7 @@ from jaxserve.runner.cache import DeviceState
 from jaxserve.runner.sampling import Lines, bits, choose, merge_top
 from jaxserve.runner.vocab import VocabShard
 from pallas_kernels.paged_attention import Pools, append, paged_attention
+from pallas_kernels.quantized_matmul import Products
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
 
@@ -40,10 +41,16 @@ class StepPrograms:
     activations: jnp.dtype | None = None
     """What goes from layer to layer; None: the weights' dtype."""
 
+    float16_sums: bool = False
+    """Products may sum in float16 where that is faster; see ``quantized_matmul``."""
+
     @property
-    def products(self) -> str:
-        """Which implementation multiplies by the weights."""
-        return "auto" if self.has_native else "xla"
+    def products(self) -> Products:
+        """How to multiply by the weights."""
+        return Products(
+            "auto" if self.has_native else "xla",
+            jnp.float16 if self.float16_sums else jnp.float32,
+        )
 
     @property
     def vocab(self) -> VocabShard:

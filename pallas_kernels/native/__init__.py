@@ -32,6 +32,7 @@ class Isa(enum.IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512FP16 = 3
 
 
 def why_not() -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import shlex
 import subprocess
@@ -23,12 +24,17 @@ from pathlib import Path
 FAMILIES = Path(__file__).resolve().parent.parent
 LIBRARY = "_native.so"
 
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DISA_AVX2=1")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DISA_AVX512=1")
 LEVELS = {
     "portable": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512fp16": (*AVX512, "-mavx512fp16", "-DISA_AVX512FP16=1"),
 }
 """Compiler flags of each level of isa.h; elsewhere than on x86-64, of the first alone."""
+NEWEST = "avx512fp16"
+"""Left out where the compiler is too old for it: GCC has it since version 12, Clang since 14."""
 
 # No contraction: a product and a sum are fused where the source says so and nowhere else, so that
 # an answer does not depend on which of several equal loops the compiler unrolled.
@@ -75,13 +81,27 @@ def compile_objects(
 ) -> list[Path]:
     """Compiles every source of every family into ``scratch``."""
     objects: list[Path] = []
+    newest = takes(compiler, "-mavx512fp16")
+    if not newest:
+        flags = (*flags, "-DJAXSERVE_NO_AVX512FP16=1")
     for source in sorted(FAMILIES.glob("*/*.cc")):
         if source.name == "native.cc" and not has_xla:
             continue
         for level, level_flags in levels(source):
+            if level == NEWEST and not newest:
+                continue
             objects.append(scratch / f"{source.parent.name}-{source.stem}-{level}.o")
             run(compiler, *flags, *level_flags, f"-I{FAMILIES}", "-c", source, "-o", objects[-1])
     return objects
+
+
+def takes(compiler: str, flag: str) -> bool:
+    """Whether the compiler knows a flag, which no other than an x86-64 machine asks."""
+    command = [*shlex.split(compiler), flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return True  # There is none; compiling says so.
 
 
 def levels(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -91,7 +111,7 @@ def levels(source: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
         return
     for level, flags in LEVELS.items():
         if level == "portable" or platform.machine() in ("x86_64", "AMD64"):
-            yield level, (*flags, f"-DISA_NAMESPACE={level}", f"-DISA_{level.upper()}=1")
+            yield level, (*flags, f"-DISA_NAMESPACE={level}")
 
 
 def xla_headers() -> Path:

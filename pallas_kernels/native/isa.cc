@@ -7,19 +7,22 @@ namespace jaxserve {
 namespace {
 
 Isa Detect() {
-#if JAXSERVE_ISA_LEVELS == 3
+#if JAXSERVE_ISA_LEVELS > 1
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if JAXSERVE_ISA_LEVELS > 3
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512fp16")) return Isa::kAvx512Fp16;
+#endif
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
 }
 
-std::atomic<int> limit{static_cast<int>(Isa::kAvx512)};
+std::atomic<int> limit{static_cast<int>(Isa::kAvx512Fp16)};
 
 }  // namespace
 

@@ -99,8 +99,9 @@ template <typename Operation>
 JAXSERVE_INLINE float Reduce(Vec v) {
 #if defined(ISA_AVX512)
   typedef float Vec8 __attribute__((vector_size(32)));
-  const Vec8 eight = Operation::Of(static_cast<Vec8>(_mm512_castps512_ps256(v)),
-                                   static_cast<Vec8>(_mm512_extractf32x8_ps(v, 1)));
+  const Vec8 eight =
+      Operation::Of(static_cast<Vec8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)),
+                    static_cast<Vec8>(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)));
 #elif defined(ISA_AVX2)
   const Vec eight = v;
 #endif

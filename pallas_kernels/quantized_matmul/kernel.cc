@@ -4,82 +4,17 @@
 // kLanes-th product in order, then a tree over the lanes. What stands beside it leaves no trace.
 #include "kernel.h"
 
+#include "blocks.h"
 #include "native/simd.h"
+#if defined(ISA_AVX512FP16)
+#include "halves.h"
+#endif
 
 namespace jaxserve {
 namespace ISA_NAMESPACE {
 namespace {
 
-// Rows of x and of the matrix whose products are kept in registers.
-#if defined(ISA_AVX512)
-constexpr int kXRows = 6, kWRows = 4;
-#else
-constexpr int kXRows = 2, kWRows = 4;
-#endif
-
 // -- products ------------------------------------------------------------------------------------
-
-// Sums over the lanes of each of kLanes vectors: result[i] is that of the i-th, with i's bits read
-// backwards. Each pass adds the halves of two vectors and leaves them interleaved.
-JAXSERVE_INLINE Vec SumsOf(Vec (&vectors)[kLanes]) {
-#pragma GCC unroll 8
-  for (int count = kLanes / 2; count > 0; count /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) {
-      const Vec a = vectors[2 * i], b = vectors[2 * i + 1];
-      vectors[i] = JAXSERVE_LOW(a, b) + JAXSERVE_HIGH(a, b);
-    }
-  }
-  return vectors[0];
-}
-
-constexpr int BitsBackwards(int i) {
-  int result = 0;
-  for (int bit = 1, mirror = kLanes / 2; bit < kLanes; bit *= 2, mirror /= 2) {
-    if (i & bit) result |= mirror;
-  }
-  return result;
-}
-
-// Writes the sums over the lanes of each accumulator.
-template <int X_ROWS, int W_ROWS>
-JAXSERVE_INLINE void StoreSums(const Vec (&sum)[X_ROWS][W_ROWS], float* out, int64_t out_stride) {
-  constexpr int kSums = X_ROWS * W_ROWS;
-#pragma GCC unroll 8
-  for (int first = 0; first < kSums; first += kLanes) {
-    Vec some[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      const int number = first + BitsBackwards(i);
-      some[i] = number < kSums ? sum[number / W_ROWS % X_ROWS][number % W_ROWS] : Splat(0);
-    }
-    float sums[kLanes];
-    StoreAs(sums, SumsOf(some));
-    constexpr int kRun = W_ROWS < kLanes ? W_ROWS : kLanes;
-    const int count = kSums - first < kLanes ? kSums - first : kLanes;
-    for (int i = 0; i < count; i += kRun) {
-      const int number = first + i;
-      __builtin_memcpy(out + number / W_ROWS * out_stride + number % W_ROWS, sums + i,
-                       kRun * sizeof(float));
-    }
-  }
-}
-
-// With one row of x: so many sums as an addition takes cycles, twice over.
-constexpr int kRowsAlone = 8;
-constexpr int64_t kLineBytes = 64;
-
-// Asks for bytes that are wanted soon, of a format with so many bytes for each group of numbers.
-// What comes fast waits in the second cache: the first has room for few lines on their way. Past
-// the end of memory this does nothing.
-template <int64_t BYTES, int64_t GROUP_BYTES>
-JAXSERVE_INLINE void Prefetch(const void* from) {
-  constexpr int kNearness = GROUP_BYTES < kGroup ? 3 : 2;
-#pragma GCC unroll 16
-  for (int64_t line = 0; line < BYTES; line += kLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(from) + line, 0, kNearness);
-  }
-}
 
 template <typename T, int X_ROWS, int W_ROWS>
 void Multiply(int64_t depth, const float* x, const typename T::Storage* w, float* out,
@@ -216,17 +151,6 @@ const Vec kSteps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #endif
 
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-typedef int8_t VecS __attribute__((vector_size(kLanes)));
-
-JAXSERVE_INLINE Vec LoadInt8(const int8_t* p) {
-#if defined(ISA_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadAs<__m128i>(p)));
-#elif defined(ISA_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  return __builtin_convertvector(LoadAs<VecS>(p), Vec);
-#endif
-}
 
 JAXSERVE_INLINE VecI LoadBytes(const uint8_t* p) {
 #if defined(ISA_AVX512)
@@ -246,7 +170,7 @@ struct Int8Group {
     const Vec factor = Splat(scale);
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) {
-      out[j] = LoadInt8(reinterpret_cast<const int8_t*>(values) + j * kLanes) * factor;
+      out[j] = Int8::Load(reinterpret_cast<const int8_t*>(values) + j * kLanes) * factor;
     }
   }
 };
@@ -373,8 +297,17 @@ void MultiplyRow(const Matrix& matrix, int64_t first, int64_t rows, const float*
 
 }  // namespace
 
+#if defined(ISA_AVX512FP16)
+constexpr HalfKernel kHalfKernel = {NarrowRow, ExpandHalves, MultiplyHalves, MultiplyRowHalves,
+                                    Restore};
+constexpr const HalfKernel* kHalfKernelHere = &kHalfKernel;
+#else
+constexpr const HalfKernel* kHalfKernelHere = nullptr;
+#endif
+
 extern const MatmulKernel kMatmulKernel;
-const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, MultiplyRow, Load, Store, kHasFloat16};
+const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, MultiplyRow,    Load,
+                                    Store,  kHasFloat16, kHalfKernelHere};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace jaxserve

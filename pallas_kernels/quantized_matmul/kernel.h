@@ -17,6 +17,12 @@ constexpr int64_t kGroup = 32;
 // What a sum runs over at a time: the depth is a multiple of it.
 constexpr int64_t kDepthStep = 16;
 
+// Numbers in a vector of float16, and what the depth becomes: the rest is zeros.
+constexpr int64_t kHalves = 32;
+static inline constexpr int64_t HalfDepth(int64_t depth) {
+  return (depth + kHalves - 1) / kHalves * kHalves;
+}
+
 enum class Format : int {
   kNumber,  // Plain numbers.
   kInt8,    // scale * value, signed bytes.
@@ -40,6 +46,21 @@ struct Matrix {
   }
 };
 
+// Products whose sums are float16 for a while. Rows of x and of the matrix are HalfDepth long.
+struct HalfKernel {
+  // out[HalfDepth(depth)] = x[depth] times a power of two, which brings the largest close to the
+  // end of float16. Returns what undoes it.
+  float (*narrow)(const float* x, int64_t depth, uint16_t* out);
+  // As in MatmulKernel.
+  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out);
+  void (*multiply)(int64_t depth, int64_t x_rows, const uint16_t* x, int64_t w_rows,
+                   const uint16_t* w, float* out, int64_t out_stride);
+  void (*multiply_row)(const Matrix& matrix, int64_t first, int64_t rows, const uint16_t* x,
+                       float* out);
+  // Multiplies answers by the factor; false if one of them is not finite.
+  bool (*restore)(int64_t count, float factor, float* answers);
+};
+
 struct MatmulKernel {
   // out[rows, depth]: rows of the matrix as float32, from the first on.
   void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, float* out);
@@ -54,6 +75,7 @@ struct MatmulKernel {
   void (*load)(Number number, const void* source, int64_t count, float* target);
   void (*store)(Number number, const float* source, int64_t count, void* target);
   bool has_float16;
+  const HalfKernel* halves;  // null: this instruction set has no arithmetic in float16
 };
 
 JAXSERVE_FOR_EACH_ISA(extern const MatmulKernel kMatmulKernel;)

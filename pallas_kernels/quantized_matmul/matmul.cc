@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "native/memory.h"
 
@@ -17,34 +18,88 @@ constexpr int64_t kMaxPanelRows = 64;
 // Stored bytes that a thread takes at a time when x has few rows.
 constexpr int64_t kTakenBytes = 32 << 10;
 
+// Numbers of x that a thread makes halves of at a time.
+constexpr int64_t kTakenNumbers = 32 << 10;
+
 struct PanelMemory;
 struct XMemory;
+struct FactorMemory;
+struct MendMemory;
+
+bool TakesHalves(const Matmul& m, const MatmulKernel& kernel) {
+  const bool is_wide = m.matrix.format == Format::kNumber && m.matrix.number == Number::kFloat32;
+  return m.float16_sums && kernel.halves && !is_wide;
+}
 
 int64_t PanelRows(const Matmul& m) {
   const int64_t floats = m.x_rows <= kFewRows ? kSmallPanelFloats : kPanelFloats;
   return std::clamp<int64_t>(floats / m.matrix.depth / 4 * 4, 4, kMaxPanelRows);
 }
 
-void RunPanel(const Matmul& m, const MatmulKernel& kernel, const float* x, int64_t first,
+// The rows of x as a kernel reads them, made once for all panels.
+struct Rows {
+  const float* wide;       // float32; null where halves are read
+  const uint16_t* halves;  // float16
+  const float* factors;    // Of each row, that undoes what its halves were multiplied by.
+};
+
+// answers[x_rows, rows], with a stride, from float32.
+void MultiplyWide(const Matmul& m, const MatmulKernel& kernel, const float* x, int64_t first,
+                  int64_t rows, float* memory, float* answers, int64_t stride) {
+  const Matrix& matrix = m.matrix;
+  if (m.x_rows == 1) return kernel.multiply_row(matrix, first, rows, x, answers);
+  const float* panel = static_cast<const float*>(matrix.values) + first * matrix.depth;
+  if (matrix.format != Format::kNumber || matrix.number != Number::kFloat32) {
+    kernel.expand(matrix, first, rows, memory);
+    panel = memory;
+  }
+  kernel.multiply(matrix.depth, m.x_rows, x, rows, panel, answers, stride);
+}
+
+// Computes again in float32 what float16 was too small for, each number by itself.
+void MendRow(const Matmul& m, const MatmulKernel& kernel, int64_t x_row, int64_t first,
+             int64_t rows, float* answers) {
+  const int64_t depth = m.matrix.depth;
+  float* x = ThreadMemory<MendMemory>(depth);
+  const char* source = static_cast<const char*>(m.x) + x_row * depth * NumberBytes(m.x_number);
+  kernel.load(m.x_number, source, depth, x);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!std::isfinite(answers[row])) kernel.multiply_row(m.matrix, first + row, 1, x, answers + row);
+  }
+}
+
+// The same from float16.
+void MultiplyHalves(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
+                    int64_t rows, float* memory, float* answers, int64_t stride) {
+  const HalfKernel& halves = *kernel.halves;
+  if (m.x_rows == 1) {
+    halves.multiply_row(m.matrix, first, rows, x.halves, answers);
+  } else {
+    auto* panel = reinterpret_cast<uint16_t*>(memory);
+    halves.expand(m.matrix, first, rows, panel);
+    halves.multiply(m.matrix.depth, m.x_rows, x.halves, rows, panel, answers, stride);
+  }
+  for (int64_t row = 0; row < m.x_rows; ++row) {
+    float* some = answers + row * stride;
+    if (!halves.restore(rows, x.factors[row], some)) MendRow(m, kernel, row, first, rows, some);
+  }
+}
+
+void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
               int64_t rows) {
   const Matrix& matrix = m.matrix;
   const bool writes_float = m.out_number == Number::kFloat32;
-  float* memory = ThreadMemory<PanelMemory>(rows * (matrix.depth + m.x_rows));
-  float* answers = memory + rows * matrix.depth;
+  float* memory = ThreadMemory<PanelMemory>(rows * (HalfDepth(matrix.depth) + m.x_rows));
+  float* answers = memory + rows * HalfDepth(matrix.depth);
   int64_t stride = rows;
   if (writes_float) {
     answers = static_cast<float*>(m.out) + first;
     stride = matrix.rows;
   }
-  if (m.x_rows == 1) {
-    kernel.multiply_row(matrix, first, rows, x, answers);
+  if (x.halves) {
+    MultiplyHalves(m, kernel, x, first, rows, memory, answers, stride);
   } else {
-    const float* panel = static_cast<const float*>(matrix.values) + first * matrix.depth;
-    if (matrix.format != Format::kNumber || matrix.number != Number::kFloat32) {
-      kernel.expand(matrix, first, rows, memory);
-      panel = memory;
-    }
-    kernel.multiply(matrix.depth, m.x_rows, x, rows, panel, answers, stride);
+    MultiplyWide(m, kernel, x.wide, first, rows, memory, answers, stride);
   }
   if (writes_float) return;
   for (int64_t row = 0; row < m.x_rows; ++row) {
@@ -52,6 +107,48 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const float* x, int64
                    (row * matrix.rows + first) * NumberBytes(m.out_number);
     kernel.store(m.out_number, answers + row * stride, rows, target);
   }
+}
+
+// Reads x as the kernel wants it; the answer lives as long as the thread asks for no other.
+Rows ReadX(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
+  const int64_t depth = m.matrix.depth;
+  const bool is_float = m.x_number == Number::kFloat32;
+  const bool takes_halves = TakesHalves(m, kernel);
+  if (is_float && !takes_halves) return {static_cast<const float*>(m.x), nullptr, nullptr};
+  float* wide = nullptr;
+  if (!takes_halves) wide = ThreadMemory<XMemory>(m.x_rows * depth);
+  const int64_t half_depth = HalfDepth(depth);
+  float* factors = nullptr;
+  uint16_t* halves = nullptr;
+  if (takes_halves) {
+    factors = ThreadMemory<FactorMemory>(m.x_rows);
+    halves = reinterpret_cast<uint16_t*>(ThreadMemory<XMemory>(m.x_rows * half_depth / 2));
+  }
+  const int64_t taken = std::max<int64_t>(kTakenNumbers / depth, 1);
+  const auto run = [&](int64_t item) {
+    const int64_t last = std::min((item + 1) * taken, m.x_rows);
+    for (int64_t row = item * taken; row < last; ++row) {
+      const char* source = static_cast<const char*>(m.x) + row * depth * NumberBytes(m.x_number);
+      if (!takes_halves) {
+        kernel.load(m.x_number, source, depth, wide + row * depth);
+        continue;
+      }
+      const float* numbers = reinterpret_cast<const float*>(source);
+      if (!is_float) {
+        float* one = ThreadMemory<MendMemory>(depth);
+        kernel.load(m.x_number, source, depth, one);
+        numbers = one;
+      }
+      factors[row] = kernel.halves->narrow(numbers, depth, halves + row * half_depth);
+    }
+  };
+  const int64_t items = (m.x_rows + taken - 1) / taken;
+  if (items == 1 || executor.threads() <= 1) {
+    SerialFor(items, run);
+  } else {
+    ParallelFor(executor, items, run);
+  }
+  return {wide, halves, factors};
 }
 
 }  // namespace
@@ -78,12 +175,7 @@ void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) 
   const Matrix& matrix = m.matrix;
   const int64_t products = m.x_rows * matrix.rows * matrix.depth;
   if (products == 0) return;
-  const float* x = static_cast<const float*>(m.x);
-  if (m.x_number != Number::kFloat32) {
-    float* wide = ThreadMemory<XMemory>(m.x_rows * matrix.depth);
-    kernel.load(m.x_number, m.x, m.x_rows * matrix.depth, wide);
-    x = wide;
-  }
+  const Rows x = ReadX(m, kernel, executor);
   const int64_t panel_rows = PanelRows(m);
   const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
   int64_t taken = 1;  // Panels at a time.

@@ -17,6 +17,8 @@ struct Matmul {
   Number out_number;
   void* out;  // [x_rows, matrix.rows]
   int64_t x_rows;
+  // Whether sums of few products may be float16, where the instruction set has that.
+  bool float16_sums = false;
 };
 
 // One matrix of a stack of `layers`, given the first; a layer that is not there becomes the nearest,

@@ -10,8 +10,10 @@ namespace ffi = xla::ffi;
 // values [layers, rows, stored depth]; scale and minimum [layers, rows, groups], or nothing.
 ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
                          ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
-                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out) {
+                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
+                         bool float16_sums) {
   Matmul matmul;
+  matmul.float16_sums = float16_sums;
   Matrix& matrix = matmul.matrix;
   const auto shape = values.dimensions();
   matmul.x_rows = x.dimensions()[0];
@@ -53,7 +55,8 @@ auto MatmulBinding() {
       .Arg<ffi::AnyBuffer>()  // scale
       .Arg<ffi::AnyBuffer>()  // minimum
       .Arg<ffi::Buffer<ffi::S32, 0>>()  // layer
-      .Ret<ffi::AnyBuffer>();
+      .Ret<ffi::AnyBuffer>()
+      .Attr<bool>("float16_sums");
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // of threads, beside any other rows, and while others multiply on the same threads.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <sstream>
@@ -40,7 +41,8 @@ inline void CheckAnswers(const std::string& name, const Matmul& m, const char* o
                          const float* expected, const float* size) {
   // Of the sum of the products' sizes, as in test_quantized_matmul.py.
   const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
-  const float tolerance = tolerances[static_cast<int>(m.out_number)];
+  const float tolerance =
+      std::max(tolerances[static_cast<int>(m.out_number)], m.float16_sums ? 1.f / 1024 : 0.f);
   for (int64_t i = 0; i < m.x_rows * m.matrix.rows; ++i) {
     const float got = AsFloat(out, m.out_number, i);
     if (!(std::fabs(got - expected[i]) <= tolerance * size[i])) {
@@ -113,8 +115,12 @@ inline void CheckMatmul(const std::string& line, std::istream& file,
     if (static_cast<int>(CurrentIsa()) != level) continue;
     const MatmulKernel& kernel = CurrentMatmulKernel();
     if (WhyNotMultiply(m, kernel)) continue;
-    const std::string where = name + " on level " + std::to_string(level);
-    counts.runs[level] += CheckMatmulOnLevel(where, m, kernel, pools, expected.get(), size.get());
+    for (m.float16_sums = false;; m.float16_sums = true) {
+      const std::string where = name + " on level " + std::to_string(level) +
+                                (m.float16_sums ? " with float16 sums" : "");
+      counts.runs[level] += CheckMatmulOnLevel(where, m, kernel, pools, expected.get(), size.get());
+      if (m.float16_sums || !kernel.halves) break;
+    }
   }
 }
 

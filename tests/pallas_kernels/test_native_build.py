@@ -25,12 +25,13 @@ def test_missing_headers_are_said_before_anything_is_compiled(
         build.build_library(tmp_path / build.LIBRARY, "no-such-compiler")
 
 
-@pytest.mark.parametrize(("machine", "levels"), [("x86_64", 3), ("aarch64", 1)])
+@pytest.mark.parametrize(("machine", "levels"), [("x86_64", 4), ("aarch64", 1)])
 def test_kernels_are_compiled_for_each_level_and_the_rest_once(
     machine: str, levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(build.platform, "machine", lambda: machine)
     monkeypatch.setattr(build, "run", lambda *command: None)
+    monkeypatch.setattr(build, "takes", lambda *command: True)
     for has_xla in (True, False):
         objects = build.compile_objects(tmp_path, "c++", (), has_xla=has_xla)
         assert len(objects) == len(set(objects))
@@ -39,3 +40,20 @@ def test_kernels_are_compiled_for_each_level_and_the_rest_once(
             assert counts.pop(f"{family}-kernel") == levels
             assert (f"{family}-native" in counts) == has_xla
         assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize(("status", "levels"), [(0, 4), (1, 3)])
+def test_a_level_that_the_compiler_does_not_know_is_left_out(
+    status: int, levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiler = tmp_path / "c++"
+    commands = tmp_path / "commands"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {commands}\ncase "$*" in\n'
+                        f"  *avx512fp16*) exit {status};;\nesac\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    objects = build.compile_objects(tmp_path, str(compiler), (), has_xla=False)
+    kernels = [path for path in objects if path.name.startswith("quantized_matmul-kernel")]
+    assert len(kernels) == levels
+    defined = commands.read_text().count("-DJAXSERVE_NO_AVX512FP16=1")
+    assert defined == (0 if status == 0 else len(objects))

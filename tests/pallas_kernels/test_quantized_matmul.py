@@ -30,7 +30,9 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 """Of the sum of the products' sizes: float32 sums in any order, then one rounding."""
 
 BY_NAME = {case.name: case for case in CASES}
-compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation"))
+FLOAT16_TOLERANCE = 2**-10
+"""Likewise, of float16 sums: numbers and sums are rounded to 2^-11."""
+compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation", "sums"))
 
 
 @pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
@@ -96,20 +98,90 @@ def test_native_activations_of_16_bits_are_rounded_once(dtype: str, storage: Sto
 
 @needs_native
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_row_has_the_same_bits_alone_and_in_company(storage: Storage):
-    case = replace(BY_NAME["chunk"], depth=576)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float16_sums_err_by_less_than_a_float16(case: Case, storage: Storage, isa: native.Isa):
+    if storage == "float16" and isa is native.Isa.PORTABLE:
+        pytest.skip("portable products take no float16")
     x, stack = case.arrays(storage)
-    product = partial(compiled, layer=LAYER, implementation="native")
+    answer = compiled(x, stack, layer=LAYER, implementation="native", sums="float16")
+    wide, matrix = np.asarray(x, np.float64), numbers(stack)[LAYER]
+    error = np.abs(np.asarray(answer, np.float64) - wide @ matrix.T)
+    assert (error <= FLOAT16_TOLERANCE * (np.abs(wide) @ np.abs(matrix).T)).all()
+    exact = compiled(x, stack, layer=LAYER, implementation="native")
+    has_float16 = isa is native.Isa.AVX512FP16 and storage != "float32"
+    assert np.array_equal(answer, exact) == (not has_float16)
+
+
+needs_float16 = pytest.mark.skipif(
+    native.is_built() and native.isa() is not native.Isa.AVX512FP16,
+    reason="this machine has no arithmetic in float16",
+)
+
+
+@needs_native
+@needs_float16
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e34])
+def test_float16_sums_of_rows_of_any_size(size: float):
+    x, stack = BY_NAME["smollm2-few"].arrays("bfloat16")
+    product = partial(compiled, layer=LAYER, implementation="native", sums="float16")
+    # A power of two changes no bit but those of the exponent.
+    factor = 2.0 ** round(np.log2(size))
+    np.testing.assert_array_equal(product(x * factor, stack), product(x, stack) * factor)
+
+
+@needs_native
+@needs_float16
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_float16_cannot_hold_is_summed_in_float32(rows: int):
+    x = np.ones((rows, 96), np.float32)
+    matrix = np.ones((5, 96), np.float32)
+    matrix[1, :40] = 2.0**14  # Its sums end beyond 65504.
+    matrix[2, 3] = 2.0**17  # No float16 itself.
+    matrix[3, :] = 2.0**120
+    sums = partial(compiled, implementation="native", sums="float16")
+    exact = np.array([96, 40 * 2.0**14 + 56, 2.0**17 + 95, 96 * 2.0**120, 96], np.float32)
+    np.testing.assert_array_equal(
+        sums(x, jnp.asarray(matrix, jnp.bfloat16)), np.broadcast_to(exact, (rows, 5))
+    )
+
+
+@needs_native
+@needs_float16
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_spoils_no_other(value: float):
+    x, stack = BY_NAME["chunk"].arrays("int4")
+    sums = partial(compiled, layer=LAYER, implementation="native", sums="float16")
+    sound = np.asarray(sums(x, stack))
+    spoilt = np.asarray(sums(x.at[2, 5].set(value), stack))
+    assert not np.isfinite(spoilt[2]).any()
+    np.testing.assert_array_equal(np.delete(spoilt, 2, axis=0), np.delete(sound, 2, axis=0))
+
+
+def test_sums_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="sums is bfloat16; it must be float32 or float16"):
+        quantized_matmul(jnp.ones((1, 32)), jnp.ones((2, 32)), sums=jnp.bfloat16)
+
+
+@needs_native
+@pytest.mark.parametrize("sums", ["float32", "float16"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_row_has_the_same_bits_alone_and_in_company(storage: Storage, sums: str):
+    case = replace(BY_NAME["chunk"], depth=848)  # More than one chain, and half a vector.
+    if storage in ("int8", "int4"):
+        case = replace(case, depth=864)
+    x, stack = case.arrays(storage)
+    product = partial(compiled, layer=LAYER, implementation="native", sums=sums)
     together = np.asarray(product(x, stack))
     for rows in (1, 2, 6, 7, 64):
         np.testing.assert_array_equal(product(x[-rows:], stack), together[-rows:])
 
 
 @needs_native
-def test_scales_below_the_normal_numbers_are_not_lost(isa: native.Isa):
+@pytest.mark.parametrize("sums", ["float32", "float16"])
+def test_scales_below_the_normal_numbers_are_not_lost(isa: native.Isa, sums: str):
     """2^-24 is the least float16; a product of it is a normal float32."""
     stack = Quantized(np.full((1, 1, 32), 64, np.int8), np.full((1, 1, 1), 2.0**-24, np.float16))
-    out = quantized_matmul(jnp.ones((1, 32)), stack, layer=0, implementation="native")
+    out = compiled(jnp.ones((1, 32)), stack, layer=0, implementation="native", sums=sums)
     assert out[0, 0] == 32 * 64 * 2.0**-24
 
 
