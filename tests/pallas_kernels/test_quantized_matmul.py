@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -31,18 +30,6 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 
 BY_NAME = {case.name: case for case in CASES}
 compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation"))
-
-
-@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    """Each instruction set that this machine has, one after the other."""
-    native.limit_isa(request.param)
-    try:
-        if native.isa() is not request.param:
-            pytest.skip(f"this machine has no {request.param.name}")
-        yield request.param
-    finally:
-        native.limit_isa(max(native.Isa))
 
 
 def numbers(matrix: object) -> np.ndarray:
