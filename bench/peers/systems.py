@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.workloads import NUMBERED
+
 ROWS = 64
 STEP_TOKENS = 512
 CONTEXT_TOKENS = 8192
@@ -23,8 +25,8 @@ LLAMA_ROWS = 32
 LLAMA_ROW_TOKENS = 4352
 
 CLASSES = ("bf16", "8 bit", "4 bit")
-WORKLOADS = ("W1", "W5", "W4", "W3", "W2")
-"""In the order in which they are run: short ones first."""
+WORKLOADS = tuple(NUMBERED)
+"""In the order in which they are run."""
 
 
 @dataclass(frozen=True)
