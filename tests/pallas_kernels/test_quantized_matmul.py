@@ -15,6 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
     Format,
     Quantized,
+    bytes_per_weight,
     dequantized,
     quantized,
     quantized_matmul,
@@ -182,6 +183,7 @@ def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():
         shapes = jax.eval_shape(partial(quantized_on_device, format=format), jnp.asarray(matrix))
         assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, shapes)
         assert whole.nbytes == {"int8": 816, "int4": 480}[format]
+        assert whole.nbytes == matrix.size * bytes_per_weight(format)
 
 
 @needs_native
