@@ -19,8 +19,9 @@ from jaxserve.planning.costs import peak_bytes, step_body
 from jaxserve.planning.devices import DeviceFacts
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
-from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.runner.runner import Runner
 from pallas_kernels.quantized_matmul import bytes_per_weight
 from sharding.mesh import AXES, MeshShape
 from sharding.placement import bytes_per_device
