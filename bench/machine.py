@@ -14,7 +14,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,22 +151,32 @@ def _busy_s() -> float | None:
 
 def _tree_s(roots: Iterable[int]) -> float:
     """CPU seconds of processes, their descendants, and those of these that have ended."""
-    children: dict[int, list[int]] = {}
-    ticks: dict[int, int] = {}
+    stats = process_stats()
+    ticks = [sum(map(int, stats[one][11:15])) for one in descendants(roots, stats) if one in stats]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def process_stats() -> dict[int, list[str]]:
+    """Returns every process with what the kernel says of it: state, parent, group, session, ..."""
+    stats: dict[int, list[str]] = {}
     for process in PROC.glob("[0-9]*"):
-        try:
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(process.name))
-        ticks[int(process.name)] = sum(map(int, fields[11:15]))
-    seen, todo = set[int](), list(roots)
+        with suppress(OSError):  # Gone meanwhile.
+            stats[int(process.name)] = (process / "stat").read_text().rpartition(")")[2].split()
+    return stats
+
+
+def descendants(roots: Iterable[int], stats: Mapping[int, Sequence[str]]) -> list[int]:
+    """Returns processes and those that they started, directly or not, each once."""
+    children: dict[int, list[int]] = {}
+    for process_id, fields in stats.items():
+        children.setdefault(int(fields[1]), []).append(process_id)
+    found, todo = dict[int, None](), list(roots)
     while todo:
         process_id = todo.pop()
-        if process_id not in seen:
-            seen.add(process_id)
+        if process_id not in found:
+            found[process_id] = None
             todo += children.get(process_id, [])
-    return sum(ticks.get(process_id, 0) for process_id in seen) / os.sysconf("SC_CLK_TCK")
+    return list(found)
 
 
 if __name__ == "__main__":

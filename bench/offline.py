@@ -97,12 +97,7 @@ GOALS: dict[str, tuple[Goal, ...]] = {
 }
 """By preset. The products of SmolLM2-135M: 0.212 GFLOP for each token that enters, 0.057 for each
 that is sampled, and 69,120 for each pair of a token and one that it attends to."""
-GOALS |= {
-    "W1": GOALS["one-stream"],
-    "W2": GOALS["together"],
-    "W4": GOALS["shared-prefix"],
-    "W5": GOALS["long-prompt"],
-}
+GOALS |= {number: GOALS[name] for number, name in workloads.NUMBERED.items() if name in GOALS}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -135,8 +135,15 @@ PRESETS: dict[str, Workload] = dict(
 )
 """The workloads that goals are stated for."""
 
-FILE_LOADS = {"W3": Load(clients=32)}
-"""How the workloads of a file are sent, where not at once."""
+NUMBERED = {
+    "W1": "one-stream",
+    "W5": "long-prompt",
+    "W4": "shared-prefix",
+    "W3": "clients",
+    "W2": "together",
+}
+"""What files and comparisons call the presets, quick ones first. A file has tokens of its own for
+them, and the preset says how they are sent."""
 
 
 def read_file(path: Path) -> list[Workload]:
@@ -164,7 +171,7 @@ def read_file(path: Path) -> list[Workload]:
                 prompt_tokens=(min(prompts), max(prompts)),
                 output_tokens=(min(outputs), max(outputs)),
                 seed=content.get("seed", 0),
-                load=FILE_LOADS.get(name, Load()),
+                load=PRESETS[NUMBERED[name]].load if name in NUMBERED else Load(),
                 given=given,
             )
         )

@@ -11,10 +11,12 @@ server adds (a socket, deadlines, several processes) is left to ``Client``.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
@@ -176,21 +178,32 @@ class LLM:
 
     def score(
         self,
-        text: str | None = None,
+        text: Prompt | None = None,
         *,
-        token_ids: Sequence[int] | None = None,
+        token_ids: Sequence[int] | np.ndarray | None = None,
         messages: Messages | None = None,
         top_logprobs: int = 0,
     ) -> Score:
         """Returns the log-probability of every token of a text.
 
+        Args:
+            text: one text or its token ids; exactly one of this, ``token_ids`` and ``messages``.
+            token_ids: used as they are.
+            messages: a conversation.
+            top_logprobs: the likeliest tokens to tell beside each.
+
         Raises:
             InvalidRequestError: also when the LLM was made with ``prompt_logprobs=False``.
         """
+        if sum(each is not None for each in (text, token_ids, messages)) != 1:
+            raise InvalidRequestError(
+                "pass exactly one of a text, token_ids and messages", field="prompt"
+            )
+        prompt = text if token_ids is None else token_ids
+        given = GenerationCall(messages=messages) if prompt is None else _prompt(prompt)
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_logprobs)
-        call = GenerationCall(text=text, token_ids=token_ids, messages=messages, sampling=sampling)
         self._check_open()
-        return score(self._text, self.info.model_digest, call)
+        return score(self._text, self.info.model_digest, replace(given, sampling=sampling))
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the float32 logits ``[T, V]`` after every token, from one dense forward pass.
@@ -278,7 +291,12 @@ def _is_prompt(prompts: object) -> bool:
 def _prompt(prompt: object) -> GenerationCall:
     if isinstance(prompt, str):
         return GenerationCall(text=prompt)
-    return GenerationCall(token_ids=[int(token) for token in cast("Sequence[int]", prompt)])
+    try:
+        return GenerationCall(token_ids=[index(token) for token in cast("Sequence[int]", prompt)])
+    except TypeError:
+        raise InvalidRequestError(
+            f"a prompt is a text or a list of token ids, got {reprlib.repr(prompt)}", field="prompt"
+        ) from None
 
 
 def _conversation(messages: Messages | str) -> GenerationCall:

@@ -20,6 +20,7 @@ from jaxserve.models.decoder import Model
 from jaxserve.planning.memory import budget_of
 from jaxserve.resolve import LaunchPlan
 from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executables import (
     ExecutableFolder,
     ExecutableStore,
@@ -29,7 +30,7 @@ from jaxserve.runner.executables import (
 from jaxserve.runner.fingerprint import fingerprint
 from jaxserve.runner.group import Group
 from jaxserve.runner.memory import PageCountMemory, host_free_bytes, plan_memory
-from jaxserve.runner.runner import Runner, RunnerConfig
+from jaxserve.runner.runner import Runner
 from pallas_kernels import native
 
 Report = Callable[[str, int, int, str], None]

@@ -255,6 +255,23 @@ def test_score_is_the_log_softmax_of_the_dense_logits(llm: LLM) -> None:
     assert score.usage.prompt_tokens == len(ids)
 
 
+def test_a_score_takes_a_text_or_its_token_ids(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("Hello", add_special_tokens=True)
+    expected = llm.score("Hello")
+    for score in (llm.score(ids), llm.score(np.array(ids)), llm.score(token_ids=np.array(ids))):
+        assert score.tokens == expected.tokens
+    for call in (lambda: llm.score(), lambda: llm.score(ids, token_ids=ids)):
+        with pytest.raises(InvalidRequestError, match="exactly one of a text, token_ids and mess"):
+            call()
+
+
+@pytest.mark.parametrize("prompt", [np.array([[3, 4], [5, 6]]), np.array([3.5]), np.array(["a"])])
+def test_a_prompt_that_is_neither_text_nor_token_ids_is_shown(llm: LLM, prompt: np.ndarray) -> None:
+    for call in (lambda: llm.score(prompt), lambda: llm.stream(prompt)):
+        with pytest.raises(InvalidRequestError, match=r"text or a list of token ids, got array\("):
+            call()
+
+
 def test_logits_have_a_float32_row_for_every_token_whatever_the_padding(llm: LLM) -> None:
     long = llm.logits(range(3, 40))
     short = llm.logits(range(3, 13))

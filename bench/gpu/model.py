@@ -21,8 +21,9 @@ from jaxserve.launch import open_configured
 from jaxserve.models.decoder import Model, Params
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve
 from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.measure import decode_inputs
-from jaxserve.runner.runner import ProgramKey, Runner, RunnerConfig
+from jaxserve.runner.runner import Runner
 from jaxserve.weights.source import ModelSource
 
 ROWS = (1, 8, 64, 256)

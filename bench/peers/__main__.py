@@ -35,17 +35,10 @@ from bench.peers import report
 from bench.peers.process import ROOT, Child, ChildError, Memory, log_path, log_tail, running
 from bench.peers.protocol import Question
 from bench.peers.systems import SYSTEMS, WORKLOADS, Places, System
-from bench.workloads import PRESETS, WARM_UP
+from bench.workloads import NUMBERED, PRESETS, WARM_UP
 from jaxserve.assets import ASSETS
 from jaxserve.cli.environment import Environment
 
-NAMES = {
-    "W1": "one-stream",
-    "W2": "together",
-    "W3": "clients",
-    "W4": "shared-prefix",
-    "W5": "long-prompt",
-}
 VOCAB_SIZE = 49_152
 """Of SmolLM2."""
 FIRST = Question(list(range(1000, 1016)), 1)
@@ -154,7 +147,7 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 def questions(workload: str, variant: int) -> list[Question]:
     """Returns the requests of a workload; those to warm up with are fewer and shorter."""
-    asks = PRESETS[NAMES[workload]].asks(variant, VOCAB_SIZE)
+    asks = PRESETS[NUMBERED[workload]].asks(variant, VOCAB_SIZE)
     found = [Question(ask.prompt, ask.output_tokens) for ask in asks]
     if variant != WARM_UP:
         return found
@@ -395,7 +388,7 @@ class Bench:
 
 
 def _clients(workload: str) -> int | None:
-    return PRESETS[NAMES[workload]].load.clients
+    return PRESETS[NUMBERED[workload]].load.clients
 
 
 def _in_short(found: Mapping[str, Any]) -> str:

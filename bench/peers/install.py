@@ -31,6 +31,9 @@ from jaxserve.cli.environment import Environment
 PYTHON = (3, 12)
 """All of the pinned versions have wheels for it."""
 TORCH = "torch==2.13.0"
+CONVERTER = (TORCH, "optimum-intel==2.2.0", "openvino==2026.4.1")
+"""Makes OpenVINO's copies, and brings what compresses weights and converts tokenizers. It takes
+no transformers as new as the peer's, so it has an environment of its own."""
 TCMALLOC = "libtcmalloc-minimal4"
 PROMPTS = (
     "The capital of France is",
@@ -153,11 +156,12 @@ def _model(given: Environments) -> None:
 
 
 def _openvino_models(given: Environments) -> None:
-    given.make("openvino-convert", TORCH, "optimum-intel==2.2.0", "openvino==2026.4.1")
+    given.make("openvino-convert", *CONVERTER)
     program = given.places.python("openvino-convert").parent / "optimum-cli"
     for weights in ("fp16", "int8"):
         made = given.places.openvino(weights)
         partial = made.with_name(made.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
         words = ["export", "openvino", "-m", str(given.places.hf), "--weight-format", weights]
         words += ["--task", "text-generation-with-past", str(partial)]
         given.run([str(program), *words], HF_HUB_OFFLINE="1")
@@ -179,7 +183,7 @@ STEPS = (
         "openvino-models",
         _openvino_models,
         lambda places: places.openvino("int8"),
-        f"2.2.0 {VERSIONS['openvino']}",
+        " ".join(CONVERTER),
     ),
     Step("llama-cpp", _llama_cpp, lambda places: places.llama_server, VERSIONS["llama-cpp"]),
 )

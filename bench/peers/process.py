@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.machine import PROC, descendants, process_stats
 from bench.peers.protocol import Question, Reply, question_lines
 from bench.peers.systems import Places, System
 
 ROOT = Path(__file__).parents[2]
-PROC = Path("/proc")
 STOP_S = 15.0
 GONE_S = 10.0
 SAMPLE_S = 1.0
@@ -145,7 +145,7 @@ def end(process: subprocess.Popen[str]) -> None:
     """Kills a child, its descendants and its session, and waits until they are gone."""
     ends_s = time.monotonic() + GONE_S
     # Before the kill: afterwards nobody knows whose children the rest were.
-    others = descendants(process.pid)
+    others = descendants([process.pid], process_stats())
     for process_id in {*others, *_session(process.pid)}:
         with suppress(ProcessLookupError):
             os.kill(process_id, signal.SIGKILL)
@@ -154,34 +154,13 @@ def end(process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def _stats() -> Iterator[tuple[int, list[str]]]:
-    """Every process with what the kernel says of it: state, parent, group, session, ..."""
-    for process in PROC.glob("[0-9]*"):
-        with suppress(OSError):
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            yield int(process.name), fields
-
-
 def _session(leader: int) -> list[int]:
     """Returns what still runs in the session of a child, its parent there or not."""
     return [
         process_id
-        for process_id, fields in _stats()
+        for process_id, fields in process_stats().items()
         if int(fields[3]) == leader and fields[0] not in ("Z", "X")
     ]
-
-
-def descendants(root: int) -> list[int]:
-    """Returns a process and those that it started, directly or not."""
-    children: dict[int, list[int]] = {}
-    for process_id, fields in _stats():
-        children.setdefault(int(fields[1]), []).append(process_id)
-    found, todo = list[int](), [root]
-    while todo:
-        process_id = todo.pop()
-        found.append(process_id)
-        todo += children.get(process_id, [])
-    return found
 
 
 class Memory:
@@ -213,7 +192,8 @@ class Memory:
             self._look()
 
     def _look(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, descendants(self._root))))
+        processes = descendants([self._root], process_stats())
+        self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, processes)))
 
 
 def _pss_bytes(process_id: int) -> int:

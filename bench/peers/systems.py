@@ -2,7 +2,7 @@
 
 Everybody gets the same 2 threads, 64 rows, prompts in chunks of 512 tokens, 2 GiB of cache where
 it can be said, and a prefix cache where there is one. llama.cpp has 32 rows, each with room for the
-longest prompt, and so waits with half of the 64 requests: more rows made it slower.
+longest prompt, and so waits with half of the 64 requests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.workloads import NUMBERED
+
 ROWS = 64
 STEP_TOKENS = 512
 CONTEXT_TOKENS = 8192
@@ -23,8 +25,8 @@ LLAMA_ROWS = 32
 LLAMA_ROW_TOKENS = 4352
 
 CLASSES = ("bf16", "8 bit", "4 bit")
-WORKLOADS = ("W1", "W5", "W4", "W3", "W2")
-"""In the order in which they are run: short ones first."""
+WORKLOADS = tuple(NUMBERED)
+"""In the order in which they are run."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,29 @@ def _llama_server(places: Places) -> dict[str, Any]:
     }
 
 
+def _in_bf16(
+    name: str,
+    peer: str,
+    door: str,
+    options: Callable[[Places], dict[str, Any]],
+    environment: Callable[[Places], dict[str, str]],
+    **other: Any,
+) -> System:
+    """One that reads the model in bfloat16."""
+    return System(
+        name=name,
+        precision="bf16",
+        precision_class="bf16",
+        door=door,
+        peer=peer,
+        driver="http" if door == "HTTP" else peer,
+        options=options,
+        needs=lambda places: (places.hf,),
+        environment=environment,
+        **other,
+    )
+
+
 def _openvino(weights: str, precision_class: str) -> System:
     return System(
         name=f"openvino-{weights}",
@@ -189,24 +214,17 @@ VERSIONS: Mapping[str, str] = {
 
 SYSTEMS = (
     _jaxserve("jaxserve-bf16", "bf16", "bf16", "--dtype", "bfloat16", "--quantization", "none"),
-    System(
-        name="vllm-cpu",
-        precision="bf16",
-        precision_class="bf16",
-        door="in process",
-        peer="vllm",
-        driver="vllm",
-        options=lambda places: {
+    _in_bf16(
+        "vllm-cpu",
+        "vllm",
+        "in process",
+        lambda places: {
             "model": str(places.hf),
             "dtype": "bfloat16",
             "max_rows": ROWS,
             "context_tokens": CONTEXT_TOKENS,
         },
-        needs=lambda places: (places.hf,),
-        environment=lambda places: {
-            **_vllm_environment(places),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        },
+        lambda places: {**_vllm_environment(places), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     ),
     _jaxserve("jaxserve-q4", "GGUF Q4_1", "4 bit", "--quantization", "auto"),
     System(
@@ -222,34 +240,19 @@ SYSTEMS = (
     _openvino("fp16", "bf16"),
     _jaxserve("jaxserve-int8", "int8 weights", "8 bit", "--quantization", "int8"),
     _openvino("int8", "8 bit"),
-    System(
-        name="vllm-cpu-http",
-        precision="bf16",
-        precision_class="bf16",
-        door="HTTP",
-        peer="vllm",
-        driver="http",
-        options=_vllm_server,
-        needs=lambda places: (places.hf,),
-        environment=_vllm_environment,
-        workloads=("W3",),
-    ),
-    System(
-        name="transformers",
-        precision="bf16",
-        precision_class="bf16",
-        door="in process",
-        peer="transformers",
-        driver="transformers",
-        options=lambda places: {
+    _in_bf16("vllm-cpu-http", "vllm", "HTTP", _vllm_server, _vllm_environment, workloads=("W3",)),
+    _in_bf16(
+        "transformers",
+        "transformers",
+        "in process",
+        lambda places: {
             "model": str(places.hf),
             "dtype": "bfloat16",
             "threads": THREADS,
             "step_tokens": STEP_TOKENS,
             "blocks": 160,
         },
-        needs=lambda places: (places.hf,),
-        environment=lambda places: dict(_OFFLINE),
+        lambda places: dict(_OFFLINE),
     ),
 )
 """In the order of the first round; each later round begins one further on."""

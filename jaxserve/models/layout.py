@@ -101,16 +101,6 @@ class Layout:
         sources = np.where(found.sources < 0, math.prod(found.true_shape), found.sources)
         return _take(array, place, found.true_shape, sources)
 
-    def shrink(self, array: Array, axes: Axes) -> Array:
-        """Undoes ``stretch``."""
-        found = self._origin(axes)
-        if found is None:
-            return array
-        place = array.ndim - len(axes) + found.place
-        _, first = np.unique(found.sources[found.sources >= 0], return_index=True)
-        kept = np.flatnonzero(found.sources.ravel() >= 0)[first]
-        return _take(array, place, found.sources.shape, kept.reshape(found.true_shape))
-
     def true_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
         """Returns the shape that an array on the mesh has in the checkpoint."""
         found = self._origin(axes)

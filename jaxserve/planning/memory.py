@@ -19,16 +19,15 @@ from jaxserve.planning.costs import peak_bytes, step_body
 from jaxserve.planning.devices import DeviceFacts
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
-from jaxserve.runner.runner import Runner, RunnerConfig
-from pallas_kernels.quantized_matmul import GROUP, Format
+from jaxserve.runner.runner import Runner
+from pallas_kernels.quantized_matmul import bytes_per_weight
 from sharding.mesh import AXES, MeshShape
 from sharding.placement import bytes_per_device
 
 MOST_DEVICES = 64
 """The nearest mesh that fits is looked for among meshes of so many."""
-FORMAT_BYTES: dict[Format, float] = {"int8": 1 + 2 / GROUP, "int4": 1 / 2 + 4 / GROUP}
-"""Of one quantized weight, with its share of the group's scale and minimum."""
 GPU_WORKSPACE_BYTES = 256 * 2**20
 """For what cuBLAS and NCCL allocate for themselves, which no program shows. An assumption."""
 
@@ -137,7 +136,7 @@ def nearest_fit(
 def _may_fit(model: ModelConfig, shape: MeshShape, facts: DeviceFacts, sizes: Sizes) -> bool:
     """Whether it would fit without temporaries, which take a second to trace."""
     # No layout is smaller than its even share, and even that is known sooner than the layout.
-    smallest = min((sizes.dtype.itemsize, *(FORMAT_BYTES[f] for f in sizes.formats.values())))
+    smallest = min((sizes.dtype.itemsize, *map(bytes_per_weight, sizes.formats.values())))
     if model.params * smallest / shape.tensor > free_bytes(facts, shape):
         return False
     runner = _make_runner(model, shape, facts, sizes, sizes.step.table_width + 1, None)

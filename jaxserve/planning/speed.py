@@ -15,7 +15,8 @@ import numpy as np
 from jaxserve.models.decoder import Params
 from jaxserve.planning.costs import Costs, count, step_body
 from jaxserve.planning.devices import DeviceFacts
-from jaxserve.runner.runner import ProgramKey, Runner
+from jaxserve.runner.config import ProgramKey
+from jaxserve.runner.runner import Runner
 from sharding.mesh import MeshShape
 from sharding.placement import bytes_per_device
 

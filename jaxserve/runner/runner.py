@@ -9,10 +9,9 @@ error that names the leaf, not a silent recompilation. What the programs compute
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,16 +21,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxserve.engine.publish import StepHandle, StepResult
-from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, StepShape
+from jaxserve.engine.step import RESULT_COLUMNS, StepInputs
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import (
-    CacheShape,
     DeviceState,
     abstract_state,
     state_specs,
     zero_state,
 )
 from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     ExecutableFolder,
     Signature,
@@ -40,60 +39,7 @@ from jaxserve.runner.executables import (
 )
 from jaxserve.runner.programs import StepPrograms
 from sharding.placement import unstack_in_place
-from sharding.rules import ShardingRules
 from sharding.specs import check_divisible, named_shardings, partition_specs
-
-
-@dataclass(frozen=True, order=True)
-class ProgramKey:
-    """Names one compiled program. Ordered from cheap to expensive."""
-
-    places: int
-    """Token places that it computes."""
-    kind: str
-    """``decode``, ``prefill``, ``score`` or ``set_row``."""
-    rows: int
-    tokens: int
-
-    def __str__(self) -> str:
-        """Reads like ``decode 16x1``."""
-        return f"{self.kind} {self.rows}x{self.tokens}"
-
-    @property
-    def file_name(self) -> str:
-        """Of the program, without an ending."""
-        return f"{self.kind}-{self.rows}x{self.tokens}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunnerConfig:
-    """What is compiled."""
-
-    step: StepShape
-    cache: CacheShape
-    dtype: jnp.dtype
-    activations: jnp.dtype | None = None
-    """Of what goes from layer to layer; None: the weights' dtype."""
-    unrolled_rows: int = 0
-    """Decode programs of at most so many rows are compiled layer by layer, on CPUs; the others loop
-    over stacked layers. XLA's CPU backend copies a layer's weights out of their stack in each turn
-    of a loop, which a step of few rows feels; unrolled programs take three times as long to compile
-    and eight times to load."""
-    has_native: bool = True
-    """Programs may call native kernels, where this machine has them; see ``StepPrograms``."""
-    rules: ShardingRules = field(default_factory=ShardingRules)
-    compiler_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """For XLA, beside those that the platform gets anyway; ``bench.gpu`` tries some."""
-
-    def program_keys(self) -> list[ProgramKey]:
-        """Every program of the grid, cheapest first."""
-        keys = [ProgramKey(0, "set_row", 1, 0)]
-        keys += [ProgramKey(rows, "decode", rows, 1) for rows in self.step.decode_buckets]
-        for rows, tokens in self.step.prefill_buckets:
-            keys.append(ProgramKey(rows * tokens, "prefill", rows, tokens))
-        for rows, tokens in self.step.score_buckets:
-            keys.append(ProgramKey(rows * tokens, "score", rows, tokens))
-        return sorted(keys)
 
 
 class _Handle:

@@ -49,6 +49,21 @@ class Lines:
         return lax.bitcast_convert_type(self.column(column), jnp.float32)
 
     @property
+    def uses_counts(self) -> Bool[Array, " B"]:
+        """Which rows have penalties."""
+        return self.column(Column.USES_COUNTS) > 0
+
+    @property
+    def uses_bias(self) -> Bool[Array, " B"]:
+        """Which rows have a bias."""
+        return self.column(Column.USES_BIAS) > 0
+
+    @property
+    def suppresses_stop(self) -> Bool[Array, " B"]:
+        """Which rows may not choose a token of ``suppressed`` yet."""
+        return self.column(Column.SUPPRESS_STOP) > 0
+
+    @property
     def suppressed(self) -> Int[Array, "B E"]:
         """End and stop tokens of each row, padded with -1."""
         return self.packed[:, int(Column.SUPPRESSED) : int(Column.SUPPRESSED) + MAX_SUPPRESSED]
@@ -85,7 +100,7 @@ def choose(
     if is_token is not None:
         logits = jnp.where(is_token[None], logits, -jnp.inf)
     samples = lines.floats(Column.TEMPERATURE_BITS) > 0
-    adjusts = _adjusts(lines)
+    adjusts = lines.uses_counts | lines.uses_bias | lines.suppresses_stop
 
     def best_of_scores() -> tuple[Array, Array]:
         adjusted = lax.cond(
@@ -116,7 +131,7 @@ def _best(
     """The highest score of this shard's tokens, and whose it is; of equals the lowest id."""
     size = scores.shape[-1]
     best = jnp.max(scores, axis=-1)
-    # XLA's CPU backend computes maxima of floats with vectors, and argmax in ten times the time.
+    # XLA's CPU backend computes maxima of floats with vectors, and argmax one number at a time.
     # Places are exact: a vocabulary is far smaller than 2**24.
     places = -jnp.arange(size, dtype=jnp.int32).astype(jnp.float32)
     place = -jnp.max(jnp.where(scores == best[:, None], places[None], 1.0 - size), axis=-1)
@@ -171,12 +186,6 @@ def bits(values: Float[Array, "*B"]) -> Int[Array, "*B"]:
     return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
 
-def _adjusts(lines: Lines) -> Bool[Array, " B"]:
-    """Which rows ``_adjust`` does something for."""
-    columns = (Column.USES_COUNTS, Column.USES_BIAS, Column.SUPPRESS_STOP)
-    return jnp.any(jnp.stack([lines.column(column) > 0 for column in columns]), axis=0)
-
-
 def _adjust(
     logits: Float[Array, "B V"],
     lines: Lines,
@@ -186,22 +195,22 @@ def _adjust(
 ) -> Float[Array, "B V"]:
     """Penalties, bias and suppressed end tokens, where any row uses them."""
     row = lines.column(Column.ROW)
-    uses_counts = lines.column(Column.USES_COUNTS) > 0
-    uses_bias = lines.column(Column.USES_BIAS) > 0
-    suppress = lines.column(Column.SUPPRESS_STOP) > 0
+    uses_counts, uses_bias, suppresses = (
+        uses[:, None] for uses in (lines.uses_counts, lines.uses_bias, lines.suppresses_stop)
+    )
     logits = lax.cond(
         jnp.any(uses_counts),
-        lambda: jnp.where(uses_counts[:, None], _penalise(logits, lines, counts[row]), logits),
+        lambda: jnp.where(uses_counts, _penalise(logits, lines, counts[row]), logits),
         lambda: logits,
     )
     logits = lax.cond(
         jnp.any(uses_bias),
-        lambda: logits + jnp.where(uses_bias[:, None], bias[row], 0.0),
+        lambda: logits + jnp.where(uses_bias, bias[row], 0.0),
         lambda: logits,
     )
     return lax.cond(
-        jnp.any(suppress),
-        lambda: _suppress(logits, jnp.where(suppress[:, None], lines.suppressed, -1), vocab),
+        jnp.any(suppresses),
+        lambda: _suppress(logits, jnp.where(suppresses, lines.suppressed, -1), vocab),
         lambda: logits,
     )
 

@@ -24,7 +24,6 @@ __all__ = [
     "Pools",
     "append",
     "cell_bytes",
-    "check",
     "paged_attention",
     "pool_shape",
 ]
@@ -80,7 +79,7 @@ def paged_attention(
         ValueError: Shapes, dtypes or numbers that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
-    check(q, pools, scale=scale, window=window, softcap=softcap)
+    _check(q, pools, scale=scale, window=window, softcap=softcap)
     with jax.named_scope("paged_attention"):
         return dispatch(
             "paged_attention",
@@ -137,7 +136,7 @@ def append(
         )
 
 
-def check(
+def _check(
     q: Float[Array, "B T N H"],
     pools: Pools,
     *,

@@ -4,27 +4,17 @@ Such pages are one more kind of the paged pool, ``Pools`` with scales, so that `
 ``paged_attention`` take them as they take others and a model does not ask which it has. This family
 says what they mean (``reference``), makes them of pages of floats, and insists on them. The layout
 is that of ``paged_attention.pool``, the numbers are those of ``paged_attention.int8``, and the
-loops are ``paged_attention``'s own, in C++ and in plain XLA.
+implementations are ``paged_attention``'s own.
 """
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch
-from pallas_kernels.paged_attention import IMPLEMENTATIONS as PAGED
-from pallas_kernels.paged_attention import Pools, append, check
-from pallas_kernels.quantized_attention.reference import (
-    dequantized,
-    quantized,
-    quantized_attention_reference,
-)
+from pallas_kernels.paged_attention import Pools, append, paged_attention
+from pallas_kernels.quantized_attention.reference import dequantized, quantized
 
 __all__ = ["append", "dequantized", "quantized", "quantized_attention"]
-
-IMPLEMENTATIONS = {**PAGED, "reference": quantized_attention_reference}
-"""By name, best first."""
 
 
 def quantized_attention(
@@ -54,7 +44,7 @@ def quantized_attention(
         scale: Multiplies the scores.
         window: Sliding window in tokens; 0 for none.
         softcap: Of the scores; 0 for none.
-        implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
+        implementation: One of ``paged_attention``'s, or ``"auto"`` for the first that accepts.
 
     Raises:
         ValueError: Shapes, dtypes or numbers that no implementation could take; pools without
@@ -66,19 +56,15 @@ def quantized_attention(
             f"the pool is {pools.k.dtype} without scales; make it of quantized(), or use "
             "paged_attention for floats"
         )
-    check(q, pools, scale=scale, window=window, softcap=softcap)
-    with jax.named_scope("quantized_attention"):
-        return dispatch(
-            "quantized_attention",
-            IMPLEMENTATIONS,
-            implementation,
-            q,
-            pools,
-            table,
-            start,
-            length,
-            layer=layer,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+    return paged_attention(
+        q,
+        pools,
+        table,
+        start,
+        length,
+        layer=layer,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        implementation=implementation,
+    )

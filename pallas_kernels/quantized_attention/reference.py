@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
-
 from pallas_kernels.paged_attention.int8 import dequantize, quantize
 from pallas_kernels.paged_attention.pool import Pools
-from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 
 def quantized(pools: Pools) -> Pools:
@@ -21,30 +18,4 @@ def dequantized(pools: Pools) -> Pools:
         k=dequantize(pools.k, pools.k_scale),
         v=dequantize(pools.v, pools.v_scale),
         pages=pools.pages,
-    )
-
-
-def quantized_attention_reference(
-    q: Float[Array, "B T N H"],
-    pools: Pools,
-    table: Int[Array, "B W"],
-    start: Int[Array, " B"],
-    length: Int[Array, " B"],
-    *,
-    layer: int | Int[Array, ""],
-    scale: float,
-    window: int | Int[Array, ""] = 0,
-    softcap: float = 0.0,
-) -> Float[Array, "B T N H"]:
-    """Defines ``quantized_attention``; see there for the arguments."""
-    return paged_attention_reference(
-        q,
-        dequantized(pools),
-        table,
-        start,
-        length,
-        layer=layer,
-        scale=scale,
-        window=window,
-        softcap=softcap,
     )

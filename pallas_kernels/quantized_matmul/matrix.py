@@ -76,6 +76,12 @@ type Numbers = Any
 type Format = Literal["int8", "int4"]
 
 
+def bytes_per_weight(format: Format) -> float:
+    """Of one value, with its share of the group's scale and minimum."""
+    shared = SCALE_DTYPE.itemsize / GROUP
+    return 1 + shared if format == "int8" else 1 / 2 + 2 * shared
+
+
 def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
     """The numbers that a matrix stands for; computed in float32 and rounded once."""
     if not isinstance(matrix, Quantized):

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from bench.machine import descendants, process_stats
 from bench.peers import report
 from bench.peers.__main__ import FIRST, VOCAB_SIZE, is_worth_repeating, questions
 from bench.peers.drivers.http import DIALECTS
 from bench.peers.drivers.stepped import Stepped
-from bench.peers.process import ChildError, descendants, running
+from bench.peers.process import ChildError, running
 from bench.peers.protocol import Question, Reply
 from bench.peers.report import METRICS, Spread, best_peer, equal_share, measure, ratio, table
 from bench.peers.systems import CLASSES, SYSTEMS, WORKLOADS, Places, System
@@ -311,7 +312,8 @@ for line in sys.stdin:
     with script(text) as child:
         child.wait_until_ready(20)
         assert child.version == "1"
-        assert descendants(child.process.pid) == [child.process.pid, child.process_id]
+        family = descendants([child.process.pid], process_stats())
+        assert family == [child.process.pid, child.process_id]
         assert child.ask([Question([5], 2)], None, limit_s=20)[0].ids == [5, 5]
     assert child.process.returncode == 0
     assert not is_running(child.process_id)

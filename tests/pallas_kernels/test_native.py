@@ -5,7 +5,6 @@ What every implementation must do is in ``test_paged_attention``; this is what n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -26,39 +25,22 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
 
+from . import attending
+from .attending import (
+    BY_NAME,
+    LONG,
+    STATIC,
+    TOLERANCE,
+    appending,
+    expect_any_chunk,
+    expect_rows_alone,
+)
 from .native_here import needs_native
 
 pytestmark = needs_native
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""As in ``test_paged_attention``: float32 sums in another order, then one rounding."""
-
-BY_NAME = {case.name: case for case in CASES}
-compiled = jax.jit(paged_attention, static_argnames=("scale", "softcap", "implementation"))
-
-
-@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    """Each instruction set that this machine has, one after the other."""
-    native.limit_isa(request.param)
-    try:
-        if native.isa() is not request.param:
-            pytest.skip(f"this machine has no {request.param.name}")
-        yield request.param
-    finally:
-        native.limit_isa(max(native.Isa))
-
-
-def attend(case: Case, inputs: Inputs, implementation: str = "native") -> np.ndarray:
-    out = compiled(
-        *inputs,
-        layer=jnp.int32(LAYER),
-        scale=case.scale,
-        window=jnp.int32(case.window),
-        softcap=case.softcap,
-        implementation=implementation,
-    )
-    return np.asarray(out.astype(jnp.float32))
+compiled = jax.jit(paged_attention, static_argnames=STATIC)
+attend = partial(attending.attend, compiled)
 
 
 @pytest.mark.parametrize("dtype", POOL_DTYPES)
@@ -68,7 +50,7 @@ def test_native_equals_the_reference(case: Case, dtype: str, isa: native.Isa):
     if dtype == "float16" and isa is native.Isa.PORTABLE:
         pytest.skip("declined: see test_what_it_was_not_written_for_is_declined")
     inputs = case.arrays(seed=0, dtype=dtype)
-    answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+    answer, reference = attend(case, inputs, "native"), attend(case, inputs, "reference")
     np.testing.assert_allclose(answer, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -78,7 +60,7 @@ def test_every_head_dim_has_its_remainders(head_dim: int, isa: native.Isa):
     case = replace(BY_NAME["smollm2-chunk"], head_dim=head_dim, q_heads=8, kv_heads=1, window=37)
     for dtype in ("float32", "bfloat16"):
         inputs = case.arrays(seed=1, dtype=dtype)
-        answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+        answer, reference = attend(case, inputs, "native"), attend(case, inputs, "reference")
         np.testing.assert_allclose(answer, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -86,18 +68,8 @@ def test_float32_queries_read_a_bfloat16_pool():
     case = BY_NAME["smollm2-chunk"]
     inputs = case.arrays(seed=2, dtype="bfloat16")
     inputs = inputs._replace(q=inputs.q.astype(jnp.float32))
-    answer, reference = attend(case, inputs), attend(case, inputs, "reference")
+    answer, reference = attend(case, inputs, "native"), attend(case, inputs, "reference")
     np.testing.assert_allclose(answer, reference, rtol=2e-6, atol=2e-6)
-
-
-LONG = replace(
-    BY_NAME["smollm2-chunk"],
-    name="long",
-    table_width=64,
-    query_tokens=24,
-    rows=tuple(Row(start, 24) for start in (0, 40, 239, 500, 1000, 1500, 1900, 2000)),
-)
-"""Rows of many parts: alone, one is cut over the threads; together, whole tiles are dealt out."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,16 +77,7 @@ LONG = replace(
 def test_a_row_has_the_same_bits_alone_and_in_company(dtype: str, window: int, isa: native.Isa):
     case = replace(LONG, window=window)
     inputs = case.arrays(seed=3, dtype=dtype)
-    together = attend(case, inputs)
-    for b in range(len(case.rows)):
-        row = slice(b, b + 1)
-        alone = inputs._replace(
-            q=inputs.q[row],
-            table=inputs.table[row],
-            start=inputs.start[row],
-            length=inputs.length[row],
-        )
-        np.testing.assert_array_equal(attend(case, alone)[0], together[b])
+    expect_rows_alone(attend, case, inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 24])
@@ -122,25 +85,16 @@ def test_a_row_has_the_same_bits_alone_and_in_company(dtype: str, window: int, i
 def test_a_query_has_the_same_bits_in_any_chunk(chunk: int, window: int, isa: native.Isa):
     case = replace(LONG, window=window)
     inputs = case.arrays(seed=4, dtype="float32")
-    whole = attend(case, inputs)
-    for first in range(0, 24, chunk):
-        real = min(chunk, 24 - first)
-        q = jnp.zeros((len(case.rows), chunk, *inputs.q.shape[2:]), inputs.q.dtype)
-        part = inputs._replace(
-            q=q.at[:, :real].set(inputs.q[:, first : first + real]),
-            start=inputs.start + first,
-            length=jnp.full_like(inputs.length, real),
-        )
-        np.testing.assert_array_equal(attend(case, part)[:, :real], whole[:, first : first + real])
+    expect_any_chunk(attend, case, inputs, chunk)
 
 
 def test_the_same_call_has_the_same_bits_however_threads_share_it():
     """Threads take parts as they come; the standalone program also varies how many there are."""
     case = replace(LONG, rows=(Row(2000, 24),))
     inputs = case.arrays(seed=5, dtype="float32")
-    first = attend(case, inputs)
+    first = attend(case, inputs, "native")
     for _ in range(50):
-        np.testing.assert_array_equal(attend(case, inputs), first)
+        np.testing.assert_array_equal(attend(case, inputs, "native"), first)
 
 
 def test_a_token_that_is_not_finite_spoils_the_answers_that_see_it():
@@ -151,21 +105,15 @@ def test_a_token_that_is_not_finite_spoils_the_answers_that_see_it():
     for name in ("k", "v"):
         cells = getattr(inputs.pools, name).at[page, :, 3].set(jnp.nan)
         spoiled = inputs._replace(pools=replace(inputs.pools, **{name: cells}))
-        assert np.isnan(attend(case, spoiled)).all(), name
+        assert np.isnan(attend(case, spoiled, "native")).all(), name
 
 
 @pytest.mark.parametrize("dtype", POOL_DTYPES)
 @pytest.mark.parametrize("query_tokens", [1, 7, 200])
 def test_append_writes_what_the_scatter_writes(dtype: str, query_tokens: int):
-    case = replace(
-        BY_NAME["smollm2-chunk"],
-        query_tokens=query_tokens,
-        # The last row runs past its table.
-        rows=(Row(30, query_tokens), Row(0, 0), Row(3, 1), Row(639, query_tokens)),
-        table_width=27,
-    )
+    case, table_width = appending(query_tokens)
     inputs = case.arrays(seed=7, dtype=dtype)
-    table = inputs.table[:, :20]
+    table = inputs.table[:, :table_width]
     new = inputs.q[:, :, :3].astype(jnp.float32), inputs.q[:, :, 3:6].astype(jnp.float32)
     written: list[Pools] = [
         append(
@@ -208,7 +156,7 @@ def test_devices_that_share_the_threads_do_not_wait_for_each_other():
             implementation="native",
         )
 
-    np.testing.assert_array_equal(sharded(inputs), attend(case, inputs))
+    np.testing.assert_array_equal(sharded(inputs), attend(case, inputs, "native"))
 
 
 def test_a_program_names_the_build_of_the_library_that_it_was_compiled_for():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.paged_attention import (
@@ -27,33 +26,19 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
 
+from . import attending
+from .attending import (
+    BY_NAME,
+    STATIC,
+    TOLERANCE,
+    expect_dense,
+    expect_rows_alone_in_the_bucket,
+    make_mesh,
+)
 from .dense_attention import dense_attention
 from .native_here import usable
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""Relative, and absolute for answers below 1. Both sides compute in float32 in another order; the
-narrower dtypes then round once, so two answers may differ by one unit in the last place."""
-
-BY_NAME = {case.name: case for case in CASES}
-
-
-STATIC = ("scale", "softcap", "implementation")
-compiled = jax.jit(paged_attention, static_argnames=STATIC)
-
-
-def attend(
-    case: Case, inputs: Inputs, implementation: str, *, window: int | None = None
-) -> np.ndarray:
-    """One program per shape: layer and window are data, as they are in a scanned model."""
-    out = compiled(
-        *inputs,
-        layer=jnp.int32(LAYER),
-        scale=case.scale,
-        window=jnp.int32(case.window if window is None else window),
-        softcap=case.softcap,
-        implementation=implementation,
-    )
-    return np.asarray(out.astype(jnp.float32))
+attend = partial(attending.attend, jax.jit(paged_attention, static_argnames=STATIC))
 
 
 @pytest.mark.parametrize(
@@ -79,23 +64,8 @@ def test_blocked_equals_the_reference(case: Case, dtype: str):
 def test_the_answer_is_dense_attention_over_each_rows_own_tokens(case: Case, implementation: str):
     inputs = case.arrays(seed=1, dtype=np.float32)
     answer = attend(case, inputs, implementation)
-    k_pool, v_pool, q = (np.asarray(x) for x in (inputs.pools.k, inputs.pools.v, inputs.q))
-    for b, row in enumerate(case.rows):
-        end = row.start + row.length
-        pages = np.asarray(inputs.table[b])
-        k_SKH, v_SKH = (
-            np.concatenate(
-                [pool[LAYER * inputs.pools.pages + page].swapaxes(0, 1) for page in pages]
-            )[:end]
-            for pool in (k_pool, v_pool)
-        )
-        q_SNH = np.zeros((end, case.q_heads, case.head_dim))
-        q_SNH[row.start :] = q[b, : row.length]
-        expected = dense_attention(
-            q_SNH, k_SKH, v_SKH, scale=case.scale, window=case.window, softcap=case.softcap
-        )[row.start :]
-        np.testing.assert_allclose(answer[b, : row.length], expected, rtol=1e-5, atol=1e-5)
-        assert not answer[b, row.length :].any(), "padding answers zero"
+    pools = inputs.pools
+    expect_dense(case, inputs, np.asarray(pools.k), np.asarray(pools.v), answer)
 
 
 @pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
@@ -142,18 +112,8 @@ def test_token_by_token_and_in_chunks_equals_one_dense_pass(implementation: str)
 
 @pytest.mark.parametrize("name", ["smollm2-decode", "smollm2-chunk", "gemma3-270m-local"])
 def test_a_row_answers_bit_for_bit_the_same_alone_and_in_company(name: str):
-    """The same bucket, the other rows padding: their lengths move the loop's bounds, no more."""
     case = BY_NAME[name]
-    inputs = case.arrays(seed=2, dtype=np.float32)
-    together = attend(case, inputs, "blocked")
-    for b in range(len(case.rows)):
-        alone = np.arange(len(case.rows)) == b
-        masked = inputs._replace(
-            table=jnp.where(alone[:, None], inputs.table, NULL_PAGE),
-            start=jnp.where(alone, inputs.start, 0),
-            length=jnp.where(alone, inputs.length, 0),
-        )
-        np.testing.assert_array_equal(attend(case, masked, "blocked")[b], together[b])
+    expect_rows_alone_in_the_bucket(attend, case, case.arrays(seed=2, dtype=np.float32))
 
 
 @pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
@@ -260,7 +220,7 @@ def test_shards_of_rows_and_heads_answer_as_the_whole(mesh_shape: tuple[int, int
     specs = _specs(heads, Pools(pool, pool, inputs.pools.pages))
 
     @jax.jit
-    @partial(jax.shard_map, mesh=_mesh(mesh_shape), in_specs=(specs,), out_specs=heads)
+    @partial(jax.shard_map, mesh=make_mesh(mesh_shape), in_specs=(specs,), out_specs=heads)
     def sharded(local: Inputs):
         return paged_attention(*local, layer=LAYER, scale=case.scale)
 
@@ -283,7 +243,9 @@ def test_each_data_shard_has_pages_of_its_own_and_no_shard_talks():
         pools = append(pools, new, -new, *where, layer=LAYER)
         return paged_attention(q, pools, *where, layer=LAYER, scale=case.scale)
 
-    sharded = jax.jit(jax.shard_map(step, mesh=_mesh((2, 4)), in_specs=(specs,), out_specs=heads))
+    sharded = jax.jit(
+        jax.shard_map(step, mesh=make_mesh((2, 4)), in_specs=(specs,), out_specs=heads)
+    )
     expected = np.concatenate([jax.jit(step)(replica) for replica in replicas])
     np.testing.assert_allclose(sharded(both), expected, rtol=2e-6, atol=2e-6)
     program = sharded.lower(both).compile().as_text() or ""
@@ -293,11 +255,6 @@ def test_each_data_shard_has_pages_of_its_own_and_no_shard_talks():
 def _specs(heads: Any, pools: Pools) -> Inputs:
     rows: Any = P("data")
     return Inputs(heads, pools, rows, rows, rows)
-
-
-def _mesh(shape: tuple[int, int]) -> Mesh:
-    devices = np.array(jax.devices()[: shape[0] * shape[1]])
-    return Mesh(devices.reshape(shape), ("data", "tensor"))
 
 
 def _refused(change: Callable[[Inputs], Inputs], **options: object) -> Callable[[], object]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import native
 from pallas_kernels.paged_attention import (
+    IMPLEMENTATIONS,
     NULL_PAGE,
     SCALE_DTYPE,
     Pools,
@@ -24,51 +25,26 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.cases import Inputs, Row
 from pallas_kernels.paged_attention.int8 import LEAST, dequantize, quantize
-from pallas_kernels.quantized_attention import (
-    IMPLEMENTATIONS,
-    append,
-    dequantized,
-    quantized,
-    quantized_attention,
-)
+from pallas_kernels.quantized_attention import append, dequantized, quantized, quantized_attention
 from pallas_kernels.quantized_attention.cases import CASES, LAYER, Case, arrays
 
-from .dense_attention import dense_attention
+from . import attending
+from .attending import (
+    BY_NAME,
+    LONG,
+    STATIC,
+    TOLERANCE,
+    appending,
+    expect_any_chunk,
+    expect_dense,
+    expect_rows_alone,
+    expect_rows_alone_in_the_bucket,
+    make_mesh,
+)
 from .native_here import needs_native, usable
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""By the dtype of queries, as for pages of floats: sums of float32 in another order, then one
-rounding. What int8 itself loses is in the reference, too."""
-
-BY_NAME = {case.name: case for case in CASES}
 NAMES = ("k", "v", "k_scale", "v_scale")
-compiled = jax.jit(quantized_attention, static_argnames=("scale", "softcap", "implementation"))
-
-
-@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    """Each instruction set that this machine has, one after the other."""
-    if reason := native.why_not():
-        pytest.skip(reason)
-    native.limit_isa(request.param)
-    try:
-        if native.isa() is not request.param:
-            pytest.skip(f"this machine has no {request.param.name}")
-        yield request.param
-    finally:
-        native.limit_isa(max(native.Isa))
-
-
-def attend(case: Case, inputs: Inputs, implementation: str) -> np.ndarray:
-    out = compiled(
-        *inputs,
-        layer=jnp.int32(LAYER),
-        scale=case.scale,
-        window=jnp.int32(case.window),
-        softcap=case.softcap,
-        implementation=implementation,
-    )
-    return np.asarray(out.astype(jnp.float32))
+attend = partial(attending.attend, jax.jit(quantized_attention, static_argnames=STATIC))
 
 
 def rounded(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,15 +111,9 @@ def test_bytes_of_a_cell_count_its_scale():
 def test_append_rounds_the_new_cells_and_writes_no_others(
     implementation: str, dtype: str, query_tokens: int
 ):
-    case = replace(
-        BY_NAME["smollm2-chunk"],
-        query_tokens=query_tokens,
-        # The last row runs past its table.
-        rows=(Row(30, query_tokens), Row(0, 0), Row(3, 1), Row(639, query_tokens)),
-        table_width=27,
-    )
+    case, table_width = appending(query_tokens)
     inputs = arrays(case, seed=7)
-    pools, table = inputs.pools, np.asarray(inputs.table)[:, :20]
+    pools, table = inputs.pools, np.asarray(inputs.table)[:, :table_width]
     new = [
         (inputs.q[:, :, 3 * i : 3 * i + 3] * 10.0 ** (2 * i - 1)).astype(dtype) for i in range(2)
     ]
@@ -216,6 +186,16 @@ def test_blocked_equals_the_reference(case: Case):
     np.testing.assert_allclose(answer, reference, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_is_that_of_the_floats_that_the_pages_stand_for(case: Case):
+    inputs = arrays(case, seed=0)
+    floats = inputs._replace(pools=dequantized(inputs.pools))
+    paged = jax.jit(paged_attention, static_argnames=STATIC)
+    np.testing.assert_array_equal(
+        attend(case, inputs, "reference"), attending.attend(paged, case, floats, "reference")
+    )
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 112, 240])
 def test_every_head_dim_has_its_remainders(head_dim: int, isa: native.Isa):
     """int8 is unpacked four at a time, which divides none of these on every instruction set."""
@@ -230,33 +210,15 @@ def test_every_head_dim_has_its_remainders(head_dim: int, isa: native.Isa):
 def test_the_answer_is_dense_attention_over_what_the_pages_stand_for(
     case: Case, implementation: str
 ):
-    """An oracle that shares no line with the kernels: numpy, one sequence, no pages."""
     inputs = arrays(case, seed=1)
     answer = attend(case, inputs, implementation)
-    pools, q = inputs.pools, np.asarray(inputs.q)
+    pools = inputs.pools
     with np.errstate(invalid="ignore"):  # Cells that nobody sees: zeros times infinity.
         k_pool, v_pool = (
             np.asarray(values, np.float64) * np.asarray(scale, np.float64)[..., None]
             for values, scale in ((pools.k, pools.k_scale), (pools.v, pools.v_scale))
         )
-    for b, row in enumerate(case.rows):
-        end = row.start + row.length
-        k_SKH, v_SKH = (
-            np.concatenate(
-                [
-                    pool[LAYER * pools.pages + page].swapaxes(0, 1)
-                    for page in np.asarray(inputs.table[b])
-                ]
-            )[:end]
-            for pool in (k_pool, v_pool)
-        )
-        q_SNH = np.zeros((end, case.q_heads, case.head_dim))
-        q_SNH[row.start :] = q[b, : row.length]
-        expected = dense_attention(
-            q_SNH, k_SKH, v_SKH, scale=case.scale, window=case.window, softcap=case.softcap
-        )[row.start :]
-        np.testing.assert_allclose(answer[b, : row.length], expected, rtol=1e-5, atol=1e-5)
-        assert not answer[b, row.length :].any(), "padding answers zero"
+    expect_dense(case, inputs, k_pool, v_pool, answer)
 
 
 @pytest.mark.parametrize("implementation", usable(("native", "blocked")))
@@ -277,64 +239,23 @@ def test_appended_tokens_answer_almost_as_in_pages_of_floats(implementation: str
     assert np.sqrt(np.mean((stored - meant) ** 2)) < 0.007
 
 
-LONG = replace(
-    BY_NAME["smollm2-chunk"],
-    name="long",
-    table_width=64,
-    query_tokens=24,
-    rows=tuple(Row(start, 24) for start in (0, 40, 239, 500, 1000, 1500, 1900, 2000)),
-)
-"""Rows of many parts: alone, one is cut over the threads; together, whole tiles are dealt out."""
-
-
 @pytest.mark.parametrize("window", [0, 300])
 def test_a_row_has_the_same_bits_alone_and_in_company(window: int, isa: native.Isa):
     case = replace(LONG, window=window)
-    inputs = arrays(case, seed=3)
-    together = attend(case, inputs, "native")
-    for b in range(len(case.rows)):
-        row = slice(b, b + 1)
-        alone = inputs._replace(
-            q=inputs.q[row],
-            table=inputs.table[row],
-            start=inputs.start[row],
-            length=inputs.length[row],
-        )
-        np.testing.assert_array_equal(attend(case, alone, "native")[0], together[b])
+    expect_rows_alone(attend, case, arrays(case, seed=3))
 
 
 @pytest.mark.parametrize("name", ["smollm2-decode", "smollm2-chunk", "gemma3-270m-local"])
 def test_in_plain_xla_a_row_has_the_same_bits_alone_and_in_company(name: str):
     case = BY_NAME[name]
-    inputs = arrays(case, seed=2)
-    together = attend(case, inputs, "blocked")
-    for b in range(len(case.rows)):
-        alone = np.arange(len(case.rows)) == b
-        masked = inputs._replace(
-            table=jnp.where(alone[:, None], inputs.table, NULL_PAGE),
-            start=jnp.where(alone, inputs.start, 0),
-            length=jnp.where(alone, inputs.length, 0),
-        )
-        np.testing.assert_array_equal(attend(case, masked, "blocked")[b], together[b])
+    expect_rows_alone_in_the_bucket(attend, case, arrays(case, seed=2))
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("window", [0, 300])
 def test_a_query_has_the_same_bits_in_any_chunk(chunk: int, window: int, isa: native.Isa):
     case = replace(LONG, window=window)
-    inputs = arrays(case, seed=4)
-    whole = attend(case, inputs, "native")
-    for first in range(0, 24, chunk):
-        real = min(chunk, 24 - first)
-        q = jnp.zeros((len(case.rows), chunk, *inputs.q.shape[2:]), inputs.q.dtype)
-        part = inputs._replace(
-            q=q.at[:, :real].set(inputs.q[:, first : first + real]),
-            start=inputs.start + first,
-            length=jnp.full_like(inputs.length, real),
-        )
-        np.testing.assert_array_equal(
-            attend(case, part, "native")[:, :real], whole[:, first : first + real]
-        )
+    expect_any_chunk(attend, case, arrays(case, seed=4), chunk)
 
 
 @pytest.mark.parametrize("implementation", usable(IMPLEMENTATIONS))
@@ -369,7 +290,6 @@ def test_shards_of_rows_and_heads_answer_as_the_whole(
     inputs = arrays(case, seed=8)
     heads, pool, rows = P("data", None, "tensor"), P(None, "tensor"), P("data")
     specs = Inputs(heads, Pools(pool, pool, inputs.pools.pages, pool, pool), rows, rows, rows)  # pyright: ignore
-    devices = np.array(jax.devices()[: mesh_shape[0] * mesh_shape[1]]).reshape(mesh_shape)
     write = "native" if implementation == "native" else "scatter"
 
     def step(local: Inputs):
@@ -385,7 +305,7 @@ def test_shards_of_rows_and_heads_answer_as_the_whole(
     sharded = jax.jit(
         jax.shard_map(
             step,
-            mesh=Mesh(devices, ("data", "tensor")),
+            mesh=make_mesh(mesh_shape),
             in_specs=(specs,),
             out_specs=heads,
         )
@@ -429,7 +349,7 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
         (_refused(lambda pools: pools, scale=0.0), r"scale must be above 0, got 0\.0"),
         (
             _refused(lambda pools: pools, implementation="fast"),
-            "quantized_attention has no implementation 'fast'; choose 'auto' or one of 'native'",
+            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'native'",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
     Format,
     Quantized,
+    bytes_per_weight,
     dequantized,
     quantized,
     quantized_matmul,
@@ -33,18 +33,6 @@ BY_NAME = {case.name: case for case in CASES}
 FLOAT16_TOLERANCE = 2**-10
 """Likewise, of float16 sums: numbers and sums are rounded to 2^-11."""
 compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation", "sums"))
-
-
-@pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    """Each instruction set that this machine has, one after the other."""
-    native.limit_isa(request.param)
-    try:
-        if native.isa() is not request.param:
-            pytest.skip(f"this machine has no {request.param.name}")
-        yield request.param
-    finally:
-        native.limit_isa(max(native.Isa))
 
 
 def numbers(matrix: object) -> np.ndarray:
@@ -267,6 +255,7 @@ def test_a_quantized_matrix_is_reshaped_and_indexed_as_the_matrix_is():
         shapes = jax.eval_shape(partial(quantized_on_device, format=format), jnp.asarray(matrix))
         assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, shapes)
         assert whole.nbytes == {"int8": 816, "int4": 480}[format]
+        assert whole.nbytes == matrix.size * bytes_per_weight(format)
 
 
 @needs_native

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxserve.models.decoder import Model
 from jaxserve.models.presets import preset
 from jaxserve.planning.costs import Costs, count, peak_bytes, step_body
-from jaxserve.runner.runner import ProgramKey
+from jaxserve.runner.config import ProgramKey
 from tests.planning.planned import memory_of
 
 pytestmark = pytest.mark.slow

@@ -26,6 +26,7 @@ from jaxserve.models.presets import preset
 from jaxserve.runner import executables as executables_module
 from jaxserve.runner import fingerprint as fingerprint_module
 from jaxserve.runner.cache import CacheShape
+from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     KEY_FILE,
     ExecutableFolder,
@@ -36,7 +37,7 @@ from jaxserve.runner.executables import (
     without_jax_cache,
 )
 from jaxserve.runner.fingerprint import fingerprint, traced_files
-from jaxserve.runner.runner import ProgramKey, Runner, RunnerConfig
+from jaxserve.runner.runner import Runner
 from pallas_kernels import native
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import ShardingRules

@@ -20,6 +20,7 @@ from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.dense import DenseForward
 from jaxserve.weights.load import axis_names
 from tests.agreement.ways import STYLES, ask_together, engine_over, make_service, requests
+from tests.models.shrinking import shrink
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +94,7 @@ def test_dense_logits_are_those_of_one_device(service: Service) -> None:
     assert params is not None
     true = jax.tree.map(
         lambda axes, array: jax.device_put(
-            laid_out.layout.shrink(array, axes.words), jax.devices()[0]
+            shrink(laid_out.layout, array, axes.words), jax.devices()[0]
         ),
         axis_names(laid_out, stacked=True),
         params,

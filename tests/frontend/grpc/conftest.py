@@ -35,11 +35,13 @@ from jaxserve.errors import (
     RequestNotFoundError,
 )
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
+from jaxserve.frontend.client import Client
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+from tests.frontend.grpc.clients import QUICK
 
 BOUND_S = 20.0
 """For conditions that come true in milliseconds on a quiet machine."""
@@ -298,3 +300,17 @@ def engine() -> ScriptedEngine:
 def stubs(engine: ScriptedEngine, serving: Serving) -> Stubs:
     """Stubs of a server over ``engine``."""
     return serving.stubs(serving.start(engine))
+
+
+@pytest.fixture
+def connect(serving: Serving) -> Iterator[Callable[..., Client]]:
+    """Starts a server over an engine and returns a client of it."""
+    clients: list[Client] = []
+
+    def connect(engine: ScriptedEngine, **options: Any) -> Client:
+        clients.append(Client(serving.start(engine), **{"retry": QUICK, **options}))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()
