@@ -163,6 +163,10 @@ prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a sm
 	$(ONE_DEVICE) JAXSERVE_STORM_MODEL=smollm2 JAXSERVE_STORM_OUTPUT_TOKENS=32 \
 	    $(PYTEST) tests/storm -m slow -s $(ARGS)
 
+.PHONY: prove-simulator
+prove-simulator: $(STAMP) ## A million simulated steps under faults keep every invariant
+	$(PYTEST) tests/simulator -m prove -s $(ARGS)
+
 .PHONY: prove-mesh
 prove-mesh: $(STAMP) ## SmolLM2 on six meshes answers as on one device; the storm on 2x2
 	@$(BIN)/python -m jaxserve.assets smollm2

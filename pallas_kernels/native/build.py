@@ -25,7 +25,8 @@ FAMILIES = Path(__file__).resolve().parent.parent
 LIBRARY = "_native.so"
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DISA_AVX2=1")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DISA_AVX512=1")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+AVX512 += ("-DISA_AVX512=1",)
 LEVELS = {
     "portable": (),
     "avx2": AVX2,

@@ -48,8 +48,9 @@ def test_a_level_that_the_compiler_does_not_know_is_left_out(
 ):
     compiler = tmp_path / "c++"
     commands = tmp_path / "commands"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {commands}\ncase "$*" in\n'
-                        f"  *avx512fp16*) exit {status};;\nesac\n")
+    compiler.write_text(
+        f'#!/bin/sh\necho "$@" >> {commands}\ncase "$*" in\n  *avx512fp16*) exit {status};;\nesac\n'
+    )
     compiler.chmod(0o755)
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     objects = build.compile_objects(tmp_path, str(compiler), (), has_xla=False)
