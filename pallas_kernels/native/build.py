@@ -31,7 +31,7 @@ LEVELS = {
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512fp16": (*AVX512, "-mavx512fp16", "-DISA_AVX512FP16=1"),
+    "avx512fp16": (*AVX512, "-mavx512fp16", "-mavx512vbmi", "-DISA_AVX512FP16=1"),
 }
 """Compiler flags of each level of isa.h; elsewhere than on x86-64, of the first alone."""
 NEWEST = "avx512fp16"

@@ -14,7 +14,9 @@ Isa Detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if JAXSERVE_ISA_LEVELS > 3
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512fp16")) return Isa::kAvx512Fp16;
+  const bool fp16 =
+      __builtin_cpu_supports("avx512fp16") && __builtin_cpu_supports("avx512vbmi");
+  if (avx2 && avx512 && fp16) return Isa::kAvx512Fp16;
 #endif
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;

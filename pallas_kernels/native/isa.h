@@ -20,7 +20,7 @@ enum class Isa : int {
   kPortable = 0,  // What the compiler's default target has: SSE2, or NEON.
   kAvx2 = 1,      // AVX2, FMA and F16C.
   kAvx512 = 2,    // AVX-512 F, BW, DQ and VL.
-  kAvx512Fp16 = 3,  // Those and arithmetic in float16.
+  kAvx512Fp16 = 3,  // Those, VBMI and arithmetic in float16.
 };
 
 // The level that kernels run at: the machine's best, or the limit if that is lower.

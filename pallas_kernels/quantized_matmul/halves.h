@@ -37,7 +37,27 @@ JAXSERVE_INLINE Half Join(__m256i low, __m256i high) {
 
 JAXSERVE_INLINE __m256i Narrow(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
-JAXSERVE_INLINE Half SplatHalf(uint16_t half) { return _mm512_castsi512_ph(_mm512_set1_epi16(half)); }
+JAXSERVE_INLINE Half SplatHalf(const uint16_t* half) {
+  return _mm512_set1_ph(LoadAs<_Float16>(half));
+}
+
+// Where a vector of an int4 group has its numbers: the lookup below finds them in this order, for
+// which no number has to cross between 64-bit lanes. Lane l of them holds four halves of the bytes
+// 8 (l % 2) to 8 (l % 2) + 7, whose lower halves are the group's first numbers.
+struct Int4Order {
+  uint16_t number[kHalves];  // At each place.
+  uint8_t shift[2 * kHalves];  // What vpmultishiftqb wants: of each byte, its first bit.
+};
+constexpr Int4Order MakeInt4Order() {
+  Int4Order order{};
+  for (int place = 0; place < kHalves; ++place) {
+    const int lane = place / 4, half = lane / 2 * 4 + place % 4;
+    order.number[place] = lane % 2 * 8 + half / 2 + half % 2 * 16;
+    order.shift[2 * place] = order.shift[2 * place + 1] = half * 4;
+  }
+  return order;
+}
+constexpr Int4Order kInt4Order = MakeInt4Order();
 
 // -- rows of a matrix, kHalves numbers at a time --------------------------------------------------
 
@@ -86,7 +106,7 @@ struct Int8Row : GroupRow {
   JAXSERVE_INLINE const void* At(int64_t i) const { return values + i * kGroupBytes; }
   JAXSERVE_INLINE Half Load(int64_t i) const {
     const __m512i wide = _mm512_cvtepi8_epi16(LoadAs<__m256i>(values + i * kGroupBytes));
-    return _mm512_mul_ph(_mm512_cvtepi16_ph(wide), SplatHalf(scale[i]));
+    return _mm512_mul_ph(_mm512_cvtepi16_ph(wide), SplatHalf(scale + i));
   }
   JAXSERVE_INLINE Half LoadRest(int64_t i) const { return Load(i); }
 };
@@ -110,10 +130,9 @@ struct Int4Row : GroupRow {
         0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80,
         0x0000, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4600, 0x4700,
         0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80};
-    const Half choices = _mm512_fmadd_ph(LoadAs<Half>(kSteps), SplatHalf(scale[i]), SplatHalf(minimum[i]));
-    const __m256i pairs = _mm256_cvtepu8_epi16(LoadAs<__m128i>(values + i * kGroupBytes));
-    const __m512i which = _mm512_inserti64x4(_mm512_castsi256_si512(pairs),
-                                             _mm256_srli_epi16(pairs, 4), 1);
+    const Half choices = _mm512_fmadd_ph(LoadAs<Half>(kSteps), SplatHalf(scale + i), SplatHalf(minimum + i));
+    const __m512i pairs = _mm512_broadcast_i32x4(LoadAs<__m128i>(values + i * kGroupBytes));
+    const __m512i which = _mm512_multishift_epi64_epi8(LoadAs<__m512i>(kInt4Order.shift), pairs);
     return _mm512_castsi512_ph(_mm512_permutexvar_epi16(which, _mm512_castph_si512(choices)));
   }
   JAXSERVE_INLINE Half LoadRest(int64_t i) const { return Load(i); }
@@ -260,7 +279,7 @@ void MultiplyRowHalves(const Matrix& matrix, int64_t first, int64_t rows, const 
 
 // -- into float16 and back -----------------------------------------------------------------------
 
-float NarrowRow(const float* x, int64_t depth, uint16_t* out) {
+float NarrowRow(Format format, const float* x, int64_t depth, uint16_t* out) {
   Vec most = Splat(0);
   for (int64_t d = 0; d < depth; d += kLanes) {
     const Vec v = LoadAs<Vec>(x + d);
@@ -275,6 +294,12 @@ float NarrowRow(const float* x, int64_t depth, uint16_t* out) {
   int64_t d = 0;
   for (; d < depth; d += kLanes) StoreAs(out + d, Narrow(LoadAs<Vec>(x + d) * Splat(factor)));
   if (d < HalfDepth(depth)) StoreAs(out + d, _mm256_setzero_si256());
+  if (format == Format::kInt4) {
+    const __m512i order = LoadAs<__m512i>(kInt4Order.number);
+    for (d = 0; d < depth; d += kHalves) {
+      StoreAs(out + d, _mm512_permutexvar_epi16(order, LoadAs<__m512i>(out + d)));
+    }
+  }
   return back;
 }
 

@@ -49,8 +49,8 @@ struct Matrix {
 // Products whose sums are float16 for a while. Rows of x and of the matrix are HalfDepth long.
 struct HalfKernel {
   // out[HalfDepth(depth)] = x[depth] times a power of two, which brings the largest close to the
-  // end of float16. Returns what undoes it.
-  float (*narrow)(const float* x, int64_t depth, uint16_t* out);
+  // end of float16, in the order that rows of the format are expanded in. Returns what undoes it.
+  float (*narrow)(Format format, const float* x, int64_t depth, uint16_t* out);
   // As in MatmulKernel.
   void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out);
   void (*multiply)(int64_t depth, int64_t x_rows, const uint16_t* x, int64_t w_rows,

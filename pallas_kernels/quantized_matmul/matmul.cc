@@ -139,7 +139,7 @@ Rows ReadX(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
         kernel.load(m.x_number, source, depth, one);
         numbers = one;
       }
-      factors[row] = kernel.halves->narrow(numbers, depth, halves + row * half_depth);
+      factors[row] = kernel.halves->narrow(m.matrix.format, numbers, depth, halves + row * half_depth);
     }
   };
   const int64_t items = (m.x_rows + taken - 1) / taken;
