@@ -85,10 +85,10 @@ def test_a_part_that_hangs_is_killed_at_its_budget_with_its_children(
     run: Any, tmp_path: Path
 ) -> None:
     start_s = time.monotonic()
-    outcome = run("hang", 4.0)
-    assert time.monotonic() - start_s < 20
+    outcome = run("hang", 12.0)  # Of which a busy machine takes several to start a process.
+    assert time.monotonic() - start_s < 28
     assert outcome.status == "failed"
-    assert outcome.reason == "killed at its budget of 4 s, with 1 numbers found"
+    assert outcome.reason == "killed at its budget of 12 s, with 1 numbers found"
     assert [number["name"] for number in outcome.numbers] == ["before"]
     assert not is_running(int((tmp_path / "grandchild").read_text()))
 
