@@ -130,7 +130,8 @@ struct Int4Row : GroupRow {
         0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80,
         0x0000, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4600, 0x4700,
         0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80};
-    const Half choices = _mm512_fmadd_ph(LoadAs<Half>(kSteps), SplatHalf(scale + i), SplatHalf(minimum + i));
+    const Half choices =
+        _mm512_fmadd_ph(LoadAs<Half>(kSteps), SplatHalf(scale + i), SplatHalf(minimum + i));
     const __m512i pairs = _mm512_broadcast_i32x4(LoadAs<__m128i>(values + i * kGroupBytes));
     const __m512i which = _mm512_multishift_epi64_epi8(LoadAs<__m512i>(kInt4Order.shift), pairs);
     return _mm512_castsi512_ph(_mm512_permutexvar_epi16(which, _mm512_castph_si512(choices)));
@@ -270,7 +271,8 @@ void MultiplyRowHalves(const Matrix& matrix, int64_t first, int64_t rows, const 
                        float* out) {
   int64_t row = 0;
   for (; row + kRowsAlone <= rows; row += kRowsAlone) {
-    JAXSERVE_FOR_ROWS(matrix, (MultiplyRowsAlone<Row, kRowsAlone>(matrix, first + row, x, out + row)))
+    JAXSERVE_FOR_ROWS(matrix,
+                      (MultiplyRowsAlone<Row, kRowsAlone>(matrix, first + row, x, out + row)))
   }
   for (; row < rows; ++row) {
     JAXSERVE_FOR_ROWS(matrix, (MultiplyRowsAlone<Row, 1>(matrix, first + row, x, out + row)))

@@ -18,13 +18,13 @@ constexpr int64_t kMaxPanelRows = 64;
 // Stored bytes that a thread takes at a time when x has few rows.
 constexpr int64_t kTakenBytes = 32 << 10;
 
-// Numbers of x that a thread makes halves of at a time.
+// Numbers of x that a thread reads at a time.
 constexpr int64_t kTakenNumbers = 32 << 10;
 
 struct PanelMemory;
 struct XMemory;
 struct FactorMemory;
-struct MendMemory;
+struct RowMemory;
 
 bool TakesHalves(const Matmul& m, const MatmulKernel& kernel) {
   const bool is_wide = m.matrix.format == Format::kNumber && m.matrix.number == Number::kFloat32;
@@ -60,7 +60,7 @@ void MultiplyWide(const Matmul& m, const MatmulKernel& kernel, const float* x, i
 void MendRow(const Matmul& m, const MatmulKernel& kernel, int64_t x_row, int64_t first,
              int64_t rows, float* answers) {
   const int64_t depth = m.matrix.depth;
-  float* x = ThreadMemory<MendMemory>(depth);
+  float* x = ThreadMemory<RowMemory>(depth);
   const char* source = static_cast<const char*>(m.x) + x_row * depth * NumberBytes(m.x_number);
   kernel.load(m.x_number, source, depth, x);
   for (int64_t row = 0; row < rows; ++row) {
@@ -109,46 +109,51 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_
   }
 }
 
-// Reads x as the kernel wants it; the answer lives as long as the thread asks for no other.
-Rows ReadX(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
-  const int64_t depth = m.matrix.depth;
-  const bool is_float = m.x_number == Number::kFloat32;
-  const bool takes_halves = TakesHalves(m, kernel);
-  if (is_float && !takes_halves) return {static_cast<const float*>(m.x), nullptr, nullptr};
-  float* wide = nullptr;
-  if (!takes_halves) wide = ThreadMemory<XMemory>(m.x_rows * depth);
-  const int64_t half_depth = HalfDepth(depth);
-  float* factors = nullptr;
-  uint16_t* halves = nullptr;
-  if (takes_halves) {
-    factors = ThreadMemory<FactorMemory>(m.x_rows);
-    halves = reinterpret_cast<uint16_t*>(ThreadMemory<XMemory>(m.x_rows * half_depth / 2));
-  }
-  const int64_t taken = std::max<int64_t>(kTakenNumbers / depth, 1);
+// Calls each(row, its numbers as they are stored), on several threads where there are many.
+template <typename Each>
+void ForRows(const Matmul& m, Executor& executor, const Each& each) {
+  const int64_t row_bytes = m.matrix.depth * NumberBytes(m.x_number);
+  const int64_t taken = std::max<int64_t>(kTakenNumbers / m.matrix.depth, 1);
+  const int64_t items = (m.x_rows + taken - 1) / taken;
   const auto run = [&](int64_t item) {
     const int64_t last = std::min((item + 1) * taken, m.x_rows);
     for (int64_t row = item * taken; row < last; ++row) {
-      const char* source = static_cast<const char*>(m.x) + row * depth * NumberBytes(m.x_number);
-      if (!takes_halves) {
-        kernel.load(m.x_number, source, depth, wide + row * depth);
-        continue;
-      }
-      const float* numbers = reinterpret_cast<const float*>(source);
-      if (!is_float) {
-        float* one = ThreadMemory<MendMemory>(depth);
-        kernel.load(m.x_number, source, depth, one);
-        numbers = one;
-      }
-      factors[row] = kernel.halves->narrow(m.matrix.format, numbers, depth, halves + row * half_depth);
+      each(row, static_cast<const char*>(m.x) + row * row_bytes);
     }
   };
-  const int64_t items = (m.x_rows + taken - 1) / taken;
   if (items == 1 || executor.threads() <= 1) {
     SerialFor(items, run);
   } else {
     ParallelFor(executor, items, run);
   }
-  return {wide, halves, factors};
+}
+
+// What both return lives until the thread asks for another.
+Rows ReadWide(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
+  if (m.x_number == Number::kFloat32) return {static_cast<const float*>(m.x), nullptr, nullptr};
+  const int64_t depth = m.matrix.depth;
+  float* wide = ThreadMemory<XMemory>(m.x_rows * depth);
+  ForRows(m, executor, [&](int64_t row, const char* source) {
+    kernel.load(m.x_number, source, depth, wide + row * depth);
+  });
+  return {wide, nullptr, nullptr};
+}
+
+Rows ReadHalves(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
+  const int64_t depth = m.matrix.depth, half_depth = HalfDepth(depth);
+  float* factors = ThreadMemory<FactorMemory>(m.x_rows);
+  auto* halves = reinterpret_cast<uint16_t*>(ThreadMemory<XMemory>(m.x_rows * half_depth / 2));
+  ForRows(m, executor, [&](int64_t row, const char* source) {
+    const float* numbers = reinterpret_cast<const float*>(source);
+    if (m.x_number != Number::kFloat32) {
+      float* wide = ThreadMemory<RowMemory>(depth);
+      kernel.load(m.x_number, source, depth, wide);
+      numbers = wide;
+    }
+    factors[row] =
+        kernel.halves->narrow(m.matrix.format, numbers, depth, halves + row * half_depth);
+  });
+  return {nullptr, halves, factors};
 }
 
 }  // namespace
@@ -175,7 +180,8 @@ void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) 
   const Matrix& matrix = m.matrix;
   const int64_t products = m.x_rows * matrix.rows * matrix.depth;
   if (products == 0) return;
-  const Rows x = ReadX(m, kernel, executor);
+  const bool takes_halves = TakesHalves(m, kernel);
+  const Rows x = takes_halves ? ReadHalves(m, kernel, executor) : ReadWide(m, kernel, executor);
   const int64_t panel_rows = PanelRows(m);
   const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
   int64_t taken = 1;  // Panels at a time.
