@@ -9,7 +9,7 @@ import pytest
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
 from jaxserve.models.presets import preset
-from jaxserve.resolve import configure_jax, resolve, resolve_quantization
+from jaxserve.resolve import configure_jax, resolve, resolve_quantization, resolve_sizes
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import Format
 
@@ -108,6 +108,14 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
 def test_a_context_beyond_the_models_window_is_refused() -> None:
     with pytest.raises(ConfigError, match="the model's window is 512; lower --context-tokens"):
         resolve(config(context_tokens=100_000), TINY)
+
+
+def test_a_cpu_cuts_prompts_sooner_than_a_gpu() -> None:
+    places = {
+        platform: resolve_sizes(config(), TINY, platform, data_shards=1).step.call_places
+        for platform in ("cpu", "cuda")
+    }
+    assert places == {"cpu": 24, "cuda": 256}
 
 
 def test_a_plan_leaves_nothing_open() -> None:

@@ -33,6 +33,8 @@ MAX_END_TOKENS = 8
 MAX_SUPPRESSED = MAX_STOP_TOKEN_IDS + MAX_END_TOKENS
 RESULT_COLUMNS = 3 + 2 * MAX_LOGPROBS
 """Of a result line: token, log-probability bits, rank, then ids and log-probability bits."""
+CALL_PLACES = 256
+"""See ``StepShape.call_places``; of GPUs by their data sheets, not measured."""
 MAX_TABLES = 16
 """Of cuts, kept for the shapes of the engines in this process."""
 
@@ -91,7 +93,7 @@ class StepShape:
     score_buckets: tuple[tuple[int, int], ...] = ()
     """Those that also have a program that scores prompts; empty when prompts cannot be scored."""
     data_shards: int = 1
-    call_places: int = 256
+    call_places: int = CALL_PLACES
     """Token places that take as long as one more call, which reads every weight again: about the
     operations of a device for each byte that it reads."""
 

@@ -80,8 +80,9 @@ def quantized_matmul(
         implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
         sums: Dtype of a sum: float32, or float16, which allows numbers of 11 bits and sums of a few
             of their products in float16, themselves summed in float32. An error is then about 2^-11
-            of the sizes of the products, less than bfloat16 has. Native products take half the time
-            where the CPU computes in float16; everything else sums in float32 all the same.
+            of the sizes of the products, less than bfloat16 has; weights below 2^-14 lose digits,
+            as in a model of float16. Native products do it where the CPU computes in float16;
+            everything else sums in float32 all the same.
 
     Raises:
         ValueError: Shapes or dtypes that no implementation could take.
