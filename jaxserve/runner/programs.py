@@ -41,16 +41,13 @@ class StepPrograms:
     activations: jnp.dtype | None = None
     """What goes from layer to layer; None: the weights' dtype."""
 
-    float16_sums: bool = False
-    """Products may sum in float16 where that is faster; see ``quantized_matmul``."""
+    narrow: bool = False
+    """Products may round on the way where that is faster; see ``quantized_matmul``."""
 
     @property
     def products(self) -> Products:
         """How to multiply by the weights."""
-        return Products(
-            "auto" if self.has_native else "xla",
-            jnp.float16 if self.float16_sums else jnp.float32,
-        )
+        return Products("auto" if self.has_native else "xla", self.narrow)
 
     @property
     def vocab(self) -> VocabShard:

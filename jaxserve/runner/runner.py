@@ -84,7 +84,7 @@ class Runner:
             has_native=config.has_native,
             activations=config.activations,
             # A model of 16 bits is not exacter than that; one of float32 was asked to be.
-            float16_sums=config.dtype.itemsize == 2,
+            narrow=config.dtype.itemsize == 2,
         )
         self._abstract_params = model.abstract(config.dtype, stacked=True)
         self._param_specs = partition_specs(model.logical_axes(stacked=True), config.rules)

@@ -32,7 +32,9 @@ class Isa(enum.IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
-    AVX512FP16 = 3
+    AVX512VNNI = 3
+    AVX512BF16 = 4
+    AVX512FP16 = 5
 
 
 def why_not() -> str | None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FAMILIES = Path(__file__).resolve().parent.parent
@@ -27,11 +28,14 @@ LIBRARY = "_native.so"
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DISA_AVX2=1")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 AVX512 += ("-DISA_AVX512=1",)
+VNNI = (*AVX512, "-mavx512vnni", "-DISA_AVX512VNNI=1")
 LEVELS = {
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512fp16": (*AVX512, "-mavx512fp16", "-mavx512vbmi", "-DISA_AVX512FP16=1"),
+    "avx512vnni": VNNI,
+    "avx512bf16": (*VNNI, "-mavx512bf16", "-DISA_AVX512BF16=1"),
+    "avx512fp16": (*VNNI, "-mavx512fp16", "-DISA_AVX512FP16=1"),
 }
 """Compiler flags of each level of isa.h; elsewhere than on x86-64, of the first alone."""
 NEWEST = "avx512fp16"
@@ -81,19 +85,24 @@ def compile_objects(
     scratch: Path, compiler: str, flags: Sequence[str], *, has_xla: bool
 ) -> list[Path]:
     """Compiles every source of every family into ``scratch``."""
-    objects: list[Path] = []
     newest = takes(compiler, "-mavx512fp16")
     if not newest:
         flags = (*flags, "-DJAXSERVE_NO_AVX512FP16=1")
-    for source in sorted(FAMILIES.glob("*/*.cc")):
-        if source.name == "native.cc" and not has_xla:
-            continue
-        for level, level_flags in levels(source):
-            if level == NEWEST and not newest:
-                continue
-            objects.append(scratch / f"{source.parent.name}-{source.stem}-{level}.o")
-            run(compiler, *flags, *level_flags, f"-I{FAMILIES}", "-c", source, "-o", objects[-1])
-    return objects
+    wanted = [
+        (source, level, level_flags)
+        for source in sorted(FAMILIES.glob("*/*.cc"), key=lambda path: path.name != "kernel.cc")
+        if has_xla or source.name != "native.cc"
+        for level, level_flags in levels(source)
+        if newest or level != NEWEST
+    ]
+
+    def compile_one(source: Path, level: str, level_flags: Sequence[str]) -> Path:
+        out = scratch / f"{source.parent.name}-{source.stem}-{level}.o"
+        run(compiler, *flags, *level_flags, f"-I{FAMILIES}", "-c", source, "-o", out)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(compile_one, *zip(*wanted, strict=True)))
 
 
 def takes(compiler: str, flag: str) -> bool:

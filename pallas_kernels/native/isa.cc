@@ -13,15 +13,17 @@ Isa Detect() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if JAXSERVE_ISA_LEVELS > 3
-  const bool fp16 =
-      __builtin_cpu_supports("avx512fp16") && __builtin_cpu_supports("avx512vbmi");
-  if (avx2 && avx512 && fp16) return Isa::kAvx512Fp16;
+  if (!avx2) return Isa::kPortable;
+  if (!avx512) return Isa::kAvx2;
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
+#if JAXSERVE_ISA_LEVELS > 5
+  if (__builtin_cpu_supports("avx512fp16")) return Isa::kAvx512Fp16;
 #endif
-  if (avx2 && avx512) return Isa::kAvx512;
-  if (avx2) return Isa::kAvx2;
-#endif
+  return Isa::kAvx512Bf16;
+#else
   return Isa::kPortable;
+#endif
 }
 
 std::atomic<int> limit{static_cast<int>(Isa::kAvx512Fp16)};

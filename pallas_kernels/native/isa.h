@@ -9,9 +9,9 @@
 #if !defined(__x86_64__)
 #define JAXSERVE_ISA_LEVELS 1
 #elif defined(JAXSERVE_NO_AVX512FP16)  // An older compiler.
-#define JAXSERVE_ISA_LEVELS 3
+#define JAXSERVE_ISA_LEVELS 5
 #else
-#define JAXSERVE_ISA_LEVELS 4
+#define JAXSERVE_ISA_LEVELS 6
 #endif
 
 namespace jaxserve {
@@ -20,7 +20,9 @@ enum class Isa : int {
   kPortable = 0,  // What the compiler's default target has: SSE2, or NEON.
   kAvx2 = 1,      // AVX2, FMA and F16C.
   kAvx512 = 2,    // AVX-512 F, BW, DQ and VL.
-  kAvx512Fp16 = 3,  // Those, VBMI and arithmetic in float16.
+  kAvx512Vnni = 3,  // Those, and sums of products of bytes.
+  kAvx512Bf16 = 4,  // Those, and sums of products of bfloat16 numbers.
+  kAvx512Fp16 = 5,  // Those, and arithmetic in float16.
 };
 
 // The level that kernels run at: the machine's best, or the limit if that is lower.
@@ -28,22 +30,22 @@ Isa CurrentIsa();
 
 }  // namespace jaxserve
 
-// The addresses of one name in every level, best last; index it with CurrentIsa().
-#if JAXSERVE_ISA_LEVELS == 4
-#define JAXSERVE_BY_ISA(name) {&portable::name, &avx2::name, &avx512::name, &avx512fp16::name}
-#define JAXSERVE_FOR_EACH_ISA(declaration) \
-  namespace portable { declaration }      \
-  namespace avx2 { declaration }          \
-  namespace avx512 { declaration }        \
-  namespace avx512fp16 { declaration }
-#elif JAXSERVE_ISA_LEVELS == 3
-#define JAXSERVE_BY_ISA(name) {&portable::name, &avx2::name, &avx512::name}
-#define JAXSERVE_FOR_EACH_ISA(declaration) \
-  namespace portable { declaration }      \
-  namespace avx2 { declaration }          \
-  namespace avx512 { declaration }
+// Every level, best last, as entry(level, what).
+#if JAXSERVE_ISA_LEVELS == 1
+#define JAXSERVE_ISAS(entry, what) entry(portable, what)
 #else
-#define JAXSERVE_BY_ISA(name) {&portable::name}
-#define JAXSERVE_FOR_EACH_ISA(declaration) \
-  namespace portable { declaration }
+#define JAXSERVE_ISAS(entry, what)                                                      \
+  entry(portable, what) entry(avx2, what) entry(avx512, what) entry(avx512vnni, what)   \
+      entry(avx512bf16, what) JAXSERVE_NEWEST_ISA(entry, what)
 #endif
+#if JAXSERVE_ISA_LEVELS == 6
+#define JAXSERVE_NEWEST_ISA(entry, what) entry(avx512fp16, what)
+#else
+#define JAXSERVE_NEWEST_ISA(entry, what)
+#endif
+
+// The addresses of one name in every level; index it with CurrentIsa().
+#define JAXSERVE_ADDRESS(level, name) &level::name,
+#define JAXSERVE_BY_ISA(name) {JAXSERVE_ISAS(JAXSERVE_ADDRESS, name)}
+#define JAXSERVE_DECLARED(level, declaration) namespace level { declaration }
+#define JAXSERVE_FOR_EACH_ISA(declaration) JAXSERVE_ISAS(JAXSERVE_DECLARED, declaration)

@@ -50,14 +50,12 @@ IMPLEMENTATIONS = {
 }
 """By name, best first."""
 
-SUM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.float16))
-
 
 class Products(NamedTuple):
     """What all products of a model have in common; see the arguments of ``quantized_matmul``."""
 
     implementation: str = "auto"
-    sums: Any = jnp.float32
+    narrow: bool = False
 
 
 def quantized_matmul(
@@ -67,7 +65,7 @@ def quantized_matmul(
     layer: int | Int[Array, ""] | None = None,
     dtype: Any = None,
     implementation: str = "auto",
-    sums: Any = jnp.float32,
+    narrow: bool = False,
 ) -> Float[Array, "*B O"]:
     """Multiplies activations by a matrix stored ``[O, I]``.
 
@@ -78,11 +76,11 @@ def quantized_matmul(
             or a traced scalar. One that is not there becomes the nearest.
         dtype: Of the result; that of ``x`` when None.
         implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
-        sums: Dtype of a sum: float32, or float16, which allows numbers of 11 bits and sums of a few
-            of their products in float16, themselves summed in float32. An error is then about 2^-11
-            of the sizes of the products, less than bfloat16 has; weights below 2^-14 lose digits,
-            as in a model of float16. Native products do it where the CPU computes in float16;
-            everything else sums in float32 all the same.
+        narrow: Allows native products to round on the way what float32 would keep, where the CPU is
+            faster so. A quantized matrix meets activations of int8, with a float32 scale for each
+            of its groups: an error of at most 1/254 of the largest in a group. One of bfloat16
+            meets them as bfloat16 (2^-9 of each), or, like one of float16, as float16 with sums of
+            a few products in float16 (2^-11; weights below 2^-14 lose digits). All else is float32.
 
     Raises:
         ValueError: Shapes or dtypes that no implementation could take.
@@ -95,8 +93,6 @@ def quantized_matmul(
             f"the matrix is {list(matrix.shape)}; with activations {list(x.shape)} it must be "
             f"{'[O, I]' if layer is None else '[L, O, I]'} with I = {x.shape[-1]}"
         )
-    if jnp.dtype(sums) not in SUM_DTYPES:
-        raise ValueError(f"sums is {jnp.dtype(sums).name}; it must be float32 or float16")
     with jax.named_scope("matmul"):
         return dispatch(
             "quantized_matmul",
@@ -106,5 +102,5 @@ def quantized_matmul(
             matrix,
             layer=layer,
             dtype=jnp.dtype(dtype or x.dtype),
-            sums=jnp.dtype(sums),
+            narrow=narrow,
         )

@@ -3,6 +3,7 @@
 // Included by kernel.cc alone.
 #pragma once
 
+#include "kernel.h"
 #include "native/simd.h"
 
 namespace jaxserve {

@@ -37,28 +37,6 @@ JAXSERVE_INLINE Half Join(__m256i low, __m256i high) {
 
 JAXSERVE_INLINE __m256i Narrow(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
-JAXSERVE_INLINE Half SplatHalf(const uint16_t* half) {
-  return _mm512_set1_ph(LoadAs<_Float16>(half));
-}
-
-// Where a vector of an int4 group has its numbers: the lookup below finds them in this order, for
-// which no number has to cross between 64-bit lanes. Lane l of them holds four halves of the bytes
-// 8 (l % 2) to 8 (l % 2) + 7, whose lower halves are the group's first numbers.
-struct Int4Order {
-  uint16_t number[kHalves];  // At each place.
-  uint8_t shift[2 * kHalves];  // What vpmultishiftqb wants: of each byte, its first bit.
-};
-constexpr Int4Order MakeInt4Order() {
-  Int4Order order{};
-  for (int place = 0; place < kHalves; ++place) {
-    const int lane = place / 4, half = lane / 2 * 4 + place % 4;
-    order.number[place] = lane % 2 * 8 + half / 2 + half % 2 * 16;
-    order.shift[2 * place] = order.shift[2 * place + 1] = half * 4;
-  }
-  return order;
-}
-constexpr Int4Order kInt4Order = MakeInt4Order();
-
 // -- rows of a matrix, kHalves numbers at a time --------------------------------------------------
 
 template <typename T>
@@ -86,74 +64,6 @@ JAXSERVE_INLINE Half NumberRow<Float16>::Load(int64_t i) const {
   return LoadAs<Half>(values + i * kHalves);
 }
 
-struct GroupRow {
-  const uint16_t* scale;
-
-  GroupRow() = default;
-  GroupRow(const Matrix& matrix, int64_t row)
-      : scale(matrix.scale + row * (matrix.depth / kGroup)) {}
-};
-
-struct Int8Row : GroupRow {
-  static constexpr int64_t kGroupBytes = kGroup;
-  const int8_t* values;
-
-  Int8Row() = default;
-  Int8Row(const Matrix& matrix, int64_t row)
-      : GroupRow(matrix, row),
-        values(static_cast<const int8_t*>(matrix.values) + row * matrix.row_bytes()) {}
-
-  JAXSERVE_INLINE const void* At(int64_t i) const { return values + i * kGroupBytes; }
-  JAXSERVE_INLINE Half Load(int64_t i) const {
-    const __m512i wide = _mm512_cvtepi8_epi16(LoadAs<__m256i>(values + i * kGroupBytes));
-    return _mm512_mul_ph(_mm512_cvtepi16_ph(wide), SplatHalf(scale + i));
-  }
-  JAXSERVE_INLINE Half LoadRest(int64_t i) const { return Load(i); }
-};
-
-struct Int4Row : GroupRow {
-  static constexpr int64_t kGroupBytes = kGroup / 2;
-  const uint16_t* minimum;
-  const char* values;
-
-  Int4Row() = default;
-  Int4Row(const Matrix& matrix, int64_t row)
-      : GroupRow(matrix, row),
-        minimum(matrix.minimum + row * (matrix.depth / kGroup)),
-        values(static_cast<const char*>(matrix.values) + row * matrix.row_bytes()) {}
-
-  JAXSERVE_INLINE const void* At(int64_t i) const { return values + i * kGroupBytes; }
-  JAXSERVE_INLINE Half Load(int64_t i) const {
-    // 0 to 15, twice over: a lookup minds the lower five bits alone.
-    static constexpr uint16_t kSteps[] = {
-        0x0000, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4600, 0x4700,
-        0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80,
-        0x0000, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4600, 0x4700,
-        0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80};
-    const Half choices =
-        _mm512_fmadd_ph(LoadAs<Half>(kSteps), SplatHalf(scale + i), SplatHalf(minimum + i));
-    const __m512i pairs = _mm512_broadcast_i32x4(LoadAs<__m128i>(values + i * kGroupBytes));
-    const __m512i which = _mm512_multishift_epi64_epi8(LoadAs<__m512i>(kInt4Order.shift), pairs);
-    return _mm512_castsi512_ph(_mm512_permutexvar_epi16(which, _mm512_castph_si512(choices)));
-  }
-  JAXSERVE_INLINE Half LoadRest(int64_t i) const { return Load(i); }
-};
-
-static_assert(kGroup == kHalves, "a group is a vector");
-
-// Calls the template's instance for the matrix.
-#define JAXSERVE_FOR_ROWS(matrix, call)                                                        \
-  switch ((matrix).format) {                                                                   \
-    case Format::kInt8: { using Row = Int8Row; call; break; }                                  \
-    case Format::kInt4: { using Row = Int4Row; call; break; }                                  \
-    case Format::kNumber:                                                                      \
-      switch ((matrix).number) {                                                               \
-        case Number::kFloat32: break; /* matmul.cc keeps those in float32 */                  \
-        case Number::kBFloat16: { using Row = NumberRow<BFloat16>; call; break; }              \
-        case Number::kFloat16: { using Row = NumberRow<Float16>; call; break; }                \
-      }                                                                                        \
-  }
-
 // -- many rows of x ------------------------------------------------------------------------------
 
 template <typename Row>
@@ -163,9 +73,19 @@ void ExpandRow(const Row& row, int64_t depth, uint16_t* out) {
   if (depth % kHalves) StoreAs(out + whole * kHalves, row.LoadRest(whole));
 }
 
-void ExpandHalves(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out) {
+template <typename Row>
+void ExpandRows(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out) {
   for (int64_t row = first; row < first + rows; ++row, out += HalfDepth(matrix.depth)) {
-    JAXSERVE_FOR_ROWS(matrix, ExpandRow(Row(matrix, row), matrix.depth, out))
+    ExpandRow(Row(matrix, row), matrix.depth, out);
+  }
+}
+
+// Of a matrix of bfloat16 or float16.
+void ExpandHalves(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out) {
+  if (matrix.number == Number::kFloat16) {
+    ExpandRows<NumberRow<Float16>>(matrix, first, rows, out);
+  } else {
+    ExpandRows<NumberRow<BFloat16>>(matrix, first, rows, out);
   }
 }
 
@@ -267,21 +187,28 @@ void MultiplyRowsAlone(const Matrix& matrix, int64_t first, const uint16_t* x, f
   StoreSums<1, ROWS>(wide, out, ROWS);
 }
 
-void MultiplyRowHalves(const Matrix& matrix, int64_t first, int64_t rows, const uint16_t* x,
-                       float* out) {
+template <typename Row>
+void MultiplyRowOf(const Matrix& matrix, int64_t first, int64_t rows, const uint16_t* x,
+                   float* out) {
   int64_t row = 0;
   for (; row + kRowsAlone <= rows; row += kRowsAlone) {
-    JAXSERVE_FOR_ROWS(matrix,
-                      (MultiplyRowsAlone<Row, kRowsAlone>(matrix, first + row, x, out + row)))
+    MultiplyRowsAlone<Row, kRowsAlone>(matrix, first + row, x, out + row);
   }
-  for (; row < rows; ++row) {
-    JAXSERVE_FOR_ROWS(matrix, (MultiplyRowsAlone<Row, 1>(matrix, first + row, x, out + row)))
+  for (; row < rows; ++row) MultiplyRowsAlone<Row, 1>(matrix, first + row, x, out + row);
+}
+
+void MultiplyRowHalves(const Matrix& matrix, int64_t first, int64_t rows, const uint16_t* x,
+                       float* out) {
+  if (matrix.number == Number::kFloat16) {
+    MultiplyRowOf<NumberRow<Float16>>(matrix, first, rows, x, out);
+  } else {
+    MultiplyRowOf<NumberRow<BFloat16>>(matrix, first, rows, x, out);
   }
 }
 
 // -- into float16 and back -----------------------------------------------------------------------
 
-float NarrowRow(Format format, const float* x, int64_t depth, uint16_t* out) {
+float NarrowRow(const float* x, int64_t depth, uint16_t* out) {
   Vec most = Splat(0);
   for (int64_t d = 0; d < depth; d += kLanes) {
     const Vec v = LoadAs<Vec>(x + d);
@@ -296,12 +223,6 @@ float NarrowRow(Format format, const float* x, int64_t depth, uint16_t* out) {
   int64_t d = 0;
   for (; d < depth; d += kLanes) StoreAs(out + d, Narrow(LoadAs<Vec>(x + d) * Splat(factor)));
   if (d < HalfDepth(depth)) StoreAs(out + d, _mm256_setzero_si256());
-  if (format == Format::kInt4) {
-    const __m512i order = LoadAs<__m512i>(kInt4Order.number);
-    for (d = 0; d < depth; d += kHalves) {
-      StoreAs(out + d, _mm512_permutexvar_epi16(order, LoadAs<__m512i>(out + d)));
-    }
-  }
   return back;
 }
 

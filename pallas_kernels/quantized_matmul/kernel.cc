@@ -9,6 +9,9 @@
 #if defined(ISA_AVX512FP16)
 #include "halves.h"
 #endif
+#if defined(ISA_AVX512VNNI)
+#include "panels.h"
+#endif
 
 namespace jaxserve {
 namespace ISA_NAMESPACE {
@@ -304,10 +307,17 @@ constexpr const HalfKernel* kHalfKernelHere = &kHalfKernel;
 #else
 constexpr const HalfKernel* kHalfKernelHere = nullptr;
 #endif
+#if defined(ISA_AVX512VNNI)
+constexpr PanelKernel kPanelKernel = {TakesPanels, SizesOfPanels, ReadX, ExpandPanel,
+                                      MultiplyPanel};
+constexpr const PanelKernel* kPanelKernelHere = &kPanelKernel;
+#else
+constexpr const PanelKernel* kPanelKernelHere = nullptr;
+#endif
 
 extern const MatmulKernel kMatmulKernel;
-const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, MultiplyRow,    Load,
-                                    Store,  kHasFloat16, kHalfKernelHere};
+const MatmulKernel kMatmulKernel = {Expand,      MultiplyAll,     MultiplyRow,     Load, Store,
+                                    kHasFloat16, kHalfKernelHere, kPanelKernelHere};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace jaxserve

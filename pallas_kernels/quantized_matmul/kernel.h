@@ -46,11 +46,11 @@ struct Matrix {
   }
 };
 
-// Products whose sums are float16 for a while. Rows of x and of the matrix are HalfDepth long.
+// Products of plain numbers whose sums are float16 for a while. Rows of x and of the matrix are HalfDepth long.
 struct HalfKernel {
   // out[HalfDepth(depth)] = x[depth] times a power of two, which brings the largest close to the
-  // end of float16, in the order that rows of the format are expanded in. Returns what undoes it.
-  float (*narrow)(Format format, const float* x, int64_t depth, uint16_t* out);
+  // end of float16. Returns what undoes it.
+  float (*narrow)(const float* x, int64_t depth, uint16_t* out);
   // As in MatmulKernel.
   void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, uint16_t* out);
   void (*multiply)(int64_t depth, int64_t x_rows, const uint16_t* x, int64_t w_rows,
@@ -59,6 +59,28 @@ struct HalfKernel {
                        float* out);
   // Multiplies answers by the factor; false if one of them is not finite.
   bool (*restore)(int64_t count, float factor, float* answers);
+};
+
+// Rows of the matrix that a panel of the next has.
+constexpr int64_t kPanelRows = 32;
+
+// Bytes of a row of x, and of a panel, in the form that they are multiplied in.
+struct PanelSizes {
+  int64_t x, panel;
+};
+
+// Products in about as few bits as the matrix has.
+struct PanelKernel {
+  // Whether it is meant for matrices of that format.
+  bool (*takes)(const Matrix& matrix);
+  PanelSizes (*sizes)(const Matrix& matrix);
+  // A row of x, for the matrix.
+  void (*read_x)(const Matrix& matrix, const float* x, char* out);
+  // Up to kPanelRows rows of the matrix from the first on.
+  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, char* out);
+  // out[x_rows, rows], with a stride.
+  void (*multiply)(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
+                   const char* panel, float* out, int64_t out_stride);
 };
 
 struct MatmulKernel {
@@ -76,6 +98,7 @@ struct MatmulKernel {
   void (*store)(Number number, const float* source, int64_t count, void* target);
   bool has_float16;
   const HalfKernel* halves;  // null: this instruction set has no arithmetic in float16
+  const PanelKernel* panels;  // null: nor sums of products of bytes
 };
 
 JAXSERVE_FOR_EACH_ISA(extern const MatmulKernel kMatmulKernel;)

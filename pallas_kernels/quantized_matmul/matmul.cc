@@ -26,21 +26,26 @@ struct XMemory;
 struct FactorMemory;
 struct RowMemory;
 
-bool TakesHalves(const Matmul& m, const MatmulKernel& kernel) {
-  const bool is_wide = m.matrix.format == Format::kNumber && m.matrix.number == Number::kFloat32;
-  return m.float16_sums && kernel.halves && !is_wide;
+enum class Method { kWide, kHalves, kPanels };
+
+Method MethodOf(const Matmul& m, const MatmulKernel& kernel) {
+  if (!m.narrow) return Method::kWide;
+  if (kernel.panels && kernel.panels->takes(m.matrix)) return Method::kPanels;
+  const bool is_short = m.matrix.format == Format::kNumber && m.matrix.number != Number::kFloat32;
+  return kernel.halves && is_short ? Method::kHalves : Method::kWide;
 }
 
-int64_t PanelRows(const Matmul& m) {
+int64_t PanelRows(const Matmul& m, Method method) {
+  if (method == Method::kPanels) return kPanelRows;
   const int64_t floats = m.x_rows <= kFewRows ? kSmallPanelFloats : kPanelFloats;
   return std::clamp<int64_t>(floats / m.matrix.depth / 4 * 4, 4, kMaxPanelRows);
 }
 
 // The rows of x as a kernel reads them, made once for all panels.
 struct Rows {
-  const float* wide;       // float32; null where halves are read
-  const uint16_t* halves;  // float16
-  const float* factors;    // Of each row, that undoes what its halves were multiplied by.
+  Method method;
+  const void* numbers;   // float32, float16, or what PanelKernel says.
+  const float* factors;  // Of each row of float16, that undoes what it was multiplied by.
 };
 
 // answers[x_rows, rows], with a stride, from float32.
@@ -72,12 +77,13 @@ void MendRow(const Matmul& m, const MatmulKernel& kernel, int64_t x_row, int64_t
 void MultiplyHalves(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
                     int64_t rows, float* memory, float* answers, int64_t stride) {
   const HalfKernel& halves = *kernel.halves;
+  const auto* numbers = static_cast<const uint16_t*>(x.numbers);
   if (m.x_rows == 1) {
-    halves.multiply_row(m.matrix, first, rows, x.halves, answers);
+    halves.multiply_row(m.matrix, first, rows, numbers, answers);
   } else {
     auto* panel = reinterpret_cast<uint16_t*>(memory);
     halves.expand(m.matrix, first, rows, panel);
-    halves.multiply(m.matrix.depth, m.x_rows, x.halves, rows, panel, answers, stride);
+    halves.multiply(m.matrix.depth, m.x_rows, numbers, rows, panel, answers, stride);
   }
   for (int64_t row = 0; row < m.x_rows; ++row) {
     float* some = answers + row * stride;
@@ -85,21 +91,38 @@ void MultiplyHalves(const Matmul& m, const MatmulKernel& kernel, const Rows& x, 
   }
 }
 
+// Of a panel's memory, beside the answers.
+int64_t PanelFloats(const Matmul& m, const MatmulKernel& kernel, Method method, int64_t rows) {
+  if (method != Method::kPanels) return rows * HalfDepth(m.matrix.depth);
+  return kernel.panels->sizes(m.matrix).panel / sizeof(float);
+}
+
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
               int64_t rows) {
   const Matrix& matrix = m.matrix;
   const bool writes_float = m.out_number == Number::kFloat32;
-  float* memory = ThreadMemory<PanelMemory>(rows * (HalfDepth(matrix.depth) + m.x_rows));
-  float* answers = memory + rows * HalfDepth(matrix.depth);
+  const int64_t floats = PanelFloats(m, kernel, x.method, rows);
+  float* memory = ThreadMemory<PanelMemory>(floats + rows * m.x_rows);
+  float* answers = memory + floats;
   int64_t stride = rows;
   if (writes_float) {
     answers = static_cast<float*>(m.out) + first;
     stride = matrix.rows;
   }
-  if (x.halves) {
-    MultiplyHalves(m, kernel, x, first, rows, memory, answers, stride);
-  } else {
-    MultiplyWide(m, kernel, x.wide, first, rows, memory, answers, stride);
+  switch (x.method) {
+    case Method::kWide:
+      MultiplyWide(m, kernel, static_cast<const float*>(x.numbers), first, rows, memory, answers,
+                   stride);
+      break;
+    case Method::kHalves:
+      MultiplyHalves(m, kernel, x, first, rows, memory, answers, stride);
+      break;
+    case Method::kPanels: {
+      auto* panel = reinterpret_cast<char*>(memory);
+      kernel.panels->expand(matrix, first, rows, panel);
+      kernel.panels->multiply(matrix, m.x_rows, static_cast<const char*>(x.numbers), rows, panel,
+                              answers, stride);
+    }
   }
   if (writes_float) return;
   for (int64_t row = 0; row < m.x_rows; ++row) {
@@ -128,15 +151,23 @@ void ForRows(const Matmul& m, Executor& executor, const Each& each) {
   }
 }
 
-// What both return lives until the thread asks for another.
+// A row of x in float32, which lives until the thread asks for another.
+const float* WideRow(const Matmul& m, const MatmulKernel& kernel, const char* source) {
+  if (m.x_number == Number::kFloat32) return reinterpret_cast<const float*>(source);
+  float* wide = ThreadMemory<RowMemory>(m.matrix.depth);
+  kernel.load(m.x_number, source, m.matrix.depth, wide);
+  return wide;
+}
+
+// What the next three return lives until the thread asks for another.
 Rows ReadWide(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
-  if (m.x_number == Number::kFloat32) return {static_cast<const float*>(m.x), nullptr, nullptr};
+  if (m.x_number == Number::kFloat32) return {Method::kWide, m.x, nullptr};
   const int64_t depth = m.matrix.depth;
   float* wide = ThreadMemory<XMemory>(m.x_rows * depth);
   ForRows(m, executor, [&](int64_t row, const char* source) {
     kernel.load(m.x_number, source, depth, wide + row * depth);
   });
-  return {wide, nullptr, nullptr};
+  return {Method::kWide, wide, nullptr};
 }
 
 Rows ReadHalves(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
@@ -144,16 +175,28 @@ Rows ReadHalves(const Matmul& m, const MatmulKernel& kernel, Executor& executor)
   float* factors = ThreadMemory<FactorMemory>(m.x_rows);
   auto* halves = reinterpret_cast<uint16_t*>(ThreadMemory<XMemory>(m.x_rows * half_depth / 2));
   ForRows(m, executor, [&](int64_t row, const char* source) {
-    const float* numbers = reinterpret_cast<const float*>(source);
-    if (m.x_number != Number::kFloat32) {
-      float* wide = ThreadMemory<RowMemory>(depth);
-      kernel.load(m.x_number, source, depth, wide);
-      numbers = wide;
-    }
-    factors[row] =
-        kernel.halves->narrow(m.matrix.format, numbers, depth, halves + row * half_depth);
+    const float* wide = WideRow(m, kernel, source);
+    factors[row] = kernel.halves->narrow(wide, depth, halves + row * half_depth);
   });
-  return {nullptr, halves, factors};
+  return {Method::kHalves, halves, factors};
+}
+
+Rows ReadForPanels(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
+  const int64_t bytes = kernel.panels->sizes(m.matrix).x;
+  auto* rows = reinterpret_cast<char*>(ThreadMemory<XMemory>(m.x_rows * bytes / sizeof(float)));
+  ForRows(m, executor, [&](int64_t row, const char* source) {
+    kernel.panels->read_x(m.matrix, WideRow(m, kernel, source), rows + row * bytes);
+  });
+  return {Method::kPanels, rows, nullptr};
+}
+
+Rows Read(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
+  switch (MethodOf(m, kernel)) {
+    case Method::kHalves: return ReadHalves(m, kernel, executor);
+    case Method::kPanels: return ReadForPanels(m, kernel, executor);
+    case Method::kWide: break;
+  }
+  return ReadWide(m, kernel, executor);
 }
 
 }  // namespace
@@ -180,9 +223,8 @@ void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) 
   const Matrix& matrix = m.matrix;
   const int64_t products = m.x_rows * matrix.rows * matrix.depth;
   if (products == 0) return;
-  const bool takes_halves = TakesHalves(m, kernel);
-  const Rows x = takes_halves ? ReadHalves(m, kernel, executor) : ReadWide(m, kernel, executor);
-  const int64_t panel_rows = PanelRows(m);
+  const Rows x = Read(m, kernel, executor);
+  const int64_t panel_rows = PanelRows(m, x.method);
   const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
   int64_t taken = 1;  // Panels at a time.
   if (m.x_rows <= kFewRows) {

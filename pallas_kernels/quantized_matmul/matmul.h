@@ -1,8 +1,9 @@
 // y = x w^T for a matrix as it is stored: which thread computes what.
 //
-// Threads take panels of the matrix's rows. A panel is made float32 once, in memory that stays in
-// the cache, and multiplied with every row of x; the matrix is read once whatever its format. Where
-// x has few rows a panel is small enough for the first cache.
+// Threads take panels of the matrix's rows. A panel is brought into the form that it is multiplied in
+// once, in memory that stays in the cache, and multiplied with every row of x; the matrix is read
+// once whatever its format. That form is float32, or, where less is allowed and faster, float16
+// (halves.h), or bytes or bfloat16 with rows as lanes (panels.h).
 #pragma once
 
 #include "kernel.h"
@@ -17,8 +18,9 @@ struct Matmul {
   Number out_number;
   void* out;  // [x_rows, matrix.rows]
   int64_t x_rows;
-  // Whether sums of few products may be float16, where the instruction set has that.
-  bool float16_sums = false;
+  // Whether numbers and sums of few products may have fewer bits than float32 has, where the
+  // instruction set is faster with them.
+  bool narrow = false;
 };
 
 // One matrix of a stack of `layers`, given the first; a layer that is not there becomes the nearest,

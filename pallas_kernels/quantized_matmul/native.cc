@@ -11,9 +11,9 @@ namespace ffi = xla::ffi;
 ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
                          ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
                          ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
-                         bool float16_sums) {
+                         bool narrow) {
   Matmul matmul;
-  matmul.float16_sums = float16_sums;
+  matmul.narrow = narrow;
   Matrix& matrix = matmul.matrix;
   const auto shape = values.dimensions();
   matmul.x_rows = x.dimensions()[0];
@@ -56,7 +56,7 @@ auto MatmulBinding() {
       .Arg<ffi::AnyBuffer>()  // minimum
       .Arg<ffi::Buffer<ffi::S32, 0>>()  // layer
       .Ret<ffi::AnyBuffer>()
-      .Attr<bool>("float16_sums");
+      .Attr<bool>("narrow");
 }
 
 }  // namespace

@@ -29,13 +29,14 @@ def quantized_matmul_native(
     *,
     layer: int | Int[Array, ""] | None = None,
     dtype: jnp.dtype,
-    sums: jnp.dtype,
+    narrow: bool,
 ) -> Float[Array, "*B O"]:
     """Computes ``quantized_matmul``; see there for the arguments.
 
-    Everything is float32 once it is loaded, or float16 as ``halves.h`` says; what float16 cannot
-    hold is computed again in float32. A number of the answer has the same bits alone, beside
-    any other rows and on any number of threads; another instruction set may round otherwise.
+    Everything is float32 once it is loaded, or less if that is allowed, as ``panels.h`` and
+    ``halves.h`` say; what float16 cannot hold is computed again in float32. A number of the answer
+    has the same bits alone, beside any other rows and on any number of threads; another instruction
+    set may round otherwise.
     """
     rows = math.prod(x.shape[:-1])
     _decline(x, matrix, rows, dtype)
@@ -51,7 +52,7 @@ def quantized_matmul_native(
         none if is_plain else stack.scale,
         none if is_plain or stack.minimum is None else stack.minimum,
         jnp.asarray(0 if layer is None else layer, jnp.int32),
-        float16_sums=np.bool_(sums == jnp.float16),
+        narrow=np.bool_(narrow),
     )
     return out.reshape(*x.shape[:-1], -1)
 

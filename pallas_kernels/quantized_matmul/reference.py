@@ -15,7 +15,7 @@ def quantized_matmul_reference(
     *,
     layer: int | Int[Array, ""] | None = None,
     dtype: jnp.dtype,
-    sums: jnp.dtype,  # Of no concern: float32 is as good as either.
+    narrow: bool,  # Allows it and asks for nothing.
 ) -> Float[Array, "*B O"]:
     """Computes ``quantized_matmul`` in float32: a sum over the last axis of both."""
     numbers = dequantized(_chosen(matrix, layer), jnp.float32)
@@ -29,7 +29,7 @@ def quantized_matmul_xla(
     *,
     layer: int | Int[Array, ""] | None = None,
     dtype: jnp.dtype,
-    sums: jnp.dtype,  # Of no concern: float32 is as good as either.
+    narrow: bool,  # Allows it and asks for nothing.
 ) -> Float[Array, "*B O"]:
     """Computes ``quantized_matmul`` with one product of XLA, in the dtype of ``x``.
 

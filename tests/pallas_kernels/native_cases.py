@@ -5,7 +5,8 @@
 For each case a line of text: name, then every number that ``Header`` in the program reads. After
 it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer, and
 of int8 pages both scales. A product's line begins with ``matmul``; its arrays are x, those of the
-matrix, the answer, and what the sizes of the products come to, of which an error may be a fraction.
+matrix, the answer, and two sums that an error may be a fraction of: of the products' sizes, and of
+the same with every activation as large as the largest of its group.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def append_products(path: Path) -> None:
                 x, stack, layer=matmul.LAYER, dtype=jnp.float32, implementation="reference"
             )
             matrix = dequantized(stack[matmul.LAYER], jnp.float32)
-            sizes = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(matrix, np.float64)).T
+            weights = np.abs(np.asarray(matrix, np.float64)).T
+            x_sizes = np.abs(np.asarray(x, np.float64))
+            sizes, spreads = x_sizes @ weights, largest_of_group(x_sizes) @ weights
             is_plain = not isinstance(stack, Quantized)
             header = (
                 "matmul", f"{case.name}-{storage}-{dtype}-{out_dtype}", NUMBERS.index(dtype),
@@ -138,8 +141,16 @@ def append_products(path: Path) -> None:
                 FAR_LAYER if case in ODD else matmul.LAYER, case.rows, case.out, case.depth,
             )  # fmt: skip
             file.write((" ".join(map(str, header)) + "\n").encode())
-            for array in (x, *jax.tree.leaves(stack), answer, sizes.astype(np.float32)):
+            fractions = (sizes.astype(np.float32), spreads.astype(np.float32))
+            for array in (x, *jax.tree.leaves(stack), answer, *fractions):
                 file.write(np.asarray(array).tobytes())
+
+
+def largest_of_group(x: np.ndarray) -> np.ndarray:
+    """Every number as large as the largest of its group; the last group may be a part."""
+    first_of_group = np.arange(0, x.shape[-1], GROUP)
+    largest = np.maximum.reduceat(x, first_of_group, axis=-1)
+    return largest.repeat(GROUP, axis=-1)[:, : x.shape[-1]]
 
 
 if __name__ == "__main__":

@@ -37,17 +37,24 @@ inline Array<char> Multiplied(Matmul m, const char* x, int64_t rows, const Matmu
   return out;
 }
 
+// What an answer should be, and how far off it may be: fractions of these.
+struct Expected {
+  const float *answer, *size, *spread;
+};
+
 inline void CheckAnswers(const std::string& name, const Matmul& m, const char* out,
-                         const float* expected, const float* size) {
+                         const Expected& expected) {
   // Of the sum of the products' sizes, as in test_quantized_matmul.py.
   const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
-  const float tolerance =
-      std::max(tolerances[static_cast<int>(m.out_number)], m.float16_sums ? 1.f / 1024 : 0.f);
+  const float tolerance = tolerances[static_cast<int>(m.out_number)];
+  // Of the activations: half of one of 127 steps to the largest in a group, or a bfloat16's.
+  const float narrowing = m.narrow ? 1.f / 250 : 0;
   for (int64_t i = 0; i < m.x_rows * m.matrix.rows; ++i) {
     const float got = AsFloat(out, m.out_number, i);
-    if (!(std::fabs(got - expected[i]) <= tolerance * size[i])) {
+    const float most = tolerance * expected.size[i] + narrowing * expected.spread[i];
+    if (!(std::fabs(got - expected.answer[i]) <= most)) {
       std::ostringstream what;
-      what << name << ": number " << i << " is " << got << ", not " << expected[i];
+      what << name << ": number " << i << " is " << got << ", not " << expected.answer[i];
       Fail(what.str());
     }
   }
@@ -55,14 +62,13 @@ inline void CheckAnswers(const std::string& name, const Matmul& m, const char* o
 
 // One level: returns how often it multiplied.
 inline int CheckMatmulOnLevel(const std::string& name, const Matmul& m, const MatmulKernel& kernel,
-                              const std::vector<Pool*>& pools, const float* expected,
-                              const float* size) {
+                              const std::vector<Pool*>& pools, const Expected& expected) {
   const char* x = static_cast<const char*>(m.x);
   const size_t x_row_bytes = m.matrix.depth * NumberBytes(m.x_number);
   const size_t row_bytes = m.matrix.rows * NumberBytes(m.out_number);
   int runs = 0;
   const auto together = Multiplied(m, x, m.x_rows, kernel, *pools[0]);
-  CheckAnswers(name, m, together.get(), expected, size);
+  CheckAnswers(name, m, together.get(), expected);
   const auto check_same = [&](int64_t first, int64_t rows, Pool& pool, const char* what) {
     const auto out = Multiplied(m, x + first * x_row_bytes, rows, kernel, pool);
     if (std::memcmp(out.get(), together.get() + first * row_bytes, rows * row_bytes) != 0) {
@@ -105,6 +111,7 @@ inline void CheckMatmul(const std::string& line, std::istream& file,
   const auto scale = Read<uint16_t>(file, scales), minimum = Read<uint16_t>(file, minima);
   const auto expected = Read<float>(file, m.x_rows * matrix.rows);
   const auto size = Read<float>(file, m.x_rows * matrix.rows);
+  const auto spread = Read<float>(file, m.x_rows * matrix.rows);
   if (!file) Fail(name + ": the file ends early");
   matrix.values = values.get(), matrix.scale = scale.get(), matrix.minimum = minimum.get();
   matrix = LayerOf(matrix, layers, layer);
@@ -115,11 +122,12 @@ inline void CheckMatmul(const std::string& line, std::istream& file,
     if (static_cast<int>(CurrentIsa()) != level) continue;
     const MatmulKernel& kernel = CurrentMatmulKernel();
     if (WhyNotMultiply(m, kernel)) continue;
-    for (m.float16_sums = false;; m.float16_sums = true) {
+    for (m.narrow = false;; m.narrow = true) {
       const std::string where = name + " on level " + std::to_string(level) +
-                                (m.float16_sums ? " with float16 sums" : "");
-      counts.runs[level] += CheckMatmulOnLevel(where, m, kernel, pools, expected.get(), size.get());
-      if (m.float16_sums || !kernel.halves) break;
+                                (m.narrow ? " when narrow" : "");
+      counts.runs[level] += CheckMatmulOnLevel(where, m, kernel, pools,
+                                               {expected.get(), size.get(), spread.get()});
+      if (m.narrow || !(kernel.halves || kernel.panels)) break;
     }
   }
 }

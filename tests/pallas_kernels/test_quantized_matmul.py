@@ -32,7 +32,10 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 BY_NAME = {case.name: case for case in CASES}
 FLOAT16_TOLERANCE = 2**-10
 """Likewise, of float16 sums: numbers and sums are rounded to 2^-11."""
-compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation", "sums"))
+IN_ORDER_TOLERANCE = 6e-6
+"""Likewise, of one float32 sum of 800 pairs in order, in place of 16 shorter ones."""
+compiled = jax.jit(quantized_matmul, static_argnames=("dtype", "implementation", "narrow"))
+narrow = partial(compiled, implementation="native", narrow=True)
 
 
 def numbers(matrix: object) -> np.ndarray:
@@ -84,37 +87,112 @@ def test_native_activations_of_16_bits_are_rounded_once(dtype: str, storage: Sto
     check(BY_NAME["chunk"], storage, "native", dtype)
 
 
+def rounding(storage: Storage, isa: native.Isa) -> str:
+    """How narrow products round activations for a matrix stored so."""
+    if storage in ("int8", "int4"):
+        return "int8" if isa >= native.Isa.AVX512VNNI else "float32"
+    if storage == "float32" or isa < native.Isa.AVX512BF16:
+        return "float32"
+    if isa is native.Isa.AVX512FP16:
+        return "float16"
+    return "bfloat16" if storage == "bfloat16" else "float32"
+
+
+def rounded_by_group(x: np.ndarray) -> np.ndarray:
+    """The nearest of 255 evenly spread numbers, for each 32 of a row up to their largest size."""
+    grouped = x.astype(np.float32).reshape(len(x), -1, 32)
+    largest = np.abs(grouped).max(axis=-1, keepdims=True)
+    per_step = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    steps = np.rint(grouped * per_step).astype(np.float64)
+    return (steps * (largest / np.float32(127))).reshape(x.shape)
+
+
 @needs_native
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float16_sums_err_by_less_than_a_float16(case: Case, storage: Storage, isa: native.Isa):
+def test_narrow_products_are_those_of_rounded_activations(
+    case: Case, storage: Storage, isa: native.Isa
+):
     if storage == "float16" and isa is native.Isa.PORTABLE:
         pytest.skip("portable products take no float16")
     x, stack = case.arrays(storage)
-    answer = compiled(x, stack, layer=LAYER, implementation="native", sums="float16")
+    answer = np.asarray(narrow(x, stack, layer=LAYER))
     wide, matrix = np.asarray(x, np.float64), numbers(stack)[LAYER]
-    error = np.abs(np.asarray(answer, np.float64) - wide @ matrix.T)
-    assert (error <= FLOAT16_TOLERANCE * (np.abs(wide) @ np.abs(matrix).T)).all()
-    exact = compiled(x, stack, layer=LAYER, implementation="native")
-    has_float16 = isa is native.Isa.AVX512FP16 and storage != "float32"
-    assert np.array_equal(answer, exact) == (not has_float16)
+    how = rounding(storage, isa)
+    if how == "float32":
+        exact = compiled(x, stack, layer=LAYER, implementation="native")
+        np.testing.assert_array_equal(answer, exact)
+        return
+    tolerance = FLOAT16_TOLERANCE if how == "float16" else IN_ORDER_TOLERANCE
+    if how == "int8":
+        wide = rounded_by_group(np.asarray(x))
+    elif how == "bfloat16":
+        wide = np.asarray(x.astype(jnp.bfloat16), np.float64)
+    error = np.abs(answer - wide @ matrix.T)
+    size = np.abs(wide) @ np.abs(matrix).T
+    assert (error <= tolerance * size).all(), (error / size).max()
 
 
 needs_float16 = pytest.mark.skipif(
     native.is_built() and native.isa() is not native.Isa.AVX512FP16,
     reason="this machine has no arithmetic in float16",
 )
+needs_bytes = pytest.mark.skipif(
+    native.is_built() and native.isa() < native.Isa.AVX512VNNI,
+    reason="this machine has no sums of products of bytes",
+)
 
 
 @needs_native
-@needs_float16
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e34])
-def test_float16_sums_of_rows_of_any_size(size: float):
-    x, stack = BY_NAME["smollm2-few"].arrays("bfloat16")
-    product = partial(compiled, layer=LAYER, implementation="native", sums="float16")
+def test_narrow_products_of_rows_of_any_size(size: float, storage: Storage):
+    x, stack = BY_NAME["smollm2-few"].arrays(storage)
     # A power of two changes no bit but those of the exponent.
     factor = 2.0 ** round(np.log2(size))
-    np.testing.assert_array_equal(product(x * factor, stack), product(x, stack) * factor)
+    np.testing.assert_array_equal(
+        narrow(x * factor, stack, layer=LAYER), narrow(x, stack, layer=LAYER) * factor
+    )
+
+
+@needs_native
+@needs_bytes
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_largest_of_a_group_does_not_coarsen_another_group(format: Format):
+    x = np.full((1, 96), 1 / 64, np.float32)
+    x[0, 40] = 1e30
+    matrix = np.ones((3, 96), np.float32)
+    matrix[:, 32:64] = 0
+    exact = np.full((1, 3), 1.0, np.float32)
+    np.testing.assert_allclose(narrow(x, quantized(matrix, format)), exact, rtol=1e-3)
+
+
+@needs_native
+@needs_bytes
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_values_of_both_sides_do_not_overflow(format: Format, sign: int):
+    """A group's sum of bytes is 32 * 255 * 127 at most, which no instruction may clip."""
+    values = np.full((1, 1, 32), 127 * sign if format == "int8" else 255)
+    stored_as = np.int8 if format == "int8" else np.uint8
+    scale = np.ones((1, 1, 1), np.float16)
+    if format == "int8":
+        stack = Quantized(values.astype(stored_as), scale)
+    else:
+        stack = Quantized(values[..., :16].astype(stored_as), scale, np.zeros_like(scale))
+    of_each = 127 * sign if format == "int8" else 15
+    for x in (np.full((1, 32), 127.0), np.full((1, 32), -127.0)):
+        answer = narrow(jnp.asarray(x, jnp.float32), stack, layer=0)
+        assert answer[0, 0] == x.sum() * of_each
+
+
+@needs_native
+@needs_bytes
+def test_groups_of_zeros_and_of_next_to_nothing_are_zeros():
+    matrix = quantized(np.ones((3, 64), np.float32), "int8")
+    x = np.zeros((2, 64), np.float32)
+    x[1, 3] = 1e-37  # Less than 127 / 3.4e38: its scale would have no inverse.
+    np.testing.assert_array_equal(narrow(x, matrix), np.zeros((2, 3)))
 
 
 @needs_native
@@ -126,51 +204,45 @@ def test_what_float16_cannot_hold_is_summed_in_float32(rows: int):
     matrix[1, :40] = 2.0**14  # Its sums end beyond 65504.
     matrix[2, 3] = 2.0**17  # No float16 itself.
     matrix[3, :] = 2.0**120
-    sums = partial(compiled, implementation="native", sums="float16")
     exact = np.array([96, 40 * 2.0**14 + 56, 2.0**17 + 95, 96 * 2.0**120, 96], np.float32)
     np.testing.assert_array_equal(
-        sums(x, jnp.asarray(matrix, jnp.bfloat16)), np.broadcast_to(exact, (rows, 5))
+        narrow(x, jnp.asarray(matrix, jnp.bfloat16)), np.broadcast_to(exact, (rows, 5))
     )
 
 
 @needs_native
-@needs_float16
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_row_that_is_not_finite_spoils_no_other(value: float):
-    x, stack = BY_NAME["chunk"].arrays("int4")
-    sums = partial(compiled, layer=LAYER, implementation="native", sums="float16")
-    sound = np.asarray(sums(x, stack))
-    spoilt = np.asarray(sums(x.at[2, 5].set(value), stack))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
+def test_a_row_that_is_not_finite_spoils_no_other(storage: Storage, value: float):
+    x, stack = BY_NAME["chunk"].arrays(storage)
+    sound = np.asarray(narrow(x, stack, layer=LAYER))
+    spoilt = np.asarray(narrow(x.at[2, 5].set(value), stack, layer=LAYER))
     assert not np.isfinite(spoilt[2]).any()
     np.testing.assert_array_equal(np.delete(spoilt, 2, axis=0), np.delete(sound, 2, axis=0))
 
 
-def test_sums_of_another_dtype_are_refused():
-    with pytest.raises(ValueError, match="sums is bfloat16; it must be float32 or float16"):
-        quantized_matmul(jnp.ones((1, 32)), jnp.ones((2, 32)), sums=jnp.bfloat16)
-
-
 @needs_native
-@pytest.mark.parametrize("sums", ["float32", "float16"])
+@pytest.mark.parametrize("is_narrow", [False, True])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_row_has_the_same_bits_alone_and_in_company(storage: Storage, sums: str):
+def test_a_row_has_the_same_bits_alone_and_in_company(storage: Storage, is_narrow: bool):
     case = replace(BY_NAME["chunk"], depth=848)  # More than one chain, and half a vector.
     if storage in ("int8", "int4"):
         case = replace(case, depth=864)
     x, stack = case.arrays(storage)
-    product = partial(compiled, layer=LAYER, implementation="native", sums=sums)
+    product = partial(compiled, layer=LAYER, implementation="native", narrow=is_narrow)
     together = np.asarray(product(x, stack))
     for rows in (1, 2, 6, 7, 64):
         np.testing.assert_array_equal(product(x[-rows:], stack), together[-rows:])
 
 
 @needs_native
-@pytest.mark.parametrize("sums", ["float32", "float16"])
-def test_scales_below_the_normal_numbers_are_not_lost(isa: native.Isa, sums: str):
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_scales_below_the_normal_numbers_are_not_lost(isa: native.Isa, is_narrow: bool):
     """2^-24 is the least float16; a product of it is a normal float32."""
     stack = Quantized(np.full((1, 1, 32), 64, np.int8), np.full((1, 1, 1), 2.0**-24, np.float16))
-    out = compiled(jnp.ones((1, 32)), stack, layer=0, implementation="native", sums=sums)
-    assert out[0, 0] == 32 * 64 * 2.0**-24
+    product = partial(compiled, layer=0, implementation="native", narrow=is_narrow)
+    out = product(jnp.full((1, 32), 127.0), stack)
+    assert out[0, 0] == 32 * 127 * 64 * 2.0**-24
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -30,10 +30,10 @@ STEP = StepShape(
     "key", [ProgramKey(1, "decode", 1, 1), ProgramKey(16, "score", 1, 16)], ids=str
 )
 @pytest.mark.parametrize(
-    ("dtype", "in_float16"), [("bfloat16", True), ("float16", True), ("float32", False)]
+    ("dtype", "is_narrow"), [("bfloat16", True), ("float16", True), ("float32", False)]
 )
-def test_all_products_of_models_of_16_bits_and_no_others_may_sum_in_float16(
-    dtype: str, in_float16: bool, key: ProgramKey
+def test_all_products_of_models_of_16_bits_and_no_others_may_sum_is_narrow(
+    dtype: str, is_narrow: bool, key: ProgramKey
 ):
     cache = CacheShape(num_pages=8, page_tokens=16, max_rows=1, dtype=jnp.dtype(dtype))
     config = RunnerConfig(step=STEP, cache=cache, dtype=jnp.dtype(dtype))
@@ -41,4 +41,4 @@ def test_all_products_of_models_of_16_bits_and_no_others_may_sum_in_float16(
     traced = str(Runner(Model(preset("tiny-llama")), config, mesh).trace(key).jaxpr)
     products = traced.count("target_name=jaxserve_matmul")
     assert products > 0
-    assert traced.count(f"'float16_sums', np.{in_float16}_") == products
+    assert traced.count(f"'narrow', np.{is_narrow}_") == products

@@ -1,0 +1,320 @@
+// Products in about as few bits as the matrix has, with rows of the matrix as lanes.
+//
+// Included by kernel.cc where the instruction set sums products of bytes (VNNI) and perhaps of
+// bfloat16 numbers. A panel of the matrix is transposed once, so that a vector holds one 32-bit word
+// of each of kLanes rows: four bytes, or two numbers. Words of x, as int8 with a scale for each group
+// or as bfloat16, meet it one at a time. Sums of bytes are exact within a group; beyond, every
+// number of an answer is one chain of operations in the order of the depth, the same in any block.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernel.h"
+
+#include "blocks.h"
+#include "native/simd.h"
+
+namespace jaxserve {
+namespace ISA_NAMESPACE {
+
+constexpr int kWordBytes = 4;
+constexpr int kPanelVectors = kPanelRows / kLanes;
+constexpr int kGroupWords = kGroup / kWordBytes;
+// What makes a signed byte unsigned, as the instruction wants one side of it.
+constexpr int kByteOffset = 128;
+// Groups of x below this are zeros: 127 / 2^-119 is still finite.
+constexpr float kLeastGroup = 0x1p-119f;
+
+// -- a row of x ----------------------------------------------------------------------------------
+
+// int8 [depth], float32 scale [groups], and a word [groups] of what the offset or the minimum of
+// the matrix's values adds: int8's is a whole number to begin the sum with, int4's a float32.
+JAXSERVE_INLINE int64_t XBytes(const Matrix& matrix) {
+  if (matrix.format == Format::kNumber) return matrix.depth * 2;
+  return matrix.depth + matrix.depth / kGroup * 2 * kWordBytes;
+}
+
+// The largest size; a NaN is larger than any number.
+JAXSERVE_INLINE float Largest(Vec a, Vec b) {
+  const __m512i sizes = _mm512_max_epu32(Bits<__m512i>(Bits<VecU>(a) & 0x7fffffffu),
+                                         Bits<__m512i>(Bits<VecU>(b) & 0x7fffffffu));
+  return Bits<float>(_mm512_reduce_max_epu32(sizes));
+}
+
+void ReadBytes(const Matrix& matrix, const float* x, char* out) {
+  const int64_t groups = matrix.depth / kGroup;
+  char* scales = out + matrix.depth;
+  char* shares = scales + groups * kWordBytes;
+  for (int64_t g = 0; g < groups; ++g, x += kGroup, out += kGroup) {
+    const Vec low = LoadAs<Vec>(x), high = LoadAs<Vec>(x + kLanes);
+    const float largest = Largest(low, high);
+    const bool is_zero = largest < kLeastGroup;
+    const float scale = is_zero ? 0 : largest / 127;
+    const Vec inverse = Splat(is_zero ? 0 : 127 / largest);
+    const __m512i first = _mm512_cvtps_epi32(low * inverse);
+    const __m512i second = _mm512_cvtps_epi32(high * inverse);
+    StoreAs(out, _mm512_cvtsepi32_epi8(first));
+    StoreAs(out + kLanes, _mm512_cvtsepi32_epi8(second));
+    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    StoreAs(scales + g * kWordBytes, scale);
+    if (matrix.format == Format::kInt8) {
+      StoreAs(shares + g * kWordBytes, -kByteOffset * sum);
+    } else {
+      StoreAs(shares + g * kWordBytes, scale * static_cast<float>(sum));
+    }
+  }
+}
+
+// -- a panel -------------------------------------------------------------------------------------
+
+// Words [depth words, kPanelRows]; of bytes then float32 scales [groups, kPanelRows], and of int4
+// minima likewise.
+JAXSERVE_INLINE int64_t PanelBytes(const Matrix& matrix) {
+  const int64_t groups = matrix.depth / kGroup;
+  if (matrix.format == Format::kNumber) return kPanelRows * matrix.depth * 2;
+  const int64_t floats = matrix.format == Format::kInt8 ? groups : 2 * groups;
+  return kPanelRows * (matrix.depth + floats * kWordBytes);
+}
+
+JAXSERVE_INLINE __mmask16 First(int64_t count) {
+  return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// The same words of some rows, transposed; what is not there is zero. The next panel is asked for.
+JAXSERVE_INLINE void LoadWords(const char* from, int64_t row_bytes, int64_t rows, int64_t words,
+                               VecU (&out)[kLanes]) {
+  const __mmask16 here = First(words);
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    const char* source = from + row * row_bytes;
+    out[row] = Bits<VecU>(_mm512_maskz_loadu_epi32(row < rows ? here : 0, source));
+    __builtin_prefetch(source + kPanelRows * row_bytes, 0, 2);
+  }
+  Transpose(out);
+}
+
+// float16 [kLanes rows, groups] as float32 [groups, kPanelRows].
+void TransposeScales(const uint16_t* from, int64_t groups, int64_t rows, float* out) {
+  for (int64_t g = 0; g < groups; g += kLanes) {
+    VecU some[kLanes];
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      const __mmask16 here = row < rows ? First(groups - g) : 0;
+      some[row] =
+          Bits<VecU>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, from + row * groups + g)));
+    }
+    Transpose(some);
+    const int64_t count = groups - g < kLanes ? groups - g : kLanes;
+    for (int64_t i = 0; i < count; ++i) StoreAs(out + (g + i) * kPanelRows, some[i]);
+  }
+}
+
+// Writes the words of kLanes rows, which are stored as `words` words each, to every kPanelRows-th
+// word of out.
+template <Format FORMAT>
+void TransposeWords(const char* from, int64_t row_bytes, int64_t rows, uint32_t* out) {
+  const int64_t words = row_bytes / kWordBytes;
+  for (int64_t w = 0; w < words; w += kLanes) {
+    VecU some[kLanes];
+    LoadWords(from + w * kWordBytes, row_bytes, rows, words - w, some);
+    const int64_t count = words - w < kLanes ? words - w : kLanes;
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (FORMAT == Format::kInt4) {  // A group has its first values in the lower halves.
+        constexpr int kHalf = kGroupWords / 2;
+        uint32_t* group = out + ((w + i) / kHalf * kGroupWords + i % kHalf) * kPanelRows;
+        StoreAs(group, some[i] & 0x0f0f0f0fu);
+        StoreAs(group + kHalf * kPanelRows, some[i] >> 4 & 0x0f0f0f0fu);
+      } else {
+        const uint32_t flip = FORMAT == Format::kInt8 ? kByteOffset * 0x01010101u : 0;
+        StoreAs(out + (w + i) * kPanelRows, some[i] ^ flip);
+      }
+    }
+  }
+}
+
+template <Format FORMAT>
+void ExpandPanelOf(const Matrix& matrix, int64_t first, int64_t rows, char* out) {
+  const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
+  const int64_t values_bytes = FORMAT == Format::kNumber ? matrix.depth * 2 : matrix.depth;
+  auto* words = reinterpret_cast<uint32_t*>(out);
+  auto* scales = reinterpret_cast<float*>(out + kPanelRows * values_bytes);
+  for (int64_t row = 0; row < kPanelRows; row += kLanes) {
+    const int64_t here = first + (row < rows ? row : 0), left = rows - row;
+    const char* values = static_cast<const char*>(matrix.values) + here * row_bytes;
+    TransposeWords<FORMAT>(values, row_bytes, left, words + row);
+    if constexpr (FORMAT == Format::kNumber) continue;
+    TransposeScales(matrix.scale + here * groups, groups, left, scales + row);
+    if constexpr (FORMAT != Format::kInt4) continue;
+    float* minima = scales + groups * kPanelRows;
+    TransposeScales(matrix.minimum + here * groups, groups, left, minima + row);
+  }
+}
+
+// -- products ------------------------------------------------------------------------------------
+
+JAXSERVE_INLINE __m512i EveryLane(const char* word) { return _mm512_set1_epi32(LoadAs<int>(word)); }
+JAXSERVE_INLINE Vec EveryLaneFloat(const char* word) { return Splat(LoadAs<float>(word)); }
+
+// Adds the products of a group to the sums of X_ROWS rows of x.
+template <Format FORMAT, int X_ROWS>
+JAXSERVE_INLINE void AddGroup(const char* x, int64_t x_bytes, int64_t depth, int64_t g,
+                              const char* panel, Vec (&sum)[X_ROWS][kPanelVectors]) {
+  constexpr int64_t kRunBytes = kPanelRows * kWordBytes;  // One word of every row.
+  const int64_t groups = depth / kGroup;
+  const char* scales = x + depth + g * kWordBytes;
+  const char* shares = scales + groups * kWordBytes;
+  __m512i dot[X_ROWS][kPanelVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < X_ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) {
+      dot[m][n] = FORMAT == Format::kInt8 ? EveryLane(shares + m * x_bytes) : _mm512_setzero_si512();
+    }
+  }
+#pragma GCC unroll 8
+  for (int w = 0; w < kGroupWords; ++w) {
+    const char* words = panel + (g * kGroupWords + w) * kRunBytes;
+    __m512i right[kPanelVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) right[n] = LoadAs<__m512i>(words + n * sizeof(Vec));
+#pragma GCC unroll 8
+    for (int m = 0; m < X_ROWS; ++m) {
+      const __m512i left = EveryLane(x + m * x_bytes + g * kGroup + w * kWordBytes);
+#pragma GCC unroll 4
+      for (int n = 0; n < kPanelVectors; ++n) {
+        dot[m][n] = _mm512_dpbusd_epi32(dot[m][n], right[n], left);
+      }
+    }
+  }
+  const char* factors = panel + kPanelRows * depth + g * kRunBytes;
+#pragma GCC unroll 4
+  for (int n = 0; n < kPanelVectors; ++n) {
+    const Vec factor = LoadAs<Vec>(factors + n * sizeof(Vec));
+#pragma GCC unroll 8
+    for (int m = 0; m < X_ROWS; ++m) {
+      const Vec scaled = Bits<Vec>(_mm512_cvtepi32_ps(dot[m][n])) * factor;
+      sum[m][n] = Fma(scaled, EveryLaneFloat(scales + m * x_bytes), sum[m][n]);
+    }
+    if constexpr (FORMAT == Format::kInt4) {
+      const Vec minimum = LoadAs<Vec>(factors + groups * kRunBytes + n * sizeof(Vec));
+#pragma GCC unroll 8
+      for (int m = 0; m < X_ROWS; ++m) {
+        sum[m][n] = Fma(minimum, EveryLaneFloat(shares + m * x_bytes), sum[m][n]);
+      }
+    }
+  }
+}
+
+#if defined(ISA_AVX512BF16)
+void ReadBFloat16(const Matrix& matrix, const float* x, char* out) {
+  for (int64_t d = 0; d < matrix.depth; d += kLanes) {
+    StoreAs(out + d * 2, _mm512_cvtneps_pbh(LoadAs<__m512>(x + d)));
+  }
+}
+
+// Adds the products of two numbers of each row.
+template <int X_ROWS>
+JAXSERVE_INLINE void AddPair(const char* x, int64_t x_bytes, int64_t pair, const char* panel,
+                             Vec (&sum)[X_ROWS][kPanelVectors]) {
+  const char* words = panel + pair * kPanelRows * kWordBytes;
+  __m512bh right[kPanelVectors];
+#pragma GCC unroll 4
+  for (int n = 0; n < kPanelVectors; ++n) right[n] = LoadAs<__m512bh>(words + n * sizeof(Vec));
+#pragma GCC unroll 8
+  for (int m = 0; m < X_ROWS; ++m) {
+    const __m512bh left = Bits<__m512bh>(EveryLane(x + m * x_bytes + pair * kWordBytes));
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) {
+      sum[m][n] = _mm512_dpbf16_ps(sum[m][n], right[n], left);
+    }
+  }
+}
+#endif
+
+template <Format FORMAT, int X_ROWS>
+void MultiplyPanelOf(int64_t depth, const char* x, int64_t x_bytes, int64_t rows, const char* panel,
+                     float* out, int64_t out_stride) {
+  Vec sum[X_ROWS][kPanelVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < X_ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) sum[m][n] = Splat(0);
+  }
+  if constexpr (FORMAT != Format::kNumber) {
+    for (int64_t g = 0; g < depth / kGroup; ++g) {
+      AddGroup<FORMAT, X_ROWS>(x, x_bytes, depth, g, panel, sum);
+    }
+  } else {
+#if defined(ISA_AVX512BF16)
+    for (int64_t pair = 0; pair < depth / 2; ++pair) AddPair(x, x_bytes, pair, panel, sum);
+#endif
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < X_ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) {
+      const int64_t left = rows - n * kLanes;
+      if (left <= 0) continue;
+      _mm512_mask_storeu_ps(out + m * out_stride + n * kLanes, First(left), sum[m][n]);
+    }
+  }
+}
+
+using PanelMultiplier = void (*)(int64_t, const char*, int64_t, int64_t, const char*, float*,
+                                 int64_t);
+
+template <Format FORMAT>
+constexpr PanelMultiplier kPanelMultipliers[] = {
+    MultiplyPanelOf<FORMAT, 1>, MultiplyPanelOf<FORMAT, 2>, MultiplyPanelOf<FORMAT, 3>,
+    MultiplyPanelOf<FORMAT, 4>, MultiplyPanelOf<FORMAT, 5>, MultiplyPanelOf<FORMAT, 6>,
+};
+
+template <Format FORMAT>
+void MultiplyAllOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
+                   const char* panel, float* out, int64_t out_stride) {
+  const int64_t x_bytes = XBytes(matrix);
+  for (int64_t m = 0; m < x_rows; m += kXRows) {
+    const int64_t left = x_rows - m < kXRows ? x_rows - m : kXRows;
+    kPanelMultipliers<FORMAT>[left - 1](matrix.depth, x + m * x_bytes, x_bytes, rows, panel,
+                                        out + m * out_stride, out_stride);
+  }
+}
+
+// -- what matmul.cc calls ------------------------------------------------------------------------
+
+bool TakesPanels(const Matrix& matrix) {
+#if defined(ISA_AVX512BF16)
+  if (matrix.format == Format::kNumber) return matrix.number == Number::kBFloat16;
+#endif
+  return matrix.format != Format::kNumber;
+}
+
+PanelSizes SizesOfPanels(const Matrix& matrix) { return {XBytes(matrix), PanelBytes(matrix)}; }
+
+void ReadX(const Matrix& matrix, const float* x, char* out) {
+#if defined(ISA_AVX512BF16)
+  if (matrix.format == Format::kNumber) return ReadBFloat16(matrix, x, out);
+#endif
+  ReadBytes(matrix, x, out);
+}
+
+void ExpandPanel(const Matrix& matrix, int64_t first, int64_t rows, char* out) {
+  switch (matrix.format) {
+    case Format::kInt8: return ExpandPanelOf<Format::kInt8>(matrix, first, rows, out);
+    case Format::kInt4: return ExpandPanelOf<Format::kInt4>(matrix, first, rows, out);
+    case Format::kNumber: return ExpandPanelOf<Format::kNumber>(matrix, first, rows, out);
+  }
+}
+
+void MultiplyPanel(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
+                   const char* panel, float* out, int64_t stride) {
+  switch (matrix.format) {
+    case Format::kInt8: return MultiplyAllOf<Format::kInt8>(matrix, x_rows, x, rows, panel, out, stride);
+    case Format::kInt4: return MultiplyAllOf<Format::kInt4>(matrix, x_rows, x, rows, panel, out, stride);
+    case Format::kNumber:
+      return MultiplyAllOf<Format::kNumber>(matrix, x_rows, x, rows, panel, out, stride);
+  }
+}
+
+}  // namespace ISA_NAMESPACE
+}  // namespace jaxserve
