@@ -140,6 +140,7 @@ class StepPrograms:
                 window=window,
                 softcap=config.attention_softcap,
                 implementation="auto" if self.has_native else "blocked",
+                narrow=self.narrow,
             )
             return out, pools
 

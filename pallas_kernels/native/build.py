@@ -29,13 +29,14 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DISA_AVX2=1")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 AVX512 += ("-DISA_AVX512=1",)
 VNNI = (*AVX512, "-mavx512vnni", "-DISA_AVX512VNNI=1")
+BF16 = (*VNNI, "-mavx512bf16", "-DISA_AVX512BF16=1")
 LEVELS = {
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512vnni": VNNI,
-    "avx512bf16": (*VNNI, "-mavx512bf16", "-DISA_AVX512BF16=1"),
-    "avx512fp16": (*VNNI, "-mavx512fp16", "-DISA_AVX512FP16=1"),
+    "avx512bf16": BF16,
+    "avx512fp16": (*BF16, "-mavx512fp16", "-DISA_AVX512FP16=1"),
 }
 """Compiler flags of each level of isa.h; elsewhere than on x86-64, of the first alone."""
 NEWEST = "avx512fp16"

@@ -53,6 +53,7 @@ def paged_attention(
     scale: float,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    narrow: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attends from each row's new tokens to that row's pages, causally.
@@ -73,6 +74,8 @@ def paged_attention(
         scale: Multiplies the scores, ``head_dim ** -0.5`` in most models.
         window: Sliding window in tokens, the query's own included; 0 for none. May be traced.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        narrow: Allows native attention over bfloat16 pages to round queries, and the softmax's
+            numerators, to bfloat16, where the CPU is faster so; sums stay float32.
         implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
 
     Raises:
@@ -94,6 +97,7 @@ def paged_attention(
             scale=scale,
             window=window,
             softcap=softcap,
+            narrow=narrow,
         )
 
 

@@ -160,6 +160,9 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       tile.window = a.window;
       tile.scale = a.scale;
       tile.softcap = a.softcap;
+      tile.narrow = a.narrow;
+      tile.reads_to = 0;
+      tile.next = nullptr;
       job.first = tile.KeyFirst(0);
       job.end = tile.KeyEnd(tile.tokens - 1);
       if (job.parts() > 0) {
@@ -205,8 +208,21 @@ void RunAttention(const Attention& attention, const Kernel& kernel, Executor& ex
              part_floats <= kMaxPartFloats) {
     RunCut(jobs, kernel, executor);
   } else {
-    // The last tiles of a prompt see the most keys: taken first, they leave no long tail.
-    ParallelFor(executor, count, [&](int64_t item) { RunWhole(jobs[count - 1 - item], kernel); });
+    // The last tiles of a prompt see the most keys: taken first, they leave no long tail. A thread
+    // takes all heads of one where there are many, and so knows what it will read next.
+    const int64_t heads = attention.pool.kv_heads;
+    const int64_t taken = count >= kPlentyOfTiles * executor.threads() * heads ? heads : 1;
+    for (int64_t number = 0; number < count; ++number) {
+      jobs[number].tile.reads_to = jobs[number].end;
+      if (number % taken > 0) jobs[number].tile.next = &jobs[number - 1].tile;
+    }
+    const int64_t items = (count + taken - 1) / taken;
+    ParallelFor(executor, items, [&](int64_t item) {
+      const int64_t first = (items - 1 - item) * taken;
+      for (int64_t number = std::min(first + taken, count) - 1; number >= first; --number) {
+        RunWhole(jobs[number], kernel);
+      }
+    });
   }
 }
 

@@ -44,6 +44,7 @@ struct Attention {
   float scale;
   float softcap;
   int64_t window;
+  bool narrow = false;  // See Tile.
 };
 
 // Why these arguments cannot be taken; null when they can.

@@ -58,6 +58,7 @@ def paged_attention_blocked(
     scale: float,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    narrow: bool = False,  # Allows it and asks for nothing.
 ) -> Float[Array, "B T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 

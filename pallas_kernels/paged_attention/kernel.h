@@ -43,6 +43,12 @@ struct Tile {
   int64_t window;          // 0 for none.
   float scale;
   float softcap;  // 0 for none.
+  // Whether queries and weights may be rounded to bfloat16 for pages of that.
+  bool narrow;
+  // What the same thread reads after a call, so that it can be asked for in time: the tile's further
+  // keys up to reads_to, then those of another tile, or nothing where that is null.
+  int64_t reads_to;
+  const Tile* next;
 
   int64_t vectors() const { return tokens * group; }
   // The keys that a token sees; none when the end is not above the first.

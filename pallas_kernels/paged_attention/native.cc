@@ -94,7 +94,7 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
                          ffi::AnyBuffer v_pool, Int32Table table, Int32Rows start,
                          Int32Rows length, Int32Scalar layer, Int32Scalar window,
                          ffi::RemainingArgs scales_in, ffi::Result<ffi::AnyBuffer> out,
-                         int64_t pages, float scale, float softcap) {
+                         int64_t pages, float scale, float softcap, bool narrow) {
   Attention attention;
   Scales scales;
   if (!ReadScales(k_pool, scales_in, scales)) {
@@ -117,6 +117,7 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
   attention.out = out->untyped_data();
   attention.scale = scale;
   attention.softcap = softcap;
+  attention.narrow = narrow;
   attention.window = *window.typed_data();
   const Kernel& kernel = CurrentKernel();
   if (const char* reason = WhyNotAttend(attention, kernel)) {
@@ -160,7 +161,8 @@ auto AttendBinding() {
       .Ret<ffi::AnyBuffer>()
       .Attr<int64_t>("pages")
       .Attr<float>("scale")
-      .Attr<float>("softcap");
+      .Attr<float>("softcap")
+      .Attr<bool>("narrow");
 }
 
 }  // namespace

@@ -32,11 +32,13 @@ def paged_attention_native(
     scale: float,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    narrow: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
-    Everything is float32 once it is loaded. The answer of a query has the same bits alone, in any
-    batch, in any chunk and on any number of threads; another instruction set may round otherwise.
+    Everything is float32 once it is loaded, or less if that is allowed (``pairs.h``). The answer of a
+    query has the same bits alone, in any batch, in any chunk and on any number of threads; another
+    instruction set may round otherwise.
     """
     _decline(q, pools)
     (out,) = native.call(
@@ -54,6 +56,7 @@ def paged_attention_native(
         pages=np.int64(pools.pages),
         scale=np.float32(scale),
         softcap=np.float32(softcap),
+        narrow=np.bool_(narrow),
     )
     return out
 

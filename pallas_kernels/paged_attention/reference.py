@@ -39,6 +39,7 @@ def paged_attention_reference(
     scale: float,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    narrow: bool = False,  # Allows it and asks for nothing.
 ) -> Float[Array, "B T N H"]:
     """Defines ``paged_attention``; see there for the arguments."""
     batch, query_tokens, q_heads, head_dim = q.shape

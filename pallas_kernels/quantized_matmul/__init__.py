@@ -79,7 +79,7 @@ def quantized_matmul(
         narrow: Allows native products to round on the way what float32 would keep, where the CPU is
             faster so. A quantized matrix meets activations of int8, with a float32 scale for each
             of its groups: an error of at most 1/254 of the largest in a group. One of bfloat16
-            meets them as bfloat16 (2^-9 of each), or, like one of float16, as float16 with sums of
+            meets them as bfloat16 (2^-8 of each), or, like one of float16, as float16 with sums of
             a few products in float16 (2^-11; weights below 2^-14 lose digits). All else is float32.
 
     Raises:

@@ -149,13 +149,19 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
     const Kernel& kernel = CurrentKernel();
     if (WhyNotAttend(a, kernel)) continue;
     Array<char> first;
-    for (Pool* executor : pools) {
+    // Narrow answers of bfloat16 pages differ from others; of other pages they have the same bits.
+    for (size_t run = 0; run < 2 * pools.size(); ++run) {
+      Pool* executor = pools[run % pools.size()];
+      a.narrow = run >= pools.size();
+      if (run == pools.size() && a.pool_number == Number::kBFloat16) first.reset();
       Array<char> out(new char[answers * item]);
       a.out = out.get();
       RunAttention(a, kernel, *executor);
       for (size_t i = 0; i < answers; ++i) {
         const float got = AsFloat(out.get(), a.q_number, i);
-        const float most = tolerances[number] * (1 + std::fabs(expected[i]));
+        // Weights have an error of 2^-8 each then, and values are below 5.
+        const float weights = a.narrow && a.pool_number == Number::kBFloat16 ? 5.f / 256 : 0;
+        const float most = tolerances[number] * (1 + std::fabs(expected[i])) + weights;
         if (!(std::fabs(got - expected[i]) <= most)) {
           std::ostringstream what;
           what << name << " on level " << level << ": number " << i << " is " << got << ", not "
@@ -164,7 +170,7 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
         }
       }
       if (first && std::memcmp(first.get(), out.get(), answers * item) != 0) {
-        Fail(name + ": the number of threads changed a bit");
+        Fail(name + ": the number of threads, or what is narrow, changed a bit");
       }
       first = std::move(out);
     }

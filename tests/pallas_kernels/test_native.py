@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,11 @@ from .native_here import needs_native
 pytestmark = needs_native
 
 compiled = jax.jit(paged_attention, static_argnames=STATIC)
-attend = partial(attending.attend, compiled)
+narrow = partial(compiled, narrow=True)
+
+
+def attend(*given: Any, by: Any = compiled, **options: Any) -> np.ndarray:
+    return attending.attend(by, *given, **options)
 
 
 @pytest.mark.parametrize("dtype", POOL_DTYPES)
@@ -70,6 +75,33 @@ def test_float32_queries_read_a_bfloat16_pool():
     inputs = inputs._replace(q=inputs.q.astype(jnp.float32))
     answer, reference = attend(case, inputs, "native"), attend(case, inputs, "reference")
     np.testing.assert_allclose(answer, reference, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_narrow_attention_errs_by_what_its_weights_are_rounded_by(case: Case, isa: native.Isa):
+    """Queries are rounded first; a weight then errs by 2^-8 of itself at most, and
+    the answer by as much of the weighted sizes."""
+    inputs = case.arrays(seed=0, dtype="bfloat16")
+    inputs = inputs._replace(q=inputs.q.astype(jnp.float32) * (1 + 2**-12))
+    answer = attend(case, inputs, "native", by=narrow)
+    exact = attend(case, inputs, "native")
+    if isa < native.Isa.AVX512BF16:
+        np.testing.assert_array_equal(answer, exact)
+        return
+    rounded = inputs._replace(q=inputs.q.astype(jnp.bfloat16).astype(jnp.float32))
+    sizes = rounded._replace(pools=replace(inputs.pools, v=jnp.abs(inputs.pools.v)))
+    expected, size = attend(case, rounded, "reference"), attend(case, sizes, "reference")
+    assert (np.abs(answer - expected) <= 2**-8 * size + 4e-6).all()
+    if case.rows[0].start > 0:
+        assert (answer != exact).any()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24])
+def test_a_narrow_query_has_the_same_bits_in_any_chunk_and_company(chunk: int):
+    case = replace(LONG, window=300)
+    inputs = case.arrays(seed=4, dtype="bfloat16")
+    expect_any_chunk(partial(attend, by=narrow), case, inputs, chunk)
+    expect_rows_alone(partial(attend, by=narrow), case, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
