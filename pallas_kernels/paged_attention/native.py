@@ -37,8 +37,8 @@ def paged_attention_native(
     """Computes ``paged_attention``; see there for the arguments.
 
     Everything is float32 once it is loaded, or less if that is allowed (``pairs.h``). The answer of
-    a query has the same bits alone, in any batch, in any chunk and on any number of threads; another
-    instruction set may round otherwise.
+    a query has the same bits alone, in any batch, in any chunk and on any number of threads;
+    another instruction set may round otherwise.
     """
     _decline(q, pools)
     (out,) = native.call(
