@@ -73,6 +73,13 @@ settings.register_profile("jaxserve", derandomize=True, deadline=None)
 settings.load_profile("jaxserve")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first, so that no worker is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_unconfigure() -> None:
     """Removes the compilation cache of this session."""
     if not IS_WORKER:
