@@ -17,9 +17,10 @@ LOCK := .ci/requirements.lock
 # The editable install of the environment compiles the native kernels in place.
 NATIVE := setup.py pallas_kernels/native/build.py $(wildcard pallas_kernels/*/*.cc pallas_kernels/*/*.h)
 PYTEST := $(BIN)/python -m pytest
-# Workers of the default runs; a file's tests stay together, since they share services.
+# Workers of the default runs; a file's tests stay together, since they share services. Files go in
+# the order of tests/conftest.py, and not those of most tests first.
 JOBS ?= 2
-PARALLEL := -n $(JOBS) --dist loadfile
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CODE := jaxserve pallas_kernels sharding tests bench .ci
 RELEASED := proto/released/v1.binpb
 # The models that are assets; any other MODEL is a path, a hub id or dummy:NAME.

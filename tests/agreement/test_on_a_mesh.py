@@ -30,7 +30,8 @@ from tests.agreement.ways import (
 )
 
 pytestmark = pytest.mark.slow
-SETTINGS: dict[str, object] = {"max_rows": 8, "context_tokens": 256}
+SETTINGS: dict[str, object] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
+"""Those of ``tests/runner/test_mesh.py``, so that both compile one device's programs once."""
 OUTPUT_TOKENS = 24
 MESHES = ("1x2", "1x3", "1x4", "2x1", "2x4", "4x2")
 SMOLLM2: dict[str, object] = {

@@ -31,6 +31,8 @@ class Bug:
     method: str
     old: str
     new: str
+    seed: int
+    """Which notices it soonest of those that are tried; it comes first."""
 
     def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Compiles the changed function and puts it in the place of the right one."""
@@ -57,6 +59,7 @@ BUGS = [
         "vacate",
         "self.pool.release(pages)",
         "sequence.done or self.pool.release(pages)",
+        seed=0,
     ),
     Bug(
         "a page is freed twice",
@@ -64,6 +67,7 @@ BUGS = [
         "release",
         "self._free.append(page)",
         "self._free.extend((page, page))",
+        seed=0,
     ),
     Bug(
         "a prefix hit takes no reference",
@@ -71,6 +75,7 @@ BUGS = [
         "share",
         "references[page] += 1",
         "references[page] = max(1, references[page])",
+        seed=6,
     ),
     Bug(
         "the last page of a prompt is one token short",
@@ -78,6 +83,7 @@ BUGS = [
         "admit",
         "-(-len(tokens) // size)",
         "-(-(len(tokens) - 1) // size)",
+        seed=4,
     ),
     Bug(
         "a sequence grows one token too late",
@@ -85,6 +91,7 @@ BUGS = [
         "plan_decode",
         "position >= len(sequence.pages)",
         "position > len(sequence.pages)",
+        seed=0,
     ),
     Bug(
         "the last to come is the first to be served",
@@ -92,6 +99,7 @@ BUGS = [
         "enqueue",
         "(sequence.rank, sequence)",
         "((sequence.rank[0], -sequence.rank[1], sequence.choice), sequence)",
+        seed=6,
     ),
     Bug(
         "priority is forgotten",
@@ -99,6 +107,7 @@ BUGS = [
         "_make_live",
         "request.priority * PRIORITY_SECONDS",
         "0",
+        seed=0,
     ),
     Bug(
         "the salt is forgotten",
@@ -106,6 +115,7 @@ BUGS = [
         "extend_chain",
         "self.root(salt)",
         'self.root("")',
+        seed=3,
     ),
     Bug(
         "a prompt can be found before it is computed",
@@ -113,6 +123,7 @@ BUGS = [
         "add_chunk",
         "sequence.computed += count",
         "sequence.computed += count; self.commit(sequence, sequence.target)",
+        seed=14,
     ),
     Bug(
         "a row is handed out while it is taken",
@@ -120,6 +131,7 @@ BUGS = [
         "admit",
         "self._rows.pop()",
         "self._rows[-1]",
+        seed=0,
     ),
     Bug(
         "a sequence comes back while its token is in flight",
@@ -127,6 +139,7 @@ BUGS = [
         "plan",
         "if not preempted:",
         "if True:",
+        seed=15,
     ),
     Bug(
         "a preemption loses the last token",
@@ -134,6 +147,7 @@ BUGS = [
         "_grow",
         "self.vacate(victim)",
         "self.vacate(victim); victim.tokens.pop()",
+        seed=8,
     ),
     Bug(
         "a token that a failed step lost stays counted",
@@ -141,6 +155,7 @@ BUGS = [
         "admit",
         "sequence.sampled = sequence.output_tokens",
         "pass",
+        seed=10,
     ),
     Bug(
         "the admission counter is not taken down",
@@ -148,6 +163,7 @@ BUGS = [
         "_uncount",
         "self.waiting_tokens -= len(live.request.prompt)",
         "pass",
+        seed=1,
     ),
     Bug(
         "a finished request stays live",
@@ -155,6 +171,7 @@ BUGS = [
         "finish",
         "if live.open_choices == 0:",
         "if live.open_choices == 0 and reason is not FinishReason.DEADLINE:",
+        seed=2,
     ),
     Bug(
         "an evicted page can still be found",
@@ -162,6 +179,7 @@ BUGS = [
         "allocate",
         "self.on_evict(page)",
         "pass",
+        seed=14,
     ),
     Bug(
         "a failed step leaves the prefix cache standing",
@@ -169,6 +187,7 @@ BUGS = [
         "preempt_all",
         "shard.prefix.clear()",
         "pass",
+        seed=9,
     ),
     Bug(
         "a prefix known in one data shard is taken for another's",
@@ -176,6 +195,7 @@ BUGS = [
         "_admit",
         "shard.admit(sequence, hit)",
         "shard = self.shards[-1] if self.shards[-1].has_row else shard; shard.admit(sequence, hit)",
+        seed=10,
     ),
     Bug(
         "pages are made findable in the first data shard",
@@ -183,6 +203,7 @@ BUGS = [
         "commit",
         "self.shards[sequence.shard]",
         "self.shards[0]",
+        seed=4,
     ),
     Bug(
         "a page stays findable after its last holder, with the cache off",
@@ -190,6 +211,7 @@ BUGS = [
         "released",
         "self._drop(page)",
         "pass",
+        seed=13,
     ),
     Bug(
         "a sequence that is cancelled while it waits is still counted",
@@ -197,6 +219,7 @@ BUGS = [
         "finish",
         "self._waiting -= 1",
         "pass",
+        seed=0,
     ),
     Bug(
         "deadlines of waiting requests are not watched",
@@ -204,6 +227,7 @@ BUGS = [
         "_expire",
         "if live.open_choices:",
         "if live.open_choices and live.scheduled_s is not None:",
+        seed=14,
     ),
     Bug(
         "a stop ends the wrong choice",
@@ -211,6 +235,7 @@ BUGS = [
         "_stop_choice",
         "live.sequences[choice]",
         "live.sequences[0]",
+        seed=18,
     ),
     Bug(
         "a choice that ends early is never followed by the others",
@@ -218,6 +243,7 @@ BUGS = [
         "finish",
         "elif not live.choices_queued:",
         "elif False:",
+        seed=0,
     ),
     Bug(
         "min_tokens lets a stop through one token early",
@@ -225,6 +251,7 @@ BUGS = [
         "_suppresses_stop",
         "sequence.sampled <=",
         "sequence.sampled <",
+        seed=10,
     ),
     Bug(
         "a reader is not woken",
@@ -232,5 +259,6 @@ BUGS = [
         "put",
         "len(self._events) <= 1",
         "len(self._events) == 2",
+        seed=7,
     ),
 ]

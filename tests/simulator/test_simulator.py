@@ -104,9 +104,11 @@ def test_the_simulator_runs_the_classes_that_the_server_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_planted_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one of a few seeds, which are tried from the one on that is known to notice it."""
     bug.plant(monkeypatch)
 
-    caught = next(filter(None, (failure_of(s, PLANTED_STEPS) for s in range(PLANTED_SEEDS))), None)
+    seeds = sorted(range(PLANTED_SEEDS), key=lambda seed: seed != bug.seed)
+    caught = next(filter(None, (failure_of(seed, PLANTED_STEPS) for seed in seeds)), None)
 
     assert caught is not None, f"{PLANTED_SEEDS} seeds did not notice that {bug.name}"
 
