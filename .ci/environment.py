@@ -40,6 +40,10 @@ UV_VARIABLES = {
 }
 
 
+# Whatever a launch and its processes import; the rest is compiled when it is first imported.
+IMPORTED = "jaxserve.serve, jaxserve.llm, jaxserve.cli.launch, jinja2.sandbox, rich.progress"
+
+
 def step(number: int, text: str) -> None:
     """Prints one line of progress."""
     print(f"[{number}/4] {text}", flush=True)
@@ -162,6 +166,16 @@ def install_locked(python: Path) -> None:
         run(*pip, "install", "--quiet", *itself)
 
 
+def keep_bytecode(python: Path) -> None:
+    """Imports what a launch imports, once, and keeps what Python has compiled it to.
+
+    uv leaves that to the first import, which may not keep it: containers like to say
+    PYTHONDONTWRITEBYTECODE, and every launch then compiles JAX from its source for seconds.
+    """
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    run(python, "-c", f"import {IMPORTED}", environ=environ)
+
+
 def build(folder: Path) -> None:
     """Builds the environment in `folder` unless it is there already, from the same lock."""
     stamp = folder / ".stamp"
@@ -178,6 +192,7 @@ def build(folder: Path) -> None:
             make_venv(folder)
         step(3, f"{LOCK.read_text().count('==')} pinned packages from {LOCK.relative_to(ROOT)}")
         install_locked(folder / "bin" / "python")
+        keep_bytecode(folder / "bin" / "python")
         # Written last and moved into place: a build that was interrupted is done again.
         unfinished = stamp.with_suffix(".new")
         unfinished.write_text(wanted)
