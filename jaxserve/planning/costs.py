@@ -59,6 +59,17 @@ class Costs:
         return Costs(flops, wire_bytes, exchanges, turns * self.opaque)
 
 
+def costs_from(fields: Any) -> Costs | None:
+    """Makes costs of their fields, as ``vars`` gives them; None of anything else."""
+    try:
+        flops, wire_bytes, exchanges = (
+            Counter[str](fields[name]) for name in ("flops", "wire_bytes", "exchanges")
+        )
+        return Costs(flops, wire_bytes, exchanges, int(fields["opaque"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def count(jaxpr: Any, axis_sizes: Mapping[str, int]) -> Costs:
     """Adds up what one device does.
 

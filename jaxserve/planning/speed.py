@@ -7,13 +7,17 @@ here, which is what a good kernel does; the loop in plain XLA moves it about thr
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from jaxserve.models.decoder import Params
-from jaxserve.planning.costs import Costs, count, step_body
+from jaxserve.planning import costs as counting
+from jaxserve.planning.costs import Costs, costs_from, count, step_body
 from jaxserve.planning.devices import DeviceFacts
 from jaxserve.runner.config import ProgramKey
 from jaxserve.runner.runner import Runner
@@ -96,10 +100,22 @@ def _prefill(tokens: int) -> ProgramKey:
 
 
 def _traced(runner: Runner, key: ProgramKey) -> Costs:
-    costs = count(step_body(runner.trace(key).jaxpr), runner.mesh_shape)
+    """Counts a program; beside files of programs, once, since tracing three takes a second."""
+    folder, kind = runner.executables, f"costs-{_counting()}"
+    costs = None if folder is None else costs_from(folder.note(key.file_name, kind))
+    if costs is None:
+        costs = count(step_body(runner.trace(key).jaxpr), runner.mesh_shape)
+        if folder is not None:
+            folder.write_note(key.file_name, kind, vars(costs))
     # Nothing but attention may go uncounted: one loop or kernel in each layer.
     assert costs.opaque == runner.model.config.layers, f"{key} has {costs.opaque} loops or kernels"
     return costs
+
+
+@cache
+def _counting() -> str:
+    """Names the way of counting: whoever changes it counts anew."""
+    return hashlib.sha256(Path(counting.__file__).read_bytes()).hexdigest()[:12]
 
 
 def _with_attention(

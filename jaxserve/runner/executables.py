@@ -2,6 +2,7 @@
 
     <directory>/executables/<digest of the key>/key.json        every part of the key, readable
                                                /decode-1x1.xla   one program each
+                                               /decode-1x1.NOTE.json   what was found out of it
 
 A key (``fingerprint.py``) names everything that a program depends on, so a file whose key is the
 same holds what would be compiled. It has a digest of its content, and names its key; what is
@@ -138,6 +139,28 @@ class ExecutableFolder:
             _write(self.path / f"{name}{SUFFIX}", head + b"\n" + content)
         except Exception as error:  # A full disk, or a backend that cannot write programs.
             self._warn("cannot be written", name, error)
+
+    def note(self, name: str, kind: str) -> Any:
+        """Returns what was noted of a program: whatever JSON holds, None when there is nothing.
+
+        Args:
+            name: of the program.
+            kind: of the note.
+        """
+        try:
+            content = json.loads((self.path / f"{name}.{kind}.json").read_text())
+            return content["note"] if content["key"] == self._digest else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # It is found out again.
+
+    def write_note(self, name: str, kind: str, note: Any) -> None:
+        """Keeps what tracing a program has shown, so that who loads it need not trace it."""
+        if self._must_hold:
+            return
+        content = json.dumps({"key": self._digest, "note": note})
+        with suppress(OSError):  # As with programs, failing to is harmless.
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / f"{name}.{kind}.json", content.encode())
 
     def copy_to(self, out: Path, names: Iterable[str]) -> int:
         """Copies programs and their key into a new directory; returns the bytes written.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +17,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxserve.models.decoder import Model
 from jaxserve.models.presets import preset
-from jaxserve.planning.costs import Costs, count, peak_bytes, step_body
+from jaxserve.planning.costs import Costs, costs_from, count, peak_bytes, step_body
+from jaxserve.planning.speed import decode_costs
 from jaxserve.runner.config import ProgramKey
+from jaxserve.runner.executables import ExecutableFolder
 from tests.planning.planned import memory_of
 
 pytestmark = pytest.mark.slow
@@ -37,6 +41,25 @@ def decode(model: str, mesh: str, rows: int) -> Costs:
     runner = memory_of(model, mesh, max_rows=rows).runner
     traced = runner.trace(ProgramKey(rows, "decode", rows, 1))
     return count(step_body(traced.jaxpr), runner.mesh_shape)
+
+
+def test_beside_files_of_programs_costs_are_counted_once(tmp_path: Path) -> None:
+    runner = memory_of("tiny-llama", max_rows=4).runner
+    runner.use(ExecutableFolder(tmp_path / "programs", {"jax": "1"}))
+    counted = decode_costs(runner, 4, 100)
+    trace, runner.trace = runner.trace, lambda key: pytest.fail(f"{key} was traced")
+    assert decode_costs(runner, 4, 100) == counted
+    for path in (tmp_path / "programs").iterdir():
+        path.write_text(path.read_text().replace("opaque", "other"))
+    runner.trace = trace
+    assert decode_costs(runner, 4, 100) == counted
+
+
+@pytest.mark.parametrize("fields", [None, [], {}, {"flops": 1}, "flops"])
+def test_costs_are_made_of_their_fields_alone(fields: object) -> None:
+    costs = Costs(Counter(float32=7), Counter(tensor=3), Counter(tensor=1), 2)
+    assert costs_from(json.loads(json.dumps(vars(costs)))) == costs
+    assert costs_from(fields) is None
 
 
 # -- products --------------------------------------------------------------------------------------

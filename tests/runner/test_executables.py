@@ -406,6 +406,23 @@ def test_the_folders_used_longest_ago_are_removed_first(tmp_path: Path) -> None:
     assert [folder.path.exists() for folder in folders] == [False, False, False, True]
 
 
+def test_a_note_of_a_program_is_for_its_key_alone(folder: ExecutableFolder) -> None:
+    assert folder.note("set_row-1x0", "costs") is None
+    folder.write_note("set_row-1x0", "costs", {"flops": 7})
+    assert folder.note("set_row-1x0", "costs") == {"flops": 7}
+    assert folder.note("set_row-1x0", "others") is None
+    assert ExecutableFolder(folder.path, {"jax": "other"}).note("set_row-1x0", "costs") is None
+    (folder.path / "set_row-1x0.costs.json").write_text("{")
+    assert folder.note("set_row-1x0", "costs") is None
+
+
+def test_a_directory_that_was_compiled_ahead_is_not_written_to(folder: ExecutableFolder) -> None:
+    ahead = ExecutableFolder(folder.path, fingerprint(make_runner()), must_hold=True)
+    before = sorted(folder.path.iterdir())
+    ahead.write_note("set_row-1x0", "costs", {})
+    assert sorted(folder.path.iterdir()) == before
+
+
 def test_nothing_is_left_of_a_file_that_was_not_finished(
     folder: ExecutableFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
