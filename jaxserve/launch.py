@@ -1,6 +1,7 @@
 """The composition root: builds every part in order and tears it down in reverse.
 
     1 resolve    ServeConfig + the model's config + the visible devices -> LaunchPlan
+      text       beside all that follows: the tokenizer, the process of the chat template
     2 programs   the largest first, loaded or compiled: XLA says what they need beside arguments
     3 pages      plan_memory; the count of the last launch is taken again while it fits
     4 the rest   other programs, in parallel, small ones first, while weights stream in and the
@@ -24,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -146,13 +148,12 @@ def build(
         LaunchError: a flag, a file or the machine has to change; the message says which and how.
     """
     start = time.perf_counter()
-    with ExitStack() as undo:
+    # The thread has ended when ``undo`` closes what it made.
+    with ExitStack() as undo, ThreadPoolExecutor(1, thread_name_prefix="jaxserve-text") as pool:
         source, group = _begin(config, hosts, on_lost, undo)
+        text = pool.submit(_text_parts, config, source, undo)
         plan = resolve(config, source.model_config(), source.formats)
         free, meter = free_bytes(plan), MemoryMeter()
-        tokenizer, template = _text_parts(config, source)
-        if template is not None:
-            undo.callback(template.close)
         expected: list[Expected] = []
         facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
 
@@ -162,7 +163,8 @@ def build(
                     expect(plan.name, plan.model, plan, facts, free_bytes=free, runner=runner)
                 )
 
-        runner, digest = _make_ready(config, plan, source, group, report, undo, predict)
+        runner, digest = _make_ready(config, plan, source, group, report, undo, text, predict)
+        tokenizer, template = text.result()
         steps: StepRunner = runner
         if group is not None:
             group.ready(digest)
@@ -179,8 +181,10 @@ def build(
     engine.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
-    text = TextEngine(engine, tokenizer, template)
-    return Service(config, plan, engine, runner, text, info, source, ready_seconds, group, beside)
+    text_engine = TextEngine(engine, tokenizer, template)
+    return Service(
+        config, plan, engine, runner, text_engine, info, source, ready_seconds, group, beside
+    )
 
 
 def follow(
@@ -302,11 +306,13 @@ def _make_ready(
     group: Group | None,
     report: Report,
     undo: ExitStack,
+    text: Future[Any] | None = None,
     meanwhile: Callable[[Runner], None] = lambda runner: None,
 ) -> tuple[Runner, str]:
     """Compiles, loads and warms up; returns the runner and the model's digest.
 
-    ``meanwhile`` is called when there are programs, while weights still stream in.
+    What goes wrong with ``text`` is heard of early. ``meanwhile`` is called when there are
+    programs, while weights still stream in.
     """
     if plan.platform == "cpu" and (reason := native.why_not()):
         logger.warning(
@@ -315,12 +321,15 @@ def _make_ready(
     caching = nullcontext() if group is None else every_host_caches()
     with caching, ThreadPoolExecutor(3, thread_name_prefix="jaxserve-load") as pool:
         digest = pool.submit(source.digest)
-        runner, params = _prepare(config, plan, source, group, pool, report, undo, meanwhile)
+        runner, params = _prepare(config, plan, source, group, pool, report, undo, text, meanwhile)
         runner.make_ready(params, strict=config.strict_compile)
         return runner, digest.result()
 
 
-def _text_parts(config: ServeConfig, model: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+def _text_parts(
+    config: ServeConfig, model: ModelSource, undo: ExitStack
+) -> tuple[Tokenizer, ChatTemplate | None]:
+    """Reads the tokenizer and starts the process of the chat template."""
     files = model.tokenizer()
     tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
     source, template = tokenizer.source, tokenizer.chat_template
@@ -332,7 +341,9 @@ def _text_parts(config: ServeConfig, model: ModelSource) -> tuple[Tokenizer, Cha
             raise TokenizerError(f"cannot read --chat-template {source}: {error}") from error
     if template is None:
         return tokenizer, None
-    return tokenizer, ChatTemplate(template, source=source, special_texts=tokenizer.special_texts)
+    made = ChatTemplate(template, source=source, special_texts=tokenizer.special_texts)
+    undo.callback(made.close)
+    return tokenizer, made
 
 
 def _prepare(
@@ -343,6 +354,7 @@ def _prepare(
     pool: ThreadPoolExecutor,
     report: Report,
     undo: ExitStack,
+    text: Future[Any] | None,
     meanwhile: Callable[[Runner], None],
 ) -> tuple[Runner, Params]:
     """Loads or compiles everything while the weights stream in and the pages are allocated."""
@@ -358,11 +370,12 @@ def _prepare(
     )
     allocating = pool.submit(runner.allocate)
 
-    def check_weights() -> None:
-        if loading.done():
-            loading.result()  # A bad weight is heard of now, not when everything is compiled.
+    def check() -> None:
+        for beside in (loading, text):
+            if beside is not None and beside.done():
+                beside.result()  # A bad weight is heard of now, not when everything is compiled.
 
-    compile_rest(config, runner, report, meanwhile=check_weights)
+    compile_rest(config, runner, report, meanwhile=check)
     meanwhile(runner)
     allocating.result()
     return runner, loading.result()
