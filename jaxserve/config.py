@@ -15,6 +15,7 @@ from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8")
+STEP_OVERLAPS = ("auto", "on", "off")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
@@ -49,9 +50,9 @@ class ServeConfig:
     space; large needs pages for at least one such sequence."""
     max_rows: int = 64
     """Sequences computed together. Small wastes bandwidth; large makes every step longer."""
-    step_tokens: int = 512
-    """Prompt tokens of one step. Small: prompts take long. Large: running answers stutter
-    meanwhile."""
+    step_tokens: int | None = None
+    """Prompt tokens of one step; None is 256 on a CPU and 512 elsewhere. Small: prompts take long.
+    Large: running answers stutter meanwhile."""
     page_tokens: int = 32
     """Tokens in one page. Small wastes table space; large the tail of every sequence."""
     kv_memory_fraction: float | None = None
@@ -69,6 +70,10 @@ class ServeConfig:
     """Prompt tokens of all waiting requests; more are refused with RESOURCE_EXHAUSTED."""
     watchdog_s: float = 60.0
     """No finished step for so long while work waits: NOT_SERVING, then exit code 1."""
+    step_overlap: str = "auto"
+    """``on`` dispatches a step before the one before it is read: the device never waits for
+    Python, and a new request waits for a step more. auto: on, but off on a CPU by itself, where
+    both are the same processor."""
     strict_compile: bool = False
     """Raise when anything is compiled after ready (for tests)."""
     chat_template: Path | None = None
@@ -106,6 +111,10 @@ class ServeConfig:
                 f"quantization is {self.quantization!r}; choose one of {', '.join(QUANTIZATIONS)}",
             ),
             (
+                self.step_overlap in STEP_OVERLAPS,
+                f"step_overlap is {self.step_overlap!r}; choose one of {', '.join(STEP_OVERLAPS)}",
+            ),
+            (
                 self.load_format in LOAD_FORMATS,
                 f"load_format is {self.load_format!r}; choose one of {', '.join(LOAD_FORMATS)}",
             ),
@@ -115,7 +124,7 @@ class ServeConfig:
             ),
             (1 <= self.max_rows <= 4096, f"max_rows is {self.max_rows}; choose 1 to 4096"),
             (
-                16 <= self.step_tokens <= 65_536,
+                self.step_tokens is None or 16 <= self.step_tokens <= 65_536,
                 f"step_tokens is {self.step_tokens}; choose 16 to 65536",
             ),
             (
@@ -267,11 +276,13 @@ def prefill_buckets(step_tokens: int) -> tuple[tuple[int, int], ...]:
 
     >>> prefill_buckets(256)
     ((1, 16), (1, 64), (1, 128), (1, 256), (8, 32))
+    >>> prefill_buckets(128)
+    ((1, 16), (1, 64), (1, 128), (4, 32))
     """
     single = [size for size in (16, 64, 128, 256, 512, 1024, 2048) if size < step_tokens]
     buckets = [(1, size) for size in (*single, step_tokens)]
-    if step_tokens >= 8 * 32:
-        buckets.append((8, 32))
+    if (rows := min(step_tokens // 32, 8)) >= 4:
+        buckets.append((rows, 32))
     return tuple(sorted(buckets, key=lambda bucket: bucket[0] * bucket[1]))
 
 

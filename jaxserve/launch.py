@@ -408,7 +408,22 @@ def _make_engine(
         watchdog_s=config.watchdog_s,
         prompt_logprobs=config.prompt_logprobs,
     )
-    return Engine(runner, scheduler=scheduler, shape=plan.step, limits=limits, end_ids=end_ids)
+    return Engine(
+        runner,
+        scheduler=scheduler,
+        shape=plan.step,
+        limits=limits,
+        end_ids=end_ids,
+        overlap=overlaps_steps(config, plan),
+    )
+
+
+def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:
+    """Whether the engine dispatches a step before the one before it is read."""
+    if config.step_overlap != "auto":
+        return config.step_overlap == "on"
+    # Other hosts are told of a step while the one before it runs.
+    return plan.mesh.devices.flat[0].platform != "cpu" or plan.mesh.is_multi_process
 
 
 def _model_info(

@@ -330,6 +330,7 @@ class EngineSizes:
     max_chunks: int = 4
     prefix_cache: bool = True
     data_shards: int = 1
+    overlap: bool = True
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> EngineSizes:
@@ -369,6 +370,7 @@ class EngineSizes:
                 context_tokens=self.context_tokens, vocab_size=self.vocab_size, **limits
             ),
             end_ids=self.end_ids,
+            overlap=self.overlap,
             clock=clock,
         )
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
+from jaxserve.launch import overlaps_steps
 from jaxserve.models.presets import preset
 from jaxserve.resolve import configure_jax, resolve, resolve_quantization, resolve_sizes
 from pallas_kernels import native
@@ -37,6 +38,7 @@ def config(**changes: object) -> ServeConfig:
             "kv_dtype is 'int3'; choose one of auto, float32, bfloat16, float16, int8",
         ),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
+        ({"step_overlap": "yes"}, "step_overlap is 'yes'; choose one of auto, on, off"),
         ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
         ({"max_rows": 0}, "max_rows is 0; choose 1 to 4096"),
         ({"step_tokens": 8}, "step_tokens is 8; choose 16 to 65536"),
@@ -116,6 +118,20 @@ def test_a_cpu_cuts_prompts_sooner_than_a_gpu() -> None:
         for platform in ("cpu", "cuda")
     }
     assert places == {"cpu": 24, "cuda": 256}
+
+
+def test_a_step_takes_fewer_prompt_tokens_on_a_cpu_unless_told_otherwise() -> None:
+    def longest(platform: str, **fields: int) -> int:
+        sizes = resolve_sizes(config(**fields), TINY, platform, data_shards=1)
+        return max(tokens for _, tokens in sizes.step.prefill_buckets)
+
+    assert (longest("cpu"), longest("cuda"), longest("cpu", step_tokens=128)) == (256, 512, 128)
+
+
+@pytest.mark.parametrize(("asked", "overlaps"), [("auto", False), ("on", True), ("off", False)])
+def test_steps_of_a_cpu_overlap_only_where_it_is_asked_for(asked: str, overlaps: bool) -> None:
+    given = config(step_overlap=asked, max_rows=4)
+    assert overlaps_steps(given, resolve(given, TINY)) is overlaps
 
 
 def test_a_plan_leaves_nothing_open() -> None:

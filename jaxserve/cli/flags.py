@@ -19,13 +19,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from jaxserve.config import DTYPES, KV_DTYPES, LOAD_FORMATS, QUANTIZATIONS, ServeConfig
+from jaxserve.config import (
+    DTYPES,
+    KV_DTYPES,
+    LOAD_FORMATS,
+    QUANTIZATIONS,
+    STEP_OVERLAPS,
+    ServeConfig,
+)
 from jaxserve.errors import ConfigError
 
 CHOICES = {
     "dtype": DTYPES,
     "quantization": QUANTIZATIONS,
     "kv_dtype": KV_DTYPES,
+    "step_overlap": STEP_OVERLAPS,
     "load_format": LOAD_FORMATS,
 }
 NAMES = {"kv_memory_bytes": "kv-memory"}
@@ -52,7 +60,13 @@ MEMORY_FLAGS = (
     "prefix_cache",
     "prompt_logprobs",
 )
-LIMIT_FLAGS = ("max_waiting_requests", "max_waiting_tokens", "watchdog_s", "strict_compile")
+LIMIT_FLAGS = (
+    "max_waiting_requests",
+    "max_waiting_tokens",
+    "watchdog_s",
+    "step_overlap",
+    "strict_compile",
+)
 PLACE_FLAGS = ("assets_dir", "cache_dir")
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

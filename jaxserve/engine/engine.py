@@ -3,9 +3,10 @@
     submit ─inbox─> [ drain, plan, pack, dispatch(n), wait(n-1), publish(n-1) ] ──> streams
 
 One step is in flight: step n is dispatched before step n-1 is read, so the device works while
-Python thinks. ``run_once`` is one turn of that loop; the thread calls it for ever, the simulator
-calls it by hand. What other threads may touch is the inbox, the door (``admission.py``) and the
-streams.
+Python thinks. Without overlap step n-1 is read first: a device that is this very processor gains
+nothing from it, and a request that arrives meanwhile joins the next step. ``run_once`` is one turn
+of that loop; the thread calls it for ever, the simulator calls it by hand. What other threads may
+touch is the inbox, the door (``admission.py``) and the streams.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Engine:
         shape: StepShape,
         limits: EngineLimits,
         end_ids: Sequence[int],
+        overlap: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Makes an engine that does not run yet.
@@ -109,6 +111,7 @@ class Engine:
             shape: the compiled shapes; they have to take whatever the scheduler may plan.
             limits: bounds of a request and of the queue.
             end_ids: the model's end tokens; at most ``step.MAX_END_TOKENS``.
+            overlap: whether a step is dispatched before the one before it is read.
             clock: seconds, monotonic; deadlines are on it.
         """
         check_fit(scheduler, shape, limits, end_ids)
@@ -118,6 +121,7 @@ class Engine:
         self._table = RowTable(shape)
         self._end_ids = frozenset(end_ids)
         self._publisher = Publisher(self.scheduler)
+        self._overlap = overlap
         self._clock = clock
         self._admission = Admission(limits)
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -281,12 +285,15 @@ class Engine:
         worked = self._drain_inbox()
         if self.idle and self._in_flight is None:
             return worked
+        previous, self._in_flight = self._in_flight, None
+        if previous is not None and not self._overlap:
+            self._publish(previous)
+            self._drain_inbox()
         now = self._clock()
         self._expire(now)
         plan = self._plan(now)
-        previous, self._in_flight = self._in_flight, None
         failure = None if plan.empty else self._dispatch(plan)
-        if previous is not None:
+        if previous is not None and self._overlap:
             self._publish(previous)
         if failure is not None:
             self._step_failed(plan, failure)

@@ -76,8 +76,9 @@ struct PanelKernel {
   PanelSizes (*sizes)(const Matrix& matrix);
   // A row of x, for the matrix.
   void (*read_x)(const Matrix& matrix, const float* x, char* out);
-  // Up to kPanelRows rows of the matrix from the first on.
-  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, char* out);
+  // Up to kPanelRows rows of the matrix from the first on. Those of the panel from `next` on are asked
+  // for meanwhile.
+  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out);
   // out[x_rows, rows], with a stride.
   void (*multiply)(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
                    const char* panel, float* out, int64_t out_stride);

@@ -97,8 +97,9 @@ int64_t PanelFloats(const Matmul& m, const MatmulKernel& kernel, Method method, 
   return kernel.panels->sizes(m.matrix).panel / sizeof(float);
 }
 
+// Rows of the matrix from first on; `next` is where the thread probably goes on.
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
-              int64_t rows) {
+              int64_t rows, int64_t next) {
   const Matrix& matrix = m.matrix;
   const bool writes_float = m.out_number == Number::kFloat32;
   const int64_t floats = PanelFloats(m, kernel, x.method, rows);
@@ -119,7 +120,7 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_
       break;
     case Method::kPanels: {
       auto* panel = reinterpret_cast<char*>(memory);
-      kernel.panels->expand(matrix, first, rows, panel);
+      kernel.panels->expand(matrix, first, rows, next, panel);
       kernel.panels->multiply(matrix, m.x_rows, static_cast<const char*>(x.numbers), rows, panel,
                               answers, stride);
     }
@@ -234,7 +235,10 @@ void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) 
     const int64_t last = std::min((item + 1) * taken, panels);
     for (int64_t panel = item * taken; panel < last; ++panel) {
       const int64_t first = panel * panel_rows;
-      RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first));
+      // Others take the items in between. There may be fewer panels: then this one is in the cache.
+      const int64_t next = panel + 1 < last ? panel + 1 : (item + executor.threads()) * taken;
+      RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first),
+               next < panels ? next * panel_rows : first);
     }
   };
   const int64_t items = (panels + taken - 1) / taken;

@@ -85,15 +85,16 @@ JAXSERVE_INLINE __mmask16 First(int64_t count) {
   return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// The same words of some rows, transposed; what is not there is zero. The next panel is asked for.
+// The same words of some rows, transposed; what is not there is zero. What lies `ahead` bytes behind
+// each is asked for.
 JAXSERVE_INLINE void LoadWords(const char* from, int64_t row_bytes, int64_t rows, int64_t words,
-                               VecU (&out)[kLanes]) {
+                               int64_t ahead, VecU (&out)[kLanes]) {
   const __mmask16 here = First(words);
 #pragma GCC unroll 16
   for (int row = 0; row < kLanes; ++row) {
     const char* source = from + row * row_bytes;
     out[row] = Bits<VecU>(_mm512_maskz_loadu_epi32(row < rows ? here : 0, source));
-    __builtin_prefetch(source + kPanelRows * row_bytes, 0, 2);
+    __builtin_prefetch(source + ahead, 0, 2);
   }
   Transpose(out);
 }
@@ -117,11 +118,12 @@ void TransposeScales(const uint16_t* from, int64_t groups, int64_t rows, float* 
 // Writes the words of kLanes rows, which are stored as `words` words each, to every kPanelRows-th
 // word of out.
 template <Format FORMAT>
-void TransposeWords(const char* from, int64_t row_bytes, int64_t rows, uint32_t* out) {
+void TransposeWords(const char* from, int64_t row_bytes, int64_t rows, int64_t ahead,
+                    uint32_t* out) {
   const int64_t words = row_bytes / kWordBytes;
   for (int64_t w = 0; w < words; w += kLanes) {
     VecU some[kLanes];
-    LoadWords(from + w * kWordBytes, row_bytes, rows, words - w, some);
+    LoadWords(from + w * kWordBytes, row_bytes, rows, words - w, ahead, some);
     const int64_t count = words - w < kLanes ? words - w : kLanes;
     for (int64_t i = 0; i < count; ++i) {
       if constexpr (FORMAT == Format::kInt4) {  // A group has its first values in the lower halves.
@@ -138,15 +140,16 @@ void TransposeWords(const char* from, int64_t row_bytes, int64_t rows, uint32_t*
 }
 
 template <Format FORMAT>
-void ExpandPanelOf(const Matrix& matrix, int64_t first, int64_t rows, char* out) {
+void ExpandPanelOf(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out) {
   const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
+  const int64_t ahead = (next - first) * row_bytes;
   const int64_t values_bytes = FORMAT == Format::kNumber ? matrix.depth * 2 : matrix.depth;
   auto* words = reinterpret_cast<uint32_t*>(out);
   auto* scales = reinterpret_cast<float*>(out + kPanelRows * values_bytes);
   for (int64_t row = 0; row < kPanelRows; row += kLanes) {
     const int64_t here = first + (row < rows ? row : 0), left = rows - row;
     const char* values = static_cast<const char*>(matrix.values) + here * row_bytes;
-    TransposeWords<FORMAT>(values, row_bytes, left, words + row);
+    TransposeWords<FORMAT>(values, row_bytes, left, ahead, words + row);
     if constexpr (FORMAT == Format::kNumber) continue;
     TransposeScales(matrix.scale + here * groups, groups, left, scales + row);
     if constexpr (FORMAT != Format::kInt4) continue;
@@ -303,19 +306,21 @@ void ReadX(const Matrix& matrix, const float* x, char* out) {
   ReadBytes(matrix, x, out);
 }
 
-void ExpandPanel(const Matrix& matrix, int64_t first, int64_t rows, char* out) {
+void ExpandPanel(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out) {
   switch (matrix.format) {
-    case Format::kInt8: return ExpandPanelOf<Format::kInt8>(matrix, first, rows, out);
-    case Format::kInt4: return ExpandPanelOf<Format::kInt4>(matrix, first, rows, out);
-    case Format::kNumber: return ExpandPanelOf<Format::kNumber>(matrix, first, rows, out);
+    case Format::kInt8: return ExpandPanelOf<Format::kInt8>(matrix, first, rows, next, out);
+    case Format::kInt4: return ExpandPanelOf<Format::kInt4>(matrix, first, rows, next, out);
+    case Format::kNumber: return ExpandPanelOf<Format::kNumber>(matrix, first, rows, next, out);
   }
 }
 
 void MultiplyPanel(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
                    const char* panel, float* out, int64_t stride) {
   switch (matrix.format) {
-    case Format::kInt8: return MultiplyAllOf<Format::kInt8>(matrix, x_rows, x, rows, panel, out, stride);
-    case Format::kInt4: return MultiplyAllOf<Format::kInt4>(matrix, x_rows, x, rows, panel, out, stride);
+    case Format::kInt8:
+      return MultiplyAllOf<Format::kInt8>(matrix, x_rows, x, rows, panel, out, stride);
+    case Format::kInt4:
+      return MultiplyAllOf<Format::kInt4>(matrix, x_rows, x, rows, panel, out, stride);
     case Format::kNumber:
       return MultiplyAllOf<Format::kNumber>(matrix, x_rows, x, rows, panel, out, stride);
   }
