@@ -423,7 +423,7 @@ def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:
     if config.step_overlap != "auto":
         return config.step_overlap == "on"
     # Other hosts are told of a step while the one before it runs.
-    return plan.mesh.devices.flat[0].platform != "cpu" or plan.mesh.is_multi_process
+    return plan.platform != "cpu" or plan.mesh.is_multi_process
 
 
 def _model_info(

@@ -10,6 +10,7 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 from jaxserve.engine.pages import PagePool
+from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import QueueFullError
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.models.layers import rms_norm
@@ -22,6 +23,8 @@ def test_an_argument_of_another_type_is_noticed() -> None:
         PagePool(NOTHING)
     with pytest.raises(BeartypeCallHintViolation, match="count"):
         PagePool(4).allocate(NOTHING)
+    with pytest.raises(BeartypeCallHintViolation, match="temperature"):
+        SamplingParams(temperature=NOTHING)
     with pytest.raises(TypeCheckError, match="retry_after_s"):
         QueueFullError("requests", 6, 6, retry_after_s=NOTHING)
     with pytest.raises(TypeCheckError, match="port"):

@@ -22,7 +22,8 @@ import numpy as np
 OPAQUE = ("while", "pallas_call", "ffi_call")
 """Loops and kernels whose cost does not stand in the jaxpr."""
 NATIVE_PRODUCT = "jaxserve_matmul."
-"""The kernel of ``quantized_matmul``, which computes in float32."""
+"""The kernel of ``quantized_matmul``, counted as float32; narrow ones are up to four times as fast
+on CPUs that have instructions for them."""
 IN_PLACE = ("scatter", "scatter-add", "dynamic_update_slice", "reshape", "squeeze", "expand_dims")
 """Their result lies where their first operand did, which the program does not use again."""
 

@@ -31,6 +31,13 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 
+#if defined(ISA_AVX512)
+// The mask of so many first lanes; all of them when there are more.
+JAXSERVE_INLINE __mmask16 First(int64_t count) {
+  return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+#endif
+
 template <typename V, typename T>
 JAXSERVE_INLINE V LoadAs(const T* source) {
   V value;
@@ -217,8 +224,8 @@ struct Int8 {
 #endif
 
 #if defined(ISA_AVX512)
-// Makes columns of rows, in place: in 4 x 4 within the quarters of vectors, then of the quarters. The
-// general form below would become vpermt2d, which takes some machines twice as long as these.
+// Makes columns of rows, in place: in 4 x 4 within the quarters of vectors, then of the quarters.
+// The general form below would become vpermt2d, which takes some machines twice as long as these.
 JAXSERVE_INLINE void Transpose(VecU (&rows)[kLanes]) {
   __m512i four[kLanes];
 #pragma GCC unroll 4

@@ -150,9 +150,9 @@ struct Upcoming {
   const void* v;
 };
 
-// Finds what comes after the keys before `key`, in a call up to `end`. With nothing to come, places are
-// left as they are. It is asked for a line at a time, beside the lines of the block at hand: pages
-// lie anywhere, and the machine cannot foresee them.
+// Finds what comes after the keys before `key`, in a call up to `end`. With nothing to come, places
+// are left as they are. It is asked for a line at a time, beside the lines of the block at hand:
+// pages lie anywhere, and the machine cannot foresee them.
 Upcoming FindNext(const Tile& tile, int64_t key, int64_t end, Places& places) {
   const int64_t reads_to = end > tile.reads_to ? end : tile.reads_to;
   if (key < reads_to) {

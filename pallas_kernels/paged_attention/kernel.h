@@ -45,8 +45,8 @@ struct Tile {
   float softcap;  // 0 for none.
   // Whether queries and weights may be rounded to bfloat16 for pages of that.
   bool narrow;
-  // What the same thread reads after a call, so that it can be asked for in time: the tile's further
-  // keys up to reads_to, then those of another tile, or nothing where that is null.
+  // What the same thread reads after a call, so that it can be asked for in time: the tile's
+  // further keys up to reads_to, then those of another tile, or nothing where that is null.
   int64_t reads_to;
   const Tile* next;
 

@@ -15,12 +15,6 @@ namespace jaxserve {
 namespace ISA_NAMESPACE {
 namespace {
 
-constexpr int kPairs = kBlockKeys / 2;  // Of tokens in a block.
-
-JAXSERVE_INLINE __mmask16 FirstWords(int64_t count) {
-  return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
 // C[ROWS, VECS lanes] (+)= A[ROWS, 2 depth] B[2 depth, VECS lanes], both in words.
 template <int ROWS, int VECS>
 void MultiplyPairs(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
@@ -89,7 +83,7 @@ void PackKeyPairs(const uint16_t* k, const Places& places, const uint16_t* next_
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint16_t* source = k + places.offset[key + lane] + 2 * w;
-        some[lane] = Bits<VecU>(_mm512_maskz_loadu_epi32(FirstWords(words - w), source));
+        some[lane] = Bits<VecU>(_mm512_maskz_loadu_epi32(First(words - w), source));
         AskFor(next_k + next.offset[key + lane] + 2 * w);
       }
       Transpose(some);
@@ -99,20 +93,22 @@ void PackKeyPairs(const uint16_t* k, const Places& places, const uint16_t* next_
   }
 }
 
-// packed[kPairs, head_dim words] from the tokens first to end; pairs without any are left alone, and
-// of others what is not there is zero. With each line, one of the next block is asked for.
+// packed[kBlockKeys / 2, head_dim words] from the tokens first to end; pairs without any are left
+// alone, and of others what is not there is zero. With each line, one of the next block is asked
+// for.
 void PackValuePairs(const uint16_t* v, const Places& places, const uint16_t* next_v,
                     const Places& next, int64_t first, int64_t end, int64_t head_dim,
                     uint32_t* packed) {
-  static constexpr uint16_t kLow[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  static constexpr uint16_t kLow[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = LoadAs<__m512i>(kLow);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
     uint32_t* target = packed + pair * head_dim;
     const int64_t key = 2 * pair;
     for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
-      const __mmask16 here = FirstWords((head_dim - d) / 2);
+      const __mmask16 here = First((head_dim - d) / 2);
       const __m512i even = _mm512_maskz_loadu_epi32(key >= first ? here : 0,
                                                     v + places.offset[key] + d);
       const __m512i odd = _mm512_maskz_loadu_epi32(key + 1 < end ? here : 0,

@@ -1,4 +1,4 @@
-// What products in float32 and in float16 share: the sizes of blocks, sums over lanes, prefetching.
+// What products of every kind share: the sizes of blocks, sums over lanes, prefetching.
 //
 // Included by kernel.cc alone.
 #pragma once

@@ -41,7 +41,7 @@ JAXSERVE_INLINE __m256i Narrow(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_
 
 template <typename T>
 struct NumberRow {
-  static constexpr int64_t kGroupBytes = kGroup * sizeof(typename T::Storage);
+  static constexpr int64_t kGroupBytes = kHalves * sizeof(typename T::Storage);
   const typename T::Storage* values;
 
   NumberRow() = default;

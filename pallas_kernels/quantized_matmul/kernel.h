@@ -46,7 +46,8 @@ struct Matrix {
   }
 };
 
-// Products of plain numbers whose sums are float16 for a while. Rows of x and of the matrix are HalfDepth long.
+// Products of plain numbers whose sums are float16 for a while. Rows of x and of the matrix are
+// HalfDepth long.
 struct HalfKernel {
   // out[HalfDepth(depth)] = x[depth] times a power of two, which brings the largest close to the
   // end of float16. Returns what undoes it.
@@ -76,8 +77,8 @@ struct PanelKernel {
   PanelSizes (*sizes)(const Matrix& matrix);
   // A row of x, for the matrix.
   void (*read_x)(const Matrix& matrix, const float* x, char* out);
-  // Up to kPanelRows rows of the matrix from the first on. Those of the panel from `next` on are asked
-  // for meanwhile.
+  // Up to kPanelRows rows of the matrix from the first on. Those of the panel from `next` on are
+  // asked for meanwhile.
   void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out);
   // out[x_rows, rows], with a stride.
   void (*multiply)(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
@@ -99,7 +100,7 @@ struct MatmulKernel {
   void (*store)(Number number, const float* source, int64_t count, void* target);
   bool has_float16;
   const HalfKernel* halves;  // null: this instruction set has no arithmetic in float16
-  const PanelKernel* panels;  // null: nor sums of products of bytes
+  const PanelKernel* panels;  // null: this instruction set sums no products of bytes
 };
 
 JAXSERVE_FOR_EACH_ISA(extern const MatmulKernel kMatmulKernel;)

@@ -69,7 +69,8 @@ void MendRow(const Matmul& m, const MatmulKernel& kernel, int64_t x_row, int64_t
   const char* source = static_cast<const char*>(m.x) + x_row * depth * NumberBytes(m.x_number);
   kernel.load(m.x_number, source, depth, x);
   for (int64_t row = 0; row < rows; ++row) {
-    if (!std::isfinite(answers[row])) kernel.multiply_row(m.matrix, first + row, 1, x, answers + row);
+    if (std::isfinite(answers[row])) continue;
+    kernel.multiply_row(m.matrix, first + row, 1, x, answers + row);
   }
 }
 

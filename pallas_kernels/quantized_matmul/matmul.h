@@ -1,9 +1,9 @@
 // y = x w^T for a matrix as it is stored: which thread computes what.
 //
-// Threads take panels of the matrix's rows. A panel is brought into the form that it is multiplied in
-// once, in memory that stays in the cache, and multiplied with every row of x; the matrix is read
-// once whatever its format. That form is float32, or, where less is allowed and faster, float16
-// (halves.h), or bytes or bfloat16 with rows as lanes (panels.h).
+// Threads take panels of the matrix's rows. A panel is brought into the form that it is multiplied
+// in once, in memory that stays in the cache, and multiplied with every row of x; the matrix is
+// read once whatever its format. That form is float32, or, where less is allowed and faster,
+// float16 (halves.h), or bytes or bfloat16 with rows as lanes (panels.h).
 #pragma once
 
 #include "kernel.h"

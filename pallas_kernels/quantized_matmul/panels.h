@@ -1,10 +1,11 @@
 // Products in about as few bits as the matrix has, with rows of the matrix as lanes.
 //
 // Included by kernel.cc where the instruction set sums products of bytes (VNNI) and perhaps of
-// bfloat16 numbers. A panel of the matrix is transposed once, so that a vector holds one 32-bit word
-// of each of kLanes rows: four bytes, or two numbers. Words of x, as int8 with a scale for each group
-// or as bfloat16, meet it one at a time. Sums of bytes are exact within a group; beyond, every
-// number of an answer is one chain of operations in the order of the depth, the same in any block.
+// bfloat16 numbers. A panel of the matrix is transposed once, so that a vector holds one 32-bit
+// word of each of kLanes rows: four bytes, or two numbers. Words of x, as int8 with a scale for
+// each group or as bfloat16, meet it one at a time. Sums of bytes are exact within a group; beyond,
+// every number of an answer is one chain of operations in the order of the depth, the same in any
+// block.
 #pragma once
 
 #include <immintrin.h>
@@ -60,12 +61,13 @@ void ReadBytes(const Matrix& matrix, const float* x, char* out) {
     const __m512i second = _mm512_cvtps_epi32(high * inverse);
     StoreAs(out, _mm512_cvtsepi32_epi8(first));
     StoreAs(out + kLanes, _mm512_cvtsepi32_epi8(second));
-    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    // Unsigned, since it wraps where a number is not finite; the scale says so of the whole row.
+    const uint32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
     StoreAs(scales + g * kWordBytes, scale);
     if (matrix.format == Format::kInt8) {
-      StoreAs(shares + g * kWordBytes, -kByteOffset * sum);
+      StoreAs(shares + g * kWordBytes, 0u - kByteOffset * sum);
     } else {
-      StoreAs(shares + g * kWordBytes, scale * static_cast<float>(sum));
+      StoreAs(shares + g * kWordBytes, scale * static_cast<float>(static_cast<int32_t>(sum)));
     }
   }
 }
@@ -81,12 +83,8 @@ JAXSERVE_INLINE int64_t PanelBytes(const Matrix& matrix) {
   return kPanelRows * (matrix.depth + floats * kWordBytes);
 }
 
-JAXSERVE_INLINE __mmask16 First(int64_t count) {
-  return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// The same words of some rows, transposed; what is not there is zero. What lies `ahead` bytes behind
-// each is asked for.
+// The same words of some rows, transposed; what is not there is zero. What lies `ahead` bytes
+// behind each is asked for.
 JAXSERVE_INLINE void LoadWords(const char* from, int64_t row_bytes, int64_t rows, int64_t words,
                                int64_t ahead, VecU (&out)[kLanes]) {
   const __mmask16 here = First(words);
@@ -176,7 +174,8 @@ JAXSERVE_INLINE void AddGroup(const char* x, int64_t x_bytes, int64_t depth, int
   for (int m = 0; m < X_ROWS; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < kPanelVectors; ++n) {
-      dot[m][n] = FORMAT == Format::kInt8 ? EveryLane(shares + m * x_bytes) : _mm512_setzero_si512();
+      dot[m][n] = FORMAT == Format::kInt8 ? EveryLane(shares + m * x_bytes)
+                                          : _mm512_setzero_si512();
     }
   }
 #pragma GCC unroll 8

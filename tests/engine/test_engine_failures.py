@@ -42,11 +42,12 @@ def answer(prompt: list[int], count: int) -> list[int]:
 # -- a step that raises --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("where", ["dispatch", "wait"])
 def test_a_step_that_raises_fails_its_requests_and_the_others_are_computed_again(
-    where: str, caplog: pytest.LogCaptureFixture
+    where: str, overlap: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, runner = counting_engine(max_rows=2)
+    engine, runner = counting_engine(max_rows=2, overlap=overlap)
     doomed = [submit(engine, name, PROMPT, max_tokens=30) for name in ("a", "b")]
     turn(engine, 4)
     waiting = submit(engine, "c", PROMPT, max_tokens=9)
@@ -64,6 +65,20 @@ def test_a_step_that_raises_fails_its_requests_and_the_others_are_computed_again
     run(engine)
     assert waiting.tokens() == answer(PROMPT, 9)
     assert waiting.started.cached_tokens == 0, "the pool was lost with its prefixes"
+
+
+def test_without_overlap_a_turn_may_fail_twice_and_the_next_request_works() -> None:
+    engine, runner = counting_engine(max_rows=1, overlap=False)
+    doomed = [submit(engine, name, PROMPT, max_tokens=30) for name in ("a", "b")]
+    turn(engine, 2)
+    raise_once(runner, "wait")
+    raise_once(runner, "dispatch")
+    turn(engine)
+    assert [reader.finish().reason for reader in doomed] == [FinishReason.ERROR] * 2
+    assert runner.resets == 2
+    following = submit(engine, "c", PROMPT, max_tokens=9)
+    run(engine)
+    assert following.tokens() == answer(PROMPT, 9)
 
 
 def test_a_step_whose_wait_raises_takes_the_one_dispatched_after_it_along() -> None:

@@ -36,6 +36,12 @@ def sanitized() -> Iterator[Case]:
     yield from CASES
     tiny, chunk = BY_NAME["tiny"], BY_NAME["smollm2-chunk"]
     yield replace(tiny, name="padding-only", rows=(Row(0, 0),) * 3)
+    # Enough tiles that a thread takes all heads of one, and asks for the next head's keys.
+    many = tuple(Row(7 * row, 1) for row in range(20))
+    for name, head_dim, window in (("many", 64, 0), ("many-windows", 80, 50)):
+        decode = BY_NAME["smollm2-decode"]
+        pages = {"head_dim": head_dim, "window": window, "rows": many}
+        yield replace(decode, name=name, **pages)
     yield replace(tiny, name="one-token-pages", page_tokens=1, table_width=24, window=5)
     yield replace(tiny, name="full-table", rows=(Row(20, 4), Row(23, 1)))
     yield replace(chunk, name="head-dim-80", head_dim=80, q_heads=6, page_tokens=7, table_width=80)

@@ -1,5 +1,5 @@
-// The products of native_check.cc: equal to the reference's answers, and the same bits on any number
-// of threads, beside any other rows, and while others multiply on the same threads.
+// The products of native_check.cc: equal to the reference's answers, and the same bits on any
+// number of threads, beside any other rows, and while others multiply on the same threads.
 #pragma once
 
 #include <algorithm>
@@ -47,11 +47,15 @@ inline void CheckAnswers(const std::string& name, const Matmul& m, const char* o
   // Of the sum of the products' sizes, as in test_quantized_matmul.py.
   const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048};
   const float tolerance = tolerances[static_cast<int>(m.out_number)];
-  // Of the activations: half of one of 127 steps to the largest in a group, or a bfloat16's.
-  const float narrowing = m.narrow ? 1.f / 250 : 0;
+  // Of the activations: half of one of 127 steps to the largest in a group, or a bfloat16's, which
+  // is less; or float16's and that of its sums.
+  const MatmulKernel& kernel = CurrentMatmulKernel();
+  const bool has_panels = m.narrow && kernel.panels && kernel.panels->takes(m.matrix);
+  const float narrowing = has_panels ? 1.f / 250 : 0;
+  const float sums = m.narrow && !has_panels && kernel.halves ? 1.f / 1024 : 0;
   for (int64_t i = 0; i < m.x_rows * m.matrix.rows; ++i) {
     const float got = AsFloat(out, m.out_number, i);
-    const float most = tolerance * expected.size[i] + narrowing * expected.spread[i];
+    const float most = (tolerance + sums) * expected.size[i] + narrowing * expected.spread[i];
     if (!(std::fabs(got - expected.answer[i]) <= most)) {
       std::ostringstream what;
       what << name << ": number " << i << " is " << got << ", not " << expected.answer[i];

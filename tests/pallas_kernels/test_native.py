@@ -40,7 +40,7 @@ from .native_here import needs_native
 
 pytestmark = needs_native
 
-compiled = jax.jit(paged_attention, static_argnames=STATIC)
+compiled = jax.jit(paged_attention, static_argnames=(*STATIC, "narrow"))
 narrow = partial(compiled, narrow=True)
 
 

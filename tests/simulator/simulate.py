@@ -110,7 +110,7 @@ class Simulation:
             end_ids=(END,),
             step_tokens=world.step_tokens,
             prefix_cache=world.prefix_cache,
-            overlap=seed % 4 != 3,
+            overlap=seed % 6 != 5,
             clock=self.clock,
             max_waiting_requests=rng.choice((4, 8, 64)),
             max_waiting_tokens=rng.choice((60, 150, 10_000)),
