@@ -137,8 +137,8 @@ def _with_attention(
         min(context, window + queries - 1) if window else context for window in config.windows
     )
     heads = config.q_heads // tensor
-    # Two products, q with k and weights with v, counted as float32 whatever the pages hold; padding,
-    # too.
+    # Two products, q with k and weights with v, counted as float32 whatever the pages hold;
+    # padding, too.
     attention = 2 * 2 * heads * config.head_dim * seen * key.places
     flops = traced.flops + Counter({"float32": attention})
     kv_token_bytes = runner.config.cache.token_bytes(config) // config.layers
