@@ -63,12 +63,15 @@ class Costs:
 def costs_from(fields: Any) -> Costs | None:
     """Makes costs of their fields, as ``vars`` gives them; None of anything else."""
     try:
-        flops, wire_bytes, exchanges = (
-            Counter[str](fields[name]) for name in ("flops", "wire_bytes", "exchanges")
-        )
-        return Costs(flops, wire_bytes, exchanges, int(fields["opaque"]))
-    except (KeyError, TypeError, ValueError):
+        counts = [{**fields[name]} for name in ("flops", "wire_bytes", "exchanges")]
+        opaque = fields["opaque"]
+    except (KeyError, TypeError):
         return None
+    numbers = [opaque, *(number for one in counts for number in one.values())]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return None
+    flops, wire_bytes, exchanges = map(Counter[str], counts)
+    return Costs(flops, wire_bytes, exchanges, opaque)
 
 
 def count(jaxpr: Any, axis_sizes: Mapping[str, int]) -> Costs:

@@ -103,7 +103,7 @@ def _traced(runner: Runner, key: ProgramKey) -> Costs:
     """Counts a program; beside files of programs, once, since tracing three takes a second."""
     folder, kind = runner.executables, f"costs-{_counting()}"
     costs = None if folder is None else costs_from(folder.note(key.file_name, kind))
-    if costs is None:
+    if costs is None or costs.opaque != runner.model.config.layers:  # A note may be damaged.
         costs = count(step_body(runner.trace(key).jaxpr), runner.mesh_shape)
         if folder is not None:
             folder.write_note(key.file_name, kind, vars(costs))

@@ -62,6 +62,14 @@ def test_costs_are_made_of_their_fields_alone(fields: object) -> None:
     assert costs_from(fields) is None
 
 
+@pytest.mark.parametrize(
+    "damage", [{"opaque": None}, {"opaque": "2"}, {"flops": {"float32": "7"}}, {"exchanges": [1]}]
+)
+def test_costs_are_not_made_of_what_is_no_number(damage: dict[str, Any]) -> None:
+    costs = Costs(Counter(float32=7), Counter(tensor=3), Counter(tensor=1), 2)
+    assert costs_from(vars(costs) | damage) is None
+
+
 # -- products --------------------------------------------------------------------------------------
 
 
