@@ -38,10 +38,21 @@ int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // -- products ------------------------------------------------------------------------------------
 
+// How a product reads both sides and adds to its sums: stored numbers of T, widened.
+template <typename T>
+struct Widened {
+  using Left = float;
+  using Right = typename T::Storage;
+  static JAXSERVE_INLINE Vec Load(const Right* right) { return T::Load(right); }
+  static JAXSERVE_INLINE Vec Every(Left left) { return Splat(left); }
+  static JAXSERVE_INLINE Vec Add(Vec left, Vec right, Vec sum) { return Fma(left, right, sum); }
+};
+
 // C[ROWS, VECS lanes] (+)= A[ROWS, depth] B[depth, VECS lanes], B as it is stored
-template <typename T, int ROWS, int VECS>
-void Multiply(int64_t depth, const float* a, int64_t a_stride, const typename T::Storage* b,
-              int64_t b_stride, float* c, int64_t c_stride, bool adds) {
+template <typename How, int ROWS, int VECS>
+void Multiply(int64_t depth, const typename How::Left* a, int64_t a_stride,
+              const typename How::Right* b, int64_t b_stride, float* c, int64_t c_stride,
+              bool adds) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) {
@@ -53,12 +64,14 @@ void Multiply(int64_t depth, const float* a, int64_t a_stride, const typename T:
   for (int64_t d = 0; d < depth; ++d) {
     Vec right[VECS];
 #pragma GCC unroll 4
-    for (int vec = 0; vec < VECS; ++vec) right[vec] = T::Load(b + d * b_stride + vec * kLanes);
+    for (int vec = 0; vec < VECS; ++vec) right[vec] = How::Load(b + d * b_stride + vec * kLanes);
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row) {
-      const Vec left = Splat(a[row * a_stride + d]);
+      const Vec left = How::Every(a[row * a_stride + d]);
 #pragma GCC unroll 4
-      for (int vec = 0; vec < VECS; ++vec) sum[row][vec] = Fma(left, right[vec], sum[row][vec]);
+      for (int vec = 0; vec < VECS; ++vec) {
+        sum[row][vec] = How::Add(left, right[vec], sum[row][vec]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -70,13 +83,13 @@ void Multiply(int64_t depth, const float* a, int64_t a_stride, const typename T:
   }
 }
 
-template <typename T>
+template <typename How>
 struct Multipliers {
-  using Function = void (*)(int64_t, const float*, int64_t, const typename T::Storage*, int64_t,
-                            float*, int64_t, bool);
-#define ROW(vecs)                                                                    \
-  {Multiply<T, 1, vecs>, Multiply<T, 2, vecs>, Multiply<T, 3, vecs>,                 \
-   Multiply<T, 4, vecs>, Multiply<T, 5, vecs>, Multiply<T, 6, vecs>}
+  using Function = void (*)(int64_t, const typename How::Left*, int64_t,
+                            const typename How::Right*, int64_t, float*, int64_t, bool);
+#define ROW(vecs)                                                              \
+  {Multiply<How, 1, vecs>, Multiply<How, 2, vecs>, Multiply<How, 3, vecs>,     \
+   Multiply<How, 4, vecs>, Multiply<How, 5, vecs>, Multiply<How, 6, vecs>}
   static constexpr Function kTable[kTileVecs][kTileRows] = {
       ROW(1),
       ROW(2),
@@ -89,21 +102,18 @@ struct Multipliers {
 };
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns are whole vectors.
-template <typename T>
-void Product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
-             const typename T::Storage* b, int64_t b_stride, float* c, int64_t c_stride,
-             bool adds) {
-  for (int64_t column = 0; column < columns;) {
-    const int64_t left = (columns - column) / kLanes;
-    const int64_t vecs = left < kTileVecs ? left : kTileVecs;
-    for (int64_t row = 0; row < rows;) {
-      const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
-      Multipliers<T>::kTable[vecs - 1][count - 1](depth, a + row * a_stride, a_stride, b + column,
-                                                  b_stride, c + row * c_stride + column, c_stride,
-                                                  adds);
-      row += count;
+template <typename How>
+void Product(int64_t rows, int64_t columns, int64_t depth, const typename How::Left* a,
+             int64_t a_stride, const typename How::Right* b, int64_t b_stride, float* c,
+             int64_t c_stride, bool adds) {
+  for (int64_t column = 0; column < columns; column += kTileVecs * kLanes) {
+    const int64_t vecs = Least((columns - column) / kLanes, kTileVecs);
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t count = Least(rows - row, kTileRows);
+      Multipliers<How>::kTable[vecs - 1][count - 1](depth, a + row * a_stride, a_stride,
+                                                    b + column, b_stride,
+                                                    c + row * c_stride + column, c_stride, adds);
     }
-    column += vecs * kLanes;
   }
 }
 
@@ -226,8 +236,8 @@ void AddValues(const Tile& tile, const typename T::Storage* v, const Places& pla
     for (int64_t key = first; key < end;) {
       int64_t after = key + 1;
       while (after < end && places.offset[after] == places.offset[after - 1] + head_dim) ++after;
-      Product<T>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
-                 v + places.offset[key], head_dim, weighted, head_dim, true);
+      Product<Widened<T>>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
+                          v + places.offset[key], head_dim, weighted, head_dim, true);
       key = after;
     }
     return;
@@ -238,8 +248,8 @@ void AddValues(const Tile& tile, const typename T::Storage* v, const Places& pla
     float* target = scratch.v + key * head_dim;
     for (int64_t d = 0; d < head_dim; d += kLanes) StoreAs(target + d, T::Load(source + d));
   }
-  Product<Float32>(vectors, head_dim, end - first, scratch.scores + first, kBlockKeys,
-                   scratch.v + first * head_dim, head_dim, weighted, head_dim, true);
+  Product<Widened<Float32>>(vectors, head_dim, end - first, scratch.scores + first, kBlockKeys,
+                            scratch.v + first * head_dim, head_dim, weighted, head_dim, true);
 }
 
 // -- softmax -------------------------------------------------------------------------------------
@@ -347,8 +357,8 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
       LoadScales(tile.k_scale, places[turn], scratch.k_scale);
       LoadScales(tile.v_scale, places[turn], scratch.v_scale);
     }
-    Product<Float32>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k, kBlockKeys,
-                     scratch.scores, kBlockKeys, false);
+    Product<Widened<Float32>>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k,
+                              kBlockKeys, scratch.scores, kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
       WeighBlock<kScaled>(tile, m, block, from, to, scratch, state);
     }

@@ -15,63 +15,16 @@ namespace jaxserve {
 namespace ISA_NAMESPACE {
 namespace {
 
-// C[ROWS, VECS lanes] (+)= A[ROWS, 2 depth] B[2 depth, VECS lanes], both in words.
-template <int ROWS, int VECS>
-void MultiplyPairs(int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                   int64_t b_stride, float* c, int64_t c_stride, bool adds) {
-  Vec sum[ROWS][VECS];
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 4
-    for (int vec = 0; vec < VECS; ++vec) {
-      sum[row][vec] = adds ? LoadAs<Vec>(c + row * c_stride + vec * kLanes) : Splat(0);
-    }
+// Products of words; see Widened.
+struct Pairs {
+  using Left = uint32_t;
+  using Right = uint32_t;
+  static JAXSERVE_INLINE Vec Load(const Right* right) { return LoadAs<Vec>(right); }
+  static JAXSERVE_INLINE Vec Every(Left left) { return Bits<Vec>(_mm512_set1_epi32(left)); }
+  static JAXSERVE_INLINE Vec Add(Vec left, Vec right, Vec sum) {
+    return _mm512_dpbf16_ps(sum, Bits<__m512bh>(left), Bits<__m512bh>(right));
   }
-  for (int64_t d = 0; d < depth; ++d) {
-    __m512bh right[VECS];
-#pragma GCC unroll 4
-    for (int vec = 0; vec < VECS; ++vec) {
-      right[vec] = LoadAs<__m512bh>(b + d * b_stride + vec * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
-      const __m512bh left = Bits<__m512bh>(_mm512_set1_epi32(a[row * a_stride + d]));
-#pragma GCC unroll 4
-      for (int vec = 0; vec < VECS; ++vec) {
-        sum[row][vec] = _mm512_dpbf16_ps(sum[row][vec], left, right[vec]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 4
-    for (int vec = 0; vec < VECS; ++vec) {
-      StoreAs(c + row * c_stride + vec * kLanes, sum[row][vec]);
-    }
-  }
-}
-
-using PairMultiplier = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, int64_t, float*,
-                                int64_t, bool);
-#define ROW(vecs)                                                         \
-  {MultiplyPairs<1, vecs>, MultiplyPairs<2, vecs>, MultiplyPairs<3, vecs>, \
-   MultiplyPairs<4, vecs>, MultiplyPairs<5, vecs>, MultiplyPairs<6, vecs>}
-constexpr PairMultiplier kPairMultipliers[kTileVecs][kTileRows] = {ROW(1), ROW(2), ROW(3), ROW(4)};
-#undef ROW
-
-// C[rows, columns] (+)= A[rows, depth words] B[depth words, columns]; columns are whole vectors.
-void ProductOfPairs(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a,
-                    int64_t a_stride, const uint32_t* b, int64_t b_stride, float* c,
-                    int64_t c_stride, bool adds) {
-  for (int64_t column = 0; column < columns; column += kTileVecs * kLanes) {
-    const int64_t vecs = Least((columns - column) / kLanes, kTileVecs);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t count = Least(rows - row, kTileRows);
-      kPairMultipliers[vecs - 1][count - 1](depth, a + row * a_stride, a_stride, b + column,
-                                            b_stride, c + row * c_stride + column, c_stride, adds);
-    }
-  }
-}
+};
 
 // packed[head_dim / 2 words, kBlockKeys]. With each line, one of the next block is asked for.
 void PackKeyPairs(const uint16_t* k, const Places& places, const uint16_t* next_k,
@@ -156,7 +109,7 @@ void AttendPairs(const Tile& tile, int64_t first, int64_t end, const Scratch& sc
     const Upcoming next = FindNext(tile, to, end, places[turn ^ 1]);
     PackKeyPairs(k, places[turn], static_cast<const uint16_t*>(next.k), places[turn ^ 1], head_dim,
                  k_words);
-    ProductOfPairs(vectors, kBlockKeys, words, q_words, words, k_words, kBlockKeys, scratch.scores,
+    Product<Pairs>(vectors, kBlockKeys, words, q_words, words, k_words, kBlockKeys, scratch.scores,
                    kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
       float* scores = scratch.scores + m * kBlockKeys;
@@ -166,7 +119,7 @@ void AttendPairs(const Tile& tile, int64_t first, int64_t end, const Scratch& sc
     PackValuePairs(v, places[turn], static_cast<const uint16_t*>(next.v), places[turn ^ 1],
                    from - block, to - block, head_dim, v_words);
     const int64_t pair = (from - block) / 2, pairs = (to - block + 1) / 2 - pair;
-    ProductOfPairs(vectors, head_dim, pairs,
+    Product<Pairs>(vectors, head_dim, pairs,
                    reinterpret_cast<const uint32_t*>(scratch.scores) + pair, kBlockKeys,
                    v_words + pair * head_dim, head_dim, state.weighted, head_dim, true);
   }
