@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.models.config import Activation, RopeScaling
 from jaxserve.models.stacked import LayerOf
 from pallas_kernels.quantized_matmul import Matrix, Products, quantized_matmul
+from pallas_kernels.quantized_matmul import feed_forward as quantized_feed_forward
 
 XLA = Products("xla")
 """Products anywhere, where nothing better is known."""
@@ -60,11 +61,28 @@ def project(
     return quantized_matmul(x, weight, **options)
 
 
-def gated(gate_up: Float[Array, "*B two_F"], activation: Activation) -> Float[Array, "*B F"]:
-    """Activates the first half of the channels and multiplies by the second half."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    gate = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return (gate * up).astype(gate_up.dtype)
+def feed_forward(
+    x: Float[Array, "*B I"],
+    gate_up: Matrix | LayerOf,
+    down: Matrix | LayerOf,
+    activation: Activation,
+    products: Products = XLA,
+) -> Float[Array, "*B O"]:
+    """Multiplies by a matrix, activates half of what comes of it, and multiplies by another.
+
+    Args:
+        x: activations.
+        gate_up: ``[2 F, I]``; the first half of its rows is what is activated.
+        down: ``[O, F]``, of the same layer.
+        activation: which.
+        products: how; see ``quantized_matmul``.
+    """
+    options = {"activation": activation, **products._asdict()}
+    if isinstance(gate_up, LayerOf):
+        assert isinstance(down, LayerOf)
+        stacks = (gate_up.stack, down.stack)
+        return quantized_feed_forward(x, *stacks, layer=gate_up.number, **options)
+    return quantized_feed_forward(x, gate_up, down, **options)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

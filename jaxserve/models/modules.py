@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import all_reduce, apply_rope, gated, project, rms_norm
+from jaxserve.models.layers import all_reduce, apply_rope, feed_forward, project, rms_norm
 from pallas_kernels.quantized_matmul import Products
 
 Axes = tuple[str | None, ...]
@@ -120,8 +120,8 @@ class Layer(nnx.Module):
 
     def _ffn(self, x: Float[Array, "B T D"], products: Products) -> Float[Array, "B T D"]:
         w = self.w_gate_up[...]
-        gate_up = project(x, w.reshape(-1, w.shape[-1]), products)
-        return project(gated(gate_up, self.config.activation), self.w_down[...], products)
+        gate_up = w.reshape(-1, w.shape[-1])
+        return feed_forward(x, gate_up, self.w_down[...], self.config.activation, products)
 
     def _norm(self, x: Float[Array, "*B D"], weight: nnx.Param) -> Float[Array, "*B D"]:
         config = self.config

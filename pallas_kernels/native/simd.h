@@ -36,6 +36,16 @@ typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 JAXSERVE_INLINE __mmask16 First(int64_t count) {
   return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
+
+// The 32-bit words of a mask, and zeros.
+JAXSERVE_INLINE __m512i LoadSome(__mmask16 here, const void* source) {
+#if defined(__SANITIZE_ADDRESS__)  // It does not see what masked loads read.
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (here >> lane & 1) (void)static_cast<const volatile int32_t*>(source)[lane];
+  }
+#endif
+  return _mm512_maskz_loadu_epi32(here, source);
+}
 #endif
 
 template <typename V, typename T>

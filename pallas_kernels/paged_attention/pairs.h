@@ -36,7 +36,7 @@ void PackKeyPairs(const uint16_t* k, const Places& places, const uint16_t* next_
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint16_t* source = k + places.offset[key + lane] + 2 * w;
-        some[lane] = Bits<VecU>(_mm512_maskz_loadu_epi32(First(words - w), source));
+        some[lane] = Bits<VecU>(LoadSome(First(words - w), source));
         AskFor(next_k + next.offset[key + lane] + 2 * w);
       }
       Transpose(some);
@@ -62,10 +62,8 @@ void PackValuePairs(const uint16_t* v, const Places& places, const uint16_t* nex
     const int64_t key = 2 * pair;
     for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
       const __mmask16 here = First((head_dim - d) / 2);
-      const __m512i even = _mm512_maskz_loadu_epi32(key >= first ? here : 0,
-                                                    v + places.offset[key] + d);
-      const __m512i odd = _mm512_maskz_loadu_epi32(key + 1 < end ? here : 0,
-                                                   v + places.offset[key + 1] + d);
+      const __m512i even = LoadSome(key >= first ? here : 0, v + places.offset[key] + d);
+      const __m512i odd = LoadSome(key + 1 < end ? here : 0, v + places.offset[key + 1] + d);
       AskFor(next_v + next.offset[key] + d);
       AskFor(next_v + next.offset[key + 1] + d);
       StoreAs(target + d, _mm512_permutex2var_epi16(even, low, odd));

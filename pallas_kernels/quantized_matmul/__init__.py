@@ -6,6 +6,7 @@ multiplies. Which weight is stored how, and the mesh, are the model's business.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.quantized_matmul import ffn as _ffn
 from pallas_kernels.quantized_matmul import matrix as _matrix
+from pallas_kernels.quantized_matmul.ffn import Activation, gated
 from pallas_kernels.quantized_matmul.matrix import (
     GROUP,
     Format,
@@ -32,12 +35,15 @@ from pallas_kernels.quantized_matmul.reference import (
 
 __all__ = [
     "GROUP",
+    "Activation",
     "Format",
     "Matrix",
     "Products",
     "Quantized",
     "bytes_per_weight",
     "dequantized",
+    "feed_forward",
+    "gated",
     "quantized",
     "quantized_matmul",
     "quantized_on_device",
@@ -104,3 +110,65 @@ def quantized_matmul(
             dtype=jnp.dtype(dtype or x.dtype),
             narrow=narrow,
         )
+
+
+def feed_forward(
+    x: Float[Array, "*B I"],
+    gate_up: Matrix,
+    down: Matrix,
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    activation: Activation,
+    implementation: str = "auto",
+    narrow: bool = False,
+) -> Float[Array, "*B O"]:
+    """Computes ``down (activation(gate x) * up x)`` (Shazeer 2020, SwiGLU and GEGLU).
+
+    Args:
+        x: Activations; the result has their dtype.
+        gate_up: ``[2 F, I]``: the gate's rows, then those of what it gates. Stored as for
+            ``quantized_matmul``.
+        down: ``[O, F]``, stored likewise, in any other format.
+        layer: As for ``quantized_matmul``, of both.
+        activation: Of the gate.
+        implementation: As for ``quantized_matmul``. With ``"auto"``, where no implementation takes
+            all of it, each product is left to the first that takes it.
+        narrow: As for ``quantized_matmul``, in both products.
+
+    Raises:
+        ValueError: Shapes or dtypes that no implementation could take.
+        ExceptionGroup: The implementation declined; it holds the reason.
+    """
+    axes = 2 if layer is None else 3
+    for matrix in (gate_up, down):
+        _matrix.check(matrix)
+    if not (
+        gate_up.ndim == down.ndim == axes
+        and gate_up.shape[-1] == x.shape[-1]
+        and gate_up.shape[-2] == 2 * down.shape[-1]
+    ):
+        raise ValueError(
+            f"the matrices are {list(gate_up.shape)} and {list(down.shape)}; with activations "
+            f"{list(x.shape)} they must be {'[2 F, I]' if layer is None else '[L, 2 F, I]'} and "
+            f"{'[O, F]' if layer is None else '[L, O, F]'} with I = {x.shape[-1]}"
+        )
+    with jax.named_scope("feed_forward"):
+        return dispatch(
+            "feed_forward",
+            FEED_FORWARDS,
+            implementation,
+            x,
+            gate_up,
+            down,
+            layer=layer,
+            activation=activation,
+            narrow=narrow,
+        )
+
+
+FEED_FORWARDS = {
+    "native": _ffn.feed_forward_native,
+    "parts": partial(_ffn.feed_forward_by, quantized_matmul),
+    **_ffn.BY_PRODUCTS,
+}
+"""By name, best first; ``parts`` leaves each product to the first implementation that takes it."""

@@ -298,6 +298,28 @@ void MultiplyRow(const Matrix& matrix, int64_t first, int64_t rows, const float*
   for (; row < rows; ++row) MultiplySome<1>(matrix, first + row, x, out + row);
 }
 
+// -- the feed-forward ----------------------------------------------------------------------------
+
+template <typename F>
+void GateBy(const F& activation, int64_t count, const float* up, float* gate) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    StoreAs(gate + i, activation(LoadAs<Vec>(gate + i)) * LoadAs<Vec>(up + i));
+  }
+}
+
+void Gate(Activation activation, int64_t count, const float* up, float* gate) {
+  if (activation == Activation::kSilu) {
+    GateBy([](Vec x) { return x / (Exp(-x) + Splat(1)); }, count, up, gate);
+  } else {  // Hendrycks and Gimpel 2016, "Gaussian error linear units".
+    GateBy(
+        [](Vec x) {
+          const Vec cubic = Fma(x * x * x, Splat(0.044715f), x);
+          return x * Splat(0.5f) * (Tanh(cubic * Splat(0.7978845608f)) + Splat(1));
+        },
+        count, up, gate);
+  }
+}
+
 }  // namespace
 
 #if defined(ISA_AVX512FP16)
@@ -308,16 +330,15 @@ constexpr const HalfKernel* kHalfKernelHere = &kHalfKernel;
 constexpr const HalfKernel* kHalfKernelHere = nullptr;
 #endif
 #if defined(ISA_AVX512VNNI)
-constexpr PanelKernel kPanelKernel = {TakesPanels, SizesOfPanels, ReadX, ExpandPanel,
-                                      MultiplyPanel};
+constexpr PanelKernel kPanelKernel = {TakesPanels, SizesOfPanels, ReadX, RunPanel};
 constexpr const PanelKernel* kPanelKernelHere = &kPanelKernel;
 #else
 constexpr const PanelKernel* kPanelKernelHere = nullptr;
 #endif
 
 extern const MatmulKernel kMatmulKernel;
-const MatmulKernel kMatmulKernel = {Expand,      MultiplyAll,     MultiplyRow,     Load, Store,
-                                    kHasFloat16, kHalfKernelHere, kPanelKernelHere};
+const MatmulKernel kMatmulKernel = {Expand, MultiplyAll,  MultiplyRow,     Load,            Store,
+                                    Gate,   kHasFloat16, kHalfKernelHere, kPanelKernelHere};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace jaxserve

@@ -29,6 +29,12 @@ enum class Format : int {
   kInt4,    // scale * value + minimum; 32 values of 0 to 15 in 16 bytes, the lower halves first.
 };
 
+// Of the gate of a feed-forward.
+enum class Activation : int {
+  kSilu,
+  kGelu,  // Its approximation by a hyperbolic tangent.
+};
+
 // A matrix [rows, depth] as it is stored, row by row.
 struct Matrix {
   Format format;
@@ -75,14 +81,12 @@ struct PanelKernel {
   // Whether it is meant for matrices of that format.
   bool (*takes)(const Matrix& matrix);
   PanelSizes (*sizes)(const Matrix& matrix);
-  // A row of x, for the matrix.
-  void (*read_x)(const Matrix& matrix, const float* x, char* out);
-  // Up to kPanelRows rows of the matrix from the first on. Those of the panel from `next` on are
-  // asked for meanwhile.
-  void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out);
-  // out[x_rows, rows], with a stride.
-  void (*multiply)(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
-                   const char* panel, float* out, int64_t out_stride);
+  // Numbers first to first + count of a row of x, for the matrix; whole groups.
+  void (*read_x)(const Matrix& matrix, const float* x, int64_t first, int64_t count, char* out);
+  // out[x_rows, rows], with a stride, of up to kPanelRows rows of the matrix from the first on;
+  // `memory` has room for a panel. Rows from `next` on are asked for meanwhile.
+  void (*run)(const Matrix& matrix, int64_t x_rows, const char* x, int64_t first, int64_t rows,
+              int64_t next, char* memory, float* out, int64_t out_stride);
 };
 
 struct MatmulKernel {
@@ -98,6 +102,8 @@ struct MatmulKernel {
   // Copies of numbers, to and from float32.
   void (*load)(Number number, const void* source, int64_t count, float* target);
   void (*store)(Number number, const float* source, int64_t count, void* target);
+  // gate = activation(gate) * up; the count is a multiple of kDepthStep.
+  void (*gate)(Activation activation, int64_t count, const float* up, float* gate);
   bool has_float16;
   const HalfKernel* halves;  // null: this instruction set has no arithmetic in float16
   const PanelKernel* panels;  // null: this instruction set sums no products of bytes

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "native/memory.h"
 
@@ -25,6 +26,9 @@ struct PanelMemory;
 struct XMemory;
 struct FactorMemory;
 struct RowMemory;
+struct HiddenMemory;
+
+int64_t Products(const Matmul& m) { return m.x_rows * m.matrix.rows * m.matrix.depth; }
 
 enum class Method { kWide, kHalves, kPanels };
 
@@ -98,39 +102,38 @@ int64_t PanelFloats(const Matmul& m, const MatmulKernel& kernel, Method method, 
   return kernel.panels->sizes(m.matrix).panel / sizeof(float);
 }
 
-// Rows of the matrix from first on; `next` is where the thread probably goes on.
+// answers[x_rows, rows], with a stride, of rows of the matrix from the first on; `next` is where the
+// thread probably goes on.
+void Answer(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first, int64_t rows,
+            int64_t next, float* memory, float* answers, int64_t stride) {
+  switch (x.method) {
+    case Method::kWide:
+      return MultiplyWide(m, kernel, static_cast<const float*>(x.numbers), first, rows, memory,
+                          answers, stride);
+    case Method::kHalves:
+      return MultiplyHalves(m, kernel, x, first, rows, memory, answers, stride);
+    case Method::kPanels:
+      return kernel.panels->run(m.matrix, m.x_rows, static_cast<const char*>(x.numbers), first,
+                                rows, next, reinterpret_cast<char*>(memory), answers, stride);
+  }
+}
+
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
               int64_t rows, int64_t next) {
   const Matrix& matrix = m.matrix;
-  const bool writes_float = m.out_number == Number::kFloat32;
   const int64_t floats = PanelFloats(m, kernel, x.method, rows);
+  if (m.out_number == Number::kFloat32) {
+    float* memory = ThreadMemory<PanelMemory>(floats);
+    return Answer(m, kernel, x, first, rows, next, memory, static_cast<float*>(m.out) + first,
+                  matrix.rows);
+  }
   float* memory = ThreadMemory<PanelMemory>(floats + rows * m.x_rows);
   float* answers = memory + floats;
-  int64_t stride = rows;
-  if (writes_float) {
-    answers = static_cast<float*>(m.out) + first;
-    stride = matrix.rows;
-  }
-  switch (x.method) {
-    case Method::kWide:
-      MultiplyWide(m, kernel, static_cast<const float*>(x.numbers), first, rows, memory, answers,
-                   stride);
-      break;
-    case Method::kHalves:
-      MultiplyHalves(m, kernel, x, first, rows, memory, answers, stride);
-      break;
-    case Method::kPanels: {
-      auto* panel = reinterpret_cast<char*>(memory);
-      kernel.panels->expand(matrix, first, rows, next, panel);
-      kernel.panels->multiply(matrix, m.x_rows, static_cast<const char*>(x.numbers), rows, panel,
-                              answers, stride);
-    }
-  }
-  if (writes_float) return;
+  Answer(m, kernel, x, first, rows, next, memory, answers, rows);
   for (int64_t row = 0; row < m.x_rows; ++row) {
     char* target = static_cast<char*>(m.out) +
                    (row * matrix.rows + first) * NumberBytes(m.out_number);
-    kernel.store(m.out_number, answers + row * stride, rows, target);
+    kernel.store(m.out_number, answers + row * rows, rows, target);
   }
 }
 
@@ -187,7 +190,8 @@ Rows ReadForPanels(const Matmul& m, const MatmulKernel& kernel, Executor& execut
   const int64_t bytes = kernel.panels->sizes(m.matrix).x;
   auto* rows = reinterpret_cast<char*>(ThreadMemory<XMemory>(m.x_rows * bytes / sizeof(float)));
   ForRows(m, executor, [&](int64_t row, const char* source) {
-    kernel.panels->read_x(m.matrix, WideRow(m, kernel, source), rows + row * bytes);
+    const float* wide = WideRow(m, kernel, source);
+    kernel.panels->read_x(m.matrix, wide, 0, m.matrix.depth, rows + row * bytes);
   });
   return {Method::kPanels, rows, nullptr};
 }
@@ -199,6 +203,95 @@ Rows Read(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
     case Method::kWide: break;
   }
   return ReadWide(m, kernel, executor);
+}
+
+// The product, once the rows of x are read.
+void Multiply(const Matmul& m, const MatmulKernel& kernel, const Rows& x, Executor& executor) {
+  const Matrix& matrix = m.matrix;
+  const int64_t panel_rows = PanelRows(m, x.method);
+  const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
+  int64_t taken = 1;  // Panels at a time.
+  if (m.x_rows <= kFewRows) {
+    taken = std::max<int64_t>(kTakenBytes / (panel_rows * matrix.row_bytes()), 1);
+  }
+  const auto run = [&](int64_t item) {
+    const int64_t last = std::min((item + 1) * taken, panels);
+    for (int64_t panel = item * taken; panel < last; ++panel) {
+      const int64_t first = panel * panel_rows;
+      // Others take the items in between. There may be fewer panels: then this one is in the cache.
+      const int64_t next = panel + 1 < last ? panel + 1 : (item + executor.threads()) * taken;
+      RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first),
+               next < panels ? next * panel_rows : first);
+    }
+  };
+  const int64_t items = (panels + taken - 1) / taken;
+  if (Products(m) <= kAloneProducts || executor.threads() <= 1) {
+    SerialFor(items, run);
+  } else {
+    ParallelFor(executor, items, run);
+  }
+}
+
+// -- the feed-forward ----------------------------------------------------------------------------
+
+// Its products: what comes of the first is float32.
+Matmul FirstOf(const FeedForward& f) {
+  return {f.gate_up, f.x_number, f.x, Number::kFloat32, nullptr, f.x_rows, f.narrow};
+}
+Matmul SecondOf(const FeedForward& f) {
+  return {f.down, Number::kFloat32, nullptr, f.out_number, f.out, f.x_rows, f.narrow};
+}
+
+// Hidden numbers that a thread computes at a time: rows of the gate, and as many of what it gates.
+constexpr int64_t kPieceRows = kPanelRows;
+static_assert(kPieceRows % kGroup == 0, "a piece has whole groups of the second product");
+
+// The rows of the second product: what was gated, in the form that it is multiplied in.
+struct Hidden {
+  const Matmul& product;
+  const MatmulKernel& kernel;
+  Method method;
+  int64_t row_bytes;
+  char* rows;
+
+  // Numbers first to first + count of a row.
+  void Write(int64_t row, int64_t first, int64_t count, const float* numbers) const {
+    char* target = rows + row * row_bytes;
+    if (method == Method::kPanels) {
+      kernel.panels->read_x(product.matrix, numbers, first, count, target);
+    } else {
+      std::memcpy(target + first * sizeof(float), numbers, count * sizeof(float));
+    }
+  }
+};
+
+Hidden HiddenOf(const Matmul& second, const MatmulKernel& kernel) {
+  const Method method = MethodOf(second, kernel);
+  const int64_t row_bytes = method == Method::kPanels
+                                ? kernel.panels->sizes(second.matrix).x
+                                : second.matrix.depth * static_cast<int64_t>(sizeof(float));
+  float* rows = ThreadMemory<HiddenMemory>(second.x_rows * row_bytes / sizeof(float));
+  return {second, kernel, method, row_bytes, reinterpret_cast<char*>(rows)};
+}
+
+// Hidden numbers from first on, of all rows.
+void RunPiece(const Matmul& m, Activation activation, const MatmulKernel& kernel, const Rows& x,
+              int64_t first, int64_t next, const Hidden& hidden) {
+  const int64_t ffn = m.matrix.rows / 2, rows = std::min(kPieceRows, ffn - first);
+  const int64_t panel_rows = PanelRows(m, x.method);
+  const int64_t floats = PanelFloats(m, kernel, x.method, std::min(panel_rows, rows));
+  float* memory = ThreadMemory<PanelMemory>(floats + 2 * rows * m.x_rows);
+  float* gate = memory + floats;
+  float* up = gate + rows * m.x_rows;
+  for (int64_t at = 0; at < rows; at += panel_rows) {
+    const int64_t count = std::min(panel_rows, rows - at), row = first + at;
+    Answer(m, kernel, x, row, count, ffn + row, memory, gate + at, rows);
+    Answer(m, kernel, x, ffn + row, count, next + at, memory, up + at, rows);
+  }
+  for (int64_t row = 0; row < m.x_rows; ++row) {
+    kernel.gate(activation, rows, up + row * rows, gate + row * rows);
+    hidden.Write(row, first, rows, gate + row * rows);
+  }
 }
 
 }  // namespace
@@ -221,33 +314,40 @@ const char* WhyNotMultiply(const Matmul& m, const MatmulKernel& kernel) {
   return nullptr;
 }
 
+const char* WhyNotFeedForward(const FeedForward& f, const MatmulKernel& kernel) {
+  if (f.gate_up.rows != 2 * f.down.depth) return "not two rows for each number of the second depth";
+  const char* reason = WhyNotMultiply(FirstOf(f), kernel);
+  return reason ? reason : WhyNotMultiply(SecondOf(f), kernel);
+}
+
 void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
-  const Matrix& matrix = m.matrix;
-  const int64_t products = m.x_rows * matrix.rows * matrix.depth;
-  if (products == 0) return;
-  const Rows x = Read(m, kernel, executor);
-  const int64_t panel_rows = PanelRows(m, x.method);
-  const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
-  int64_t taken = 1;  // Panels at a time.
-  if (m.x_rows <= kFewRows) {
-    taken = std::max<int64_t>(kTakenBytes / (panel_rows * matrix.row_bytes()), 1);
-  }
-  const auto run = [&](int64_t item) {
-    const int64_t last = std::min((item + 1) * taken, panels);
-    for (int64_t panel = item * taken; panel < last; ++panel) {
-      const int64_t first = panel * panel_rows;
-      // Others take the items in between. There may be fewer panels: then this one is in the cache.
-      const int64_t next = panel + 1 < last ? panel + 1 : (item + executor.threads()) * taken;
-      RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first),
-               next < panels ? next * panel_rows : first);
-    }
+  if (Products(m) == 0) return;
+  Multiply(m, kernel, Read(m, kernel, executor), executor);
+}
+
+void RunFeedForward(const FeedForward& f, const MatmulKernel& kernel, Executor& executor) {
+  const Matmul first = FirstOf(f);
+  Matmul second = SecondOf(f);
+  const int64_t ffn = f.down.depth;
+  if (Products(first) == 0) return;
+  const Rows x = Read(first, kernel, executor);
+  const Hidden hidden = HiddenOf(second, kernel);
+  const int64_t pieces = (ffn + kPieceRows - 1) / kPieceRows;
+  const bool is_alone = Products(first) <= kAloneProducts || executor.threads() <= 1;
+  const int64_t step = is_alone ? 1 : executor.threads();
+  const auto run = [&](int64_t piece) {
+    const int64_t next = piece + step < pieces ? piece + step : piece;
+    RunPiece(first, f.activation, kernel, x, piece * kPieceRows, next * kPieceRows, hidden);
   };
-  const int64_t items = (panels + taken - 1) / taken;
-  if (products <= kAloneProducts || executor.threads() <= 1) {
-    SerialFor(items, run);
+  if (is_alone) {
+    SerialFor(pieces, run);
   } else {
-    ParallelFor(executor, items, run);
+    ParallelFor(executor, pieces, run);
   }
+  second.x = hidden.rows;
+  const bool is_read = hidden.method == Method::kPanels;
+  Multiply(second, kernel, is_read ? Rows{hidden.method, hidden.rows, nullptr}
+                                   : Read(second, kernel, executor), executor);
 }
 
 const MatmulKernel& CurrentMatmulKernel() {

@@ -23,6 +23,20 @@ struct Matmul {
   bool narrow = false;
 };
 
+// down (activation(gate x) * up x), with no more of what lies between in memory than the rows of
+// the second product. That is not rounded to x's number.
+struct FeedForward {
+  Matrix gate_up;  // [2 ffn, depth]: the gate's rows, then those of what it gates.
+  Matrix down;     // [rows, ffn]
+  Activation activation;
+  Number x_number;
+  const void* x;  // [x_rows, depth]
+  Number out_number;
+  void* out;  // [x_rows, down.rows]
+  int64_t x_rows;
+  bool narrow = false;  // As in Matmul, of both products.
+};
+
 // One matrix of a stack of `layers`, given the first; a layer that is not there becomes the nearest,
 // as in a clamped XLA gather.
 Matrix LayerOf(Matrix stack, int64_t layers, int64_t layer);
@@ -31,6 +45,11 @@ Matrix LayerOf(Matrix stack, int64_t layers, int64_t layer);
 const char* WhyNotMultiply(const Matmul& matmul, const MatmulKernel& kernel);
 
 void RunMatmul(const Matmul& matmul, const MatmulKernel& kernel, Executor& executor);
+
+const char* WhyNotFeedForward(const FeedForward& feed_forward, const MatmulKernel& kernel);
+
+void RunFeedForward(const FeedForward& feed_forward, const MatmulKernel& kernel,
+                    Executor& executor);
 
 // That of the instruction set in use.
 const MatmulKernel& CurrentMatmulKernel();

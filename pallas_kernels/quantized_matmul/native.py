@@ -39,26 +39,36 @@ def quantized_matmul_native(
     set may round otherwise.
     """
     rows = math.prod(x.shape[:-1])
-    _decline(x, matrix, rows, dtype)
+    decline(x, matrix, rows, dtype)
     stack = matrix if layer is not None else matrix[None]
-    is_plain = not isinstance(stack, Quantized)
-    # Never read. Not empty: XLA crashes on an empty operand where there are several devices.
-    none = np.zeros((1,), SCALE_DTYPE)
     (out,) = native.call(
         "jaxserve_matmul",
         [jax.ShapeDtypeStruct((rows, stack.shape[-2]), dtype)],
         x.reshape(rows, x.shape[-1]),
-        stack if is_plain else stack.values,
-        none if is_plain else stack.scale,
-        none if is_plain or stack.minimum is None else stack.minimum,
+        *operands(stack),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         narrow=np.bool_(narrow),
     )
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _decline(x: Float[Array, "*B I"], matrix: Matrix, rows: int, dtype: jnp.dtype) -> None:
-    """Says what the kernel was not written for; runs while tracing only."""
+def operands(stack: Matrix) -> tuple[Array | np.ndarray, ...]:
+    """A stack as handlers take it: values, scale and minimum."""
+    # Never read. Not empty: XLA crashes on an empty operand where there are several devices.
+    none = np.zeros((1,), SCALE_DTYPE)
+    if not isinstance(stack, Quantized):
+        return stack, none, none
+    return stack.values, stack.scale, none if stack.minimum is None else stack.minimum
+
+
+def decline(
+    x: Float[Array, "*B I"] | jax.ShapeDtypeStruct, matrix: Matrix, rows: int, dtype: jnp.dtype
+) -> None:
+    """Says what the kernel was not written for; runs while tracing only.
+
+    Raises:
+        NotImplementedError: It was not.
+    """
     if reason := native.why_not():
         raise NotImplementedError(reason)
     dtypes = [jnp.dtype(x.dtype).name, jnp.dtype(dtype).name]

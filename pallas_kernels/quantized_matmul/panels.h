@@ -47,11 +47,11 @@ JAXSERVE_INLINE float Largest(Vec a, Vec b) {
   return Bits<float>(_mm512_reduce_max_epu32(sizes));
 }
 
-void ReadBytes(const Matrix& matrix, const float* x, char* out) {
-  const int64_t groups = matrix.depth / kGroup;
+void ReadBytes(const Matrix& matrix, const float* x, int64_t first, int64_t count, char* out) {
   char* scales = out + matrix.depth;
-  char* shares = scales + groups * kWordBytes;
-  for (int64_t g = 0; g < groups; ++g, x += kGroup, out += kGroup) {
+  char* shares = scales + matrix.depth / kGroup * kWordBytes;
+  out += first;
+  for (int64_t g = first / kGroup; g < (first + count) / kGroup; ++g, x += kGroup, out += kGroup) {
     const Vec low = LoadAs<Vec>(x), high = LoadAs<Vec>(x + kLanes);
     const float largest = Largest(low, high);
     const bool is_zero = largest < kLeastGroup;
@@ -91,7 +91,7 @@ JAXSERVE_INLINE void LoadWords(const char* from, int64_t row_bytes, int64_t rows
 #pragma GCC unroll 16
   for (int row = 0; row < kLanes; ++row) {
     const char* source = from + row * row_bytes;
-    out[row] = Bits<VecU>(_mm512_maskz_loadu_epi32(row < rows ? here : 0, source));
+    out[row] = Bits<VecU>(LoadSome(row < rows ? here : 0, source));
     __builtin_prefetch(source + ahead, 0, 2);
   }
   Transpose(out);
@@ -213,9 +213,9 @@ JAXSERVE_INLINE void AddGroup(const char* x, int64_t x_bytes, int64_t depth, int
 }
 
 #if defined(TAKES_BFLOAT16)
-void ReadBFloat16(const Matrix& matrix, const float* x, char* out) {
-  for (int64_t d = 0; d < matrix.depth; d += kLanes) {
-    StoreAs(out + d * 2, _mm512_cvtneps_pbh(LoadAs<__m512>(x + d)));
+void ReadBFloat16(const float* x, int64_t first, int64_t count, char* out) {
+  for (int64_t d = 0; d < count; d += kLanes) {
+    StoreAs(out + (first + d) * 2, _mm512_cvtneps_pbh(LoadAs<__m512>(x + d)));
   }
 }
 
@@ -287,6 +287,116 @@ void MultiplyAllOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t 
   }
 }
 
+// -- one row of x --------------------------------------------------------------------------------
+
+// Transposing words pays when they are used again. With one row of x the rows of the matrix meet it
+// as they lie, and only sums are transposed: whole numbers, which are the same in any order.
+
+// Adds up the four words in each quarter of kLanes vectors: quarter q of result[i] has those of
+// quarter q of the vectors from 4 i on.
+JAXSERVE_INLINE void AddQuarters(const __m512i (&words)[kLanes], __m512i (&result)[kLanes / 4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 4; ++i) {
+    const __m512i a = words[4 * i], b = words[4 * i + 1];
+    const __m512i c = words[4 * i + 2], d = words[4 * i + 3];
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    result[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  }
+}
+
+// Groups whose stored bytes fill a vector.
+template <Format FORMAT>
+constexpr int kRunGroups = FORMAT == Format::kInt8 ? 2 : 4;
+
+// Sums over each of kRunGroups groups, a row in each lane. Rows that are not there become the first;
+// words that are not there are zeros, and what comes of them means nothing.
+template <Format FORMAT>
+JAXSERVE_INLINE void AddRun(const char* values, int64_t row_bytes, int64_t rows, int64_t ahead,
+                            const char* x, int64_t words, __m512i (&out)[kRunGroups<FORMAT>]) {
+  const __mmask16 here = First(words);
+  __m512i dot[kLanes], four[kLanes / 4];
+  __m512i left = LoadSome(FORMAT == Format::kInt8 ? here : First(2 * words), x);
+  __m512i left_high = left;
+  if constexpr (FORMAT == Format::kInt4) {  // A group has its first values in the lower halves.
+    const __mmask16 rest = words > kLanes / 2 ? First(2 * words - kLanes) : 0;
+    const __m512i more = LoadSome(rest, x + sizeof(__m512i));
+    left_high = _mm512_shuffle_i32x4(left, more, 0xdd);
+    left = _mm512_shuffle_i32x4(left, more, 0x88);
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    const char* source = values + (row < rows ? row : 0) * row_bytes;
+    const __m512i right = LoadSome(here, source);
+    __builtin_prefetch(source + ahead, 0, 2);
+    if constexpr (FORMAT == Format::kInt8) {
+      const __m512i flip = _mm512_set1_epi8(static_cast<char>(kByteOffset));
+      dot[row] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_xor_si512(right, flip), left);
+    } else {
+      const __m512i mask = _mm512_set1_epi8(0x0f);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(right, 4), mask);
+      dot[row] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(right, mask), left);
+      dot[row] = _mm512_dpbusd_epi32(dot[row], high, left_high);
+    }
+  }
+  AddQuarters(dot, four);
+  if constexpr (FORMAT == Format::kInt8) {  // Two quarters are a group.
+    const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88),
+                                         _mm512_shuffle_i32x4(four[0], four[1], 0xdd));
+    const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2], four[3], 0x88),
+                                          _mm512_shuffle_i32x4(four[2], four[3], 0xdd));
+    out[0] = _mm512_shuffle_i32x4(low, high, 0x88);
+    out[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
+  } else {
+    const __m512i even_low = _mm512_shuffle_i32x4(four[0], four[1], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(four[0], four[1], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(four[2], four[3], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(four[2], four[3], 0xdd);
+    out[0] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    out[1] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    out[2] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    out[3] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// out[rows], at most kLanes of them, with the bits that panels give; see AddGroup. Memory is of
+// float32 [groups, kPanelRows], and of int4 twice.
+template <Format FORMAT>
+void MultiplyRowOf(const Matrix& matrix, int64_t first, int64_t rows, int64_t ahead, const char* x,
+                   float* memory, float* out) {
+  const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
+  const char* values = static_cast<const char*>(matrix.values) + first * row_bytes;
+  const char* scales = x + matrix.depth;
+  const char* shares = scales + groups * kWordBytes;
+  float* minima = memory + groups * kPanelRows;
+  TransposeScales(matrix.scale + first * groups, groups, rows, memory);
+  if constexpr (FORMAT == Format::kInt4) {
+    TransposeScales(matrix.minimum + first * groups, groups, rows, minima);
+  }
+  constexpr int kRun = kRunGroups<FORMAT>;
+  Vec sum = Splat(0);
+  for (int64_t g = 0; g < groups; g += kRun) {
+    __m512i dot[kRun];
+    const int64_t at = g / kRun * static_cast<int64_t>(sizeof(__m512i));
+    AddRun<FORMAT>(values + at, row_bytes, rows, ahead, x + g * kGroup,
+                   (row_bytes - at) / kWordBytes, dot);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRun; ++i) {
+      if (g + i >= groups) break;
+      const char* share = shares + (g + i) * kWordBytes;
+      if constexpr (FORMAT == Format::kInt8) dot[i] = _mm512_add_epi32(dot[i], EveryLane(share));
+      const Vec scaled =
+          Bits<Vec>(_mm512_cvtepi32_ps(dot[i])) * LoadAs<Vec>(memory + (g + i) * kPanelRows);
+      sum = Fma(scaled, EveryLaneFloat(scales + (g + i) * kWordBytes), sum);
+      if constexpr (FORMAT == Format::kInt4) {
+        sum = Fma(LoadAs<Vec>(minima + (g + i) * kPanelRows), EveryLaneFloat(share), sum);
+      }
+    }
+  }
+  _mm512_mask_storeu_ps(out, First(rows), sum);
+}
+
 // -- what matmul.cc calls ------------------------------------------------------------------------
 
 bool TakesPanels(const Matrix& matrix) {
@@ -298,31 +408,36 @@ bool TakesPanels(const Matrix& matrix) {
 
 PanelSizes SizesOfPanels(const Matrix& matrix) { return {XBytes(matrix), PanelBytes(matrix)}; }
 
-void ReadX(const Matrix& matrix, const float* x, char* out) {
+void ReadX(const Matrix& matrix, const float* x, int64_t first, int64_t count, char* out) {
 #if defined(TAKES_BFLOAT16)
-  if (matrix.format == Format::kNumber) return ReadBFloat16(matrix, x, out);
+  if (matrix.format == Format::kNumber) return ReadBFloat16(x, first, count, out);
 #endif
-  ReadBytes(matrix, x, out);
+  ReadBytes(matrix, x, first, count, out);
 }
 
-void ExpandPanel(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out) {
-  switch (matrix.format) {
-    case Format::kInt8: return ExpandPanelOf<Format::kInt8>(matrix, first, rows, next, out);
-    case Format::kInt4: return ExpandPanelOf<Format::kInt4>(matrix, first, rows, next, out);
-    case Format::kNumber: return ExpandPanelOf<Format::kNumber>(matrix, first, rows, next, out);
+template <Format FORMAT>
+void RunPanelOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t first, int64_t rows,
+                int64_t next, char* memory, float* out, int64_t stride) {
+  if constexpr (FORMAT != Format::kNumber) {
+    if (x_rows == 1) {
+      const int64_t ahead = (next - first) * matrix.row_bytes();
+      for (int64_t row = 0; row < rows; row += kLanes) {
+        MultiplyRowOf<FORMAT>(matrix, first + row, rows - row, ahead, x,
+                              reinterpret_cast<float*>(memory), out + row);
+      }
+      return;
+    }
   }
+  ExpandPanelOf<FORMAT>(matrix, first, rows, next, memory);
+  MultiplyAllOf<FORMAT>(matrix, x_rows, x, rows, memory, out, stride);
 }
 
-void MultiplyPanel(const Matrix& matrix, int64_t x_rows, const char* x, int64_t rows,
-                   const char* panel, float* out, int64_t stride) {
-  switch (matrix.format) {
-    case Format::kInt8:
-      return MultiplyAllOf<Format::kInt8>(matrix, x_rows, x, rows, panel, out, stride);
-    case Format::kInt4:
-      return MultiplyAllOf<Format::kInt4>(matrix, x_rows, x, rows, panel, out, stride);
-    case Format::kNumber:
-      return MultiplyAllOf<Format::kNumber>(matrix, x_rows, x, rows, panel, out, stride);
-  }
+void RunPanel(const Matrix& matrix, int64_t x_rows, const char* x, int64_t first, int64_t rows,
+              int64_t next, char* memory, float* out, int64_t stride) {
+  const auto run = matrix.format == Format::kInt8   ? RunPanelOf<Format::kInt8>
+                   : matrix.format == Format::kInt4 ? RunPanelOf<Format::kInt4>
+                                                    : RunPanelOf<Format::kNumber>;
+  run(matrix, x_rows, x, first, rows, next, memory, out, stride);
 }
 
 }  // namespace ISA_NAMESPACE

@@ -6,12 +6,10 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxserve.models.config import RopeScaling
 from jaxserve.models.layers import (
     apply_rope,
-    gated,
     project,
     rms_norm,
     rope_frequencies,
@@ -57,18 +55,6 @@ def test_project_accumulates_in_float32():
     ones = jnp.ones((1, 1000), jnp.bfloat16)
     assert project(ones, ones, dtype=jnp.dtype(jnp.float32))[0, 0] == 1000.0
     assert project(ones, ones).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated_activates_the_first_half_only(activation):
-    gate, up = np.array([-1.5, 0.0, 0.5, 2.0]), np.array([3.0, 5.0, -7.0, 0.25])
-    if activation == "silu":
-        expected = gate / (1 + np.exp(-gate)) * up
-    else:
-        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-        expected = 0.5 * gate * (1 + np.tanh(inner)) * up
-    both = jnp.array(np.concatenate([gate, up]), jnp.float32)
-    np.testing.assert_allclose(gated(both, activation), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rope_multiplies_complex_numbers():

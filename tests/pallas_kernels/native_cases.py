@@ -23,8 +23,15 @@ import numpy as np
 from pallas_kernels.paged_attention import POOL_DTYPES, paged_attention
 from pallas_kernels.paged_attention.cases import CASES, LAYER, LAYERS, Case, Inputs, Row
 from pallas_kernels.quantized_attention.cases import arrays
-from pallas_kernels.quantized_matmul import GROUP, Quantized, dequantized, quantized_matmul
+from pallas_kernels.quantized_matmul import (
+    GROUP,
+    Quantized,
+    dequantized,
+    feed_forward,
+    quantized_matmul,
+)
 from pallas_kernels.quantized_matmul import cases as matmul
+from pallas_kernels.quantized_matmul.ffn import ACTIVATIONS
 
 DTYPES = (*POOL_DTYPES, "int8")
 """Of pages, by the numbers that the program knows them by."""
@@ -152,6 +159,54 @@ def append_products(path: Path) -> None:
                 file.write(np.asarray(array).tobytes())
 
 
+FEED_FORWARDS = (
+    # Rows, depth, hidden numbers, outputs, and how the matrices are stored.
+    (1, 64, 96, 33, "int8", "int8"),
+    (7, 32, 64, 13, "int4", "int8"),
+    (6, 96, 1536, 64, "int4", "int4"),
+    (9, 48, 80, 21, "bfloat16", "bfloat16"),  # The last piece is half as long.
+    (3, 512, 48, 5, "float32", "float32"),  # Two panels to a piece.
+    (5, 64, 32, 7, "float32", "int8"),
+    (5, 64, 32, 7, "int8", "float16"),
+    (0, 64, 32, 7, "int8", "int8"),
+)
+
+
+def append_feed_forwards(path: Path) -> None:
+    """Writes some feed-forwards behind the products, in both activations."""
+    with path.open("ab") as file:
+        for activation, name in enumerate(ACTIVATIONS):
+            for rows, depth, hidden, out, *storages in FEED_FORWARDS:
+                dtype = "bfloat16" if rows == 9 else "float32"
+                gate_up = matmul.Case("", rows, 2 * hidden, depth).arrays(storages[0], dtype=dtype)
+                x, stacks = gate_up[0], [gate_up[1]]
+                stacks.append(matmul.Case("", 0, out, hidden).arrays(storages[1])[1])
+                answer = feed_forward(
+                    x.astype(jnp.float32), *stacks, layer=matmul.LAYER, activation=name,
+                    implementation="reference",
+                )  # fmt: skip
+                number = NUMBERS.index(dtype)
+                stored = [field for storage in storages for field in stored_as(storage)]
+                header = (
+                    "feed-forward", f"{rows}x{depth}x{hidden}x{out}-{name}", number, number,
+                    activation, *stored, rows, depth, hidden, out,
+                )  # fmt: skip
+                file.write((" ".join(map(str, header)) + "\n").encode())
+                for array in (x, *jax.tree.leaves(stacks), answer):
+                    file.write(np.asarray(array).tobytes())
+
+
+def stored_as(storage: matmul.Storage) -> tuple[int, int, int, int]:
+    """A stack's fields of a header: format, number, layers, and the layer that is meant."""
+    is_plain = storage not in FORMATS
+    return (
+        FORMATS.index("number" if is_plain else storage),
+        NUMBERS.index(storage if is_plain else "float32"),
+        matmul.LAYERS,
+        matmul.LAYER,
+    )
+
+
 def largest_of_group(x: np.ndarray) -> np.ndarray:
     """Every number as large as the largest of its group; the last group may be a part."""
     first_of_group = np.arange(0, x.shape[-1], GROUP)
@@ -162,3 +217,4 @@ def largest_of_group(x: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
     append_products(Path(sys.argv[1]))
+    append_feed_forwards(Path(sys.argv[1]))

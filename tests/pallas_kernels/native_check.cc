@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "native_check_feed_forward.h"
 #include "native_check_matmul.h"
 #include "paged_attention/append.h"
 #include "paged_attention/attention.h"
@@ -216,6 +217,8 @@ int main(int, char** arguments) {
   for (std::string line; std::getline(file, line);) {
     if (line.rfind(kMatmulLine, 0) == 0) {
       CheckMatmul(line, file, pools, matmuls);
+    } else if (line.rfind(kFeedForwardLine, 0) == 0) {
+      CheckFeedForward(line, file, pools, matmuls);
     } else {
       CheckCase(line, file, pools);
       ++cases;

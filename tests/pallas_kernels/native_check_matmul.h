@@ -23,6 +23,33 @@ struct MatmulCounts {
   int runs[JAXSERVE_ISA_LEVELS] = {};  // On each level.
 };
 
+// How the matrices of a stack are stored, and which is meant.
+struct StoredAs {
+  int format, number;
+  int64_t layers, layer;
+};
+inline std::istream& operator>>(std::istream& header, StoredAs& as) {
+  return header >> as.format >> as.number >> as.layers >> as.layer;
+}
+
+// A matrix out of the file, and the memory of its stack.
+struct StoredMatrix {
+  StoredMatrix(std::istream& file, const StoredAs& as, int64_t rows, int64_t depth) {
+    matrix.format = static_cast<Format>(as.format), matrix.number = static_cast<Number>(as.number);
+    matrix.rows = rows, matrix.depth = depth;
+    const size_t groups = depth / kGroup * rows * as.layers;
+    values = Read<char>(file, as.layers * rows * matrix.row_bytes());
+    scale = Read<uint16_t>(file, matrix.format == Format::kNumber ? 0 : groups);
+    minimum = Read<uint16_t>(file, matrix.format == Format::kInt4 ? groups : 0);
+    matrix.values = values.get(), matrix.scale = scale.get(), matrix.minimum = minimum.get();
+    matrix = LayerOf(matrix, as.layers, as.layer);
+  }
+
+  Matrix matrix;
+  Array<char> values;
+  Array<uint16_t> scale, minimum;
+};
+
 // Computes rows of x, in memory that ends where the rows do.
 inline Array<char> Multiplied(Matmul m, const char* x, int64_t rows, const MatmulKernel& kernel,
                               Executor& executor) {
@@ -98,27 +125,20 @@ inline void CheckMatmul(const std::string& line, std::istream& file,
                         const std::vector<Pool*>& pools, MatmulCounts& counts) {
   std::istringstream header(line.substr(sizeof(kMatmulLine) - 1));
   std::string name;
-  int x_number, out_number, format, number;
-  int64_t layers, layer;
+  int x_number, out_number;
+  int64_t rows, depth;
   Matmul m;
-  Matrix& matrix = m.matrix;
-  header >> name >> x_number >> out_number >> format >> number >> layers >> layer >> m.x_rows >>
-      matrix.rows >> matrix.depth;
+  StoredAs as;
+  header >> name >> x_number >> out_number >> as >> m.x_rows >> rows >> depth;
   if (!header) Fail("the header " + line);
   m.x_number = static_cast<Number>(x_number), m.out_number = static_cast<Number>(out_number);
-  matrix.format = static_cast<Format>(format), matrix.number = static_cast<Number>(number);
-  const size_t groups = matrix.depth / kGroup * matrix.rows * layers;
-  const size_t scales = matrix.format == Format::kNumber ? 0 : groups;
-  const size_t minima = matrix.format == Format::kInt4 ? groups : 0;
-  const auto x = Read<char>(file, m.x_rows * matrix.depth * NumberBytes(m.x_number));
-  const auto values = Read<char>(file, layers * matrix.rows * matrix.row_bytes());
-  const auto scale = Read<uint16_t>(file, scales), minimum = Read<uint16_t>(file, minima);
-  const auto expected = Read<float>(file, m.x_rows * matrix.rows);
-  const auto size = Read<float>(file, m.x_rows * matrix.rows);
-  const auto spread = Read<float>(file, m.x_rows * matrix.rows);
+  const auto x = Read<char>(file, m.x_rows * depth * NumberBytes(m.x_number));
+  const StoredMatrix stored(file, as, rows, depth);
+  m.matrix = stored.matrix;
+  const auto expected = Read<float>(file, m.x_rows * rows);
+  const auto size = Read<float>(file, m.x_rows * rows);
+  const auto spread = Read<float>(file, m.x_rows * rows);
   if (!file) Fail(name + ": the file ends early");
-  matrix.values = values.get(), matrix.scale = scale.get(), matrix.minimum = minimum.get();
-  matrix = LayerOf(matrix, layers, layer);
   m.x = x.get(), m.out = nullptr;
   ++counts.cases;
   for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
