@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.quantized_matmul import Activation, feed_forward, gated, quantized_matmul
+from pallas_kernels.quantized_matmul import (
+    Activation,
+    Matrix,
+    feed_forward,
+    gated,
+    quantized_matmul,
+)
 from pallas_kernels.quantized_matmul.cases import LAYER, LAYERS, Storage, stored
 
 from .native_here import needs_native, usable
@@ -39,7 +45,7 @@ TOLERANCE = 1e-5
 compiled = jax.jit(feed_forward, static_argnames=("activation", "implementation", "narrow"))
 
 
-def arrays(shape: str, storage: tuple[Storage, Storage]) -> tuple[jax.Array, object, object]:
+def arrays(shape: str, storage: tuple[Storage, Storage]) -> tuple[jax.Array, Matrix, Matrix]:
     """Activations and stacks of both matrices, drawn the same every time."""
     rows, depth, hidden, out = SHAPES[shape]
     rng = np.random.default_rng(0)
@@ -57,12 +63,14 @@ def activated(gate: np.ndarray, activation: Activation) -> np.ndarray:
     return 0.5 * gate * (1 + np.tanh(inner))
 
 
-def expected(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, activation: Activation):
+def expected(
+    x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, activation: Activation
+) -> np.ndarray:
     gate, up = np.split(x @ gate_up.T, 2, axis=-1)
     return activated(gate, activation) * up @ down.T
 
 
-def in_float64(matrix: object) -> np.ndarray:
+def in_float64(matrix: Matrix) -> np.ndarray:
     """The layer's numbers, by products with the rows of the identity."""
     eye = jnp.eye(matrix.shape[-1])
     rows = quantized_matmul(eye, matrix, layer=LAYER, implementation="reference")
@@ -182,7 +190,9 @@ def test_auto_leaves_each_product_to_whoever_takes_it():
     ("gate_up", "down", "layer"),
     [((8, 16), (3, 5), None), ((8, 15), (3, 4), None), ((2, 8, 16), (3, 4), 0)],
 )
-def test_shapes_that_do_not_fit_are_refused(gate_up: tuple, down: tuple, layer: int | None):
+def test_shapes_that_do_not_fit_are_refused(
+    gate_up: tuple[int, ...], down: tuple[int, ...], layer: int | None
+):
     with pytest.raises(ValueError, match="with activations"):
         feed_forward(
             jnp.ones((1, 16)), jnp.ones(gate_up), jnp.ones(down), layer=layer, activation="silu"
