@@ -21,8 +21,8 @@ import numpy as np
 
 OPAQUE = ("while", "pallas_call", "ffi_call")
 """Loops and kernels whose cost does not stand in the jaxpr."""
-NATIVE_PRODUCT = "jaxserve_matmul."
-"""The kernel of ``quantized_matmul``, counted as float32; narrow ones are up to four times as fast
+NATIVE_PRODUCTS = ("jaxserve_matmul.", "jaxserve_best.")
+"""The kernels of ``quantized_matmul``, counted as float32; narrow ones are up to four times as fast
 on CPUs that have instructions for them."""
 IN_PLACE = ("scatter", "scatter-add", "dynamic_update_slice", "reshape", "squeeze", "expand_dims")
 """Their result lies where their first operand did, which the program does not use again."""
@@ -97,9 +97,9 @@ def _count_one(equation: Any, axis_sizes: Mapping[str, int]) -> Costs:
             wire_bytes=Counter({axis: _wire_bytes(name, equation, axis_sizes[axis])}),
             exchanges=Counter({axis: 1}),
         )
-    if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_PRODUCT):
-        x, out = equation.invars[0].aval, equation.outvars[0].aval
-        return Costs(flops=Counter({"float32": 2 * out.size * x.shape[-1]}))
+    if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_PRODUCTS):
+        x, stack = equation.invars[0].aval, equation.invars[1].aval
+        return Costs(flops=Counter({"float32": 2 * x.size * stack.shape[1]}))
     if name in OPAQUE:
         # A kernel that only writes into its operands computes nothing, as a scatter does not.
         writes = {result for _, result in equation.params.get("input_output_aliases", ())}

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "native/memory.h"
 
@@ -18,6 +19,10 @@ constexpr int64_t kMaxPanelRows = 64;
 // Stored bytes that a thread takes at a time when x has few rows.
 constexpr int64_t kTakenBytes = 32 << 10;
 
+// Panels that a thread takes at a time at most, if only the best of their answers is wanted: what is
+// done once for them takes a fraction of what is done for each.
+constexpr int64_t kBestPanels = 16;
+
 // Numbers of x that a thread reads at a time.
 constexpr int64_t kTakenNumbers = 32 << 10;
 
@@ -25,6 +30,8 @@ struct PanelMemory;
 struct XMemory;
 struct FactorMemory;
 struct RowMemory;
+struct LanesMemory;
+struct BestMemory;
 
 enum class Method { kWide, kHalves, kPanels };
 
@@ -98,11 +105,71 @@ int64_t PanelFloats(const Matmul& m, const MatmulKernel& kernel, Method method, 
   return kernel.panels->sizes(m.matrix).panel / sizeof(float);
 }
 
-// Rows of the matrix from first on; `next` is where the thread probably goes on.
+// -- the best answers ----------------------------------------------------------------------------
+
+// The best of a row's answers in some panels.
+struct Best {
+  float best;
+  int32_t place;
+  int32_t is_finite;
+};
+
+// Goes on with answers that all come later, or are those of no panel yet.
+void Merge(Best& to, const Best& later) {
+  if (later.best > to.best) to.best = later.best, to.place = later.place;
+  to.is_finite &= later.is_finite;
+}
+
+constexpr Best kNoAnswers = {-std::numeric_limits<float>::infinity(), 0, 1};
+
+// Of each row of x, before any answer; lives until the thread asks for another.
+BestLanes* NoBestLanes(int64_t x_rows) {
+  constexpr int64_t kFloats = sizeof(BestLanes) / sizeof(float);
+  auto* kept = reinterpret_cast<BestLanes*>(ThreadMemory<LanesMemory>(x_rows * kFloats));
+  BestLanes none = {};
+  std::fill_n(none.best, kBestLanes, kNoAnswers.best);
+  std::fill_n(kept, x_rows, none);
+  return kept;
+}
+
+// Lanes are merged in no order of their places.
+Best BestOf(const BestLanes& kept) {
+  Best result = kNoAnswers;
+  for (int64_t lane = 0; lane < kBestLanes; ++lane) {
+    const bool is_first = kept.best[lane] == result.best && kept.place[lane] < result.place;
+    if (kept.best[lane] > result.best || is_first) {
+      result.best = kept.best[lane], result.place = kept.place[lane];
+    }
+    result.is_finite &= kept.spoilt[lane] == 0;
+  }
+  return result;
+}
+
+// So many, which live until the thread asks for others.
+Best* BestsOfItems(int64_t count) {
+  constexpr int64_t kFloats = sizeof(Best) / sizeof(float);
+  return reinterpret_cast<Best*>(ThreadMemory<BestMemory>(count * kFloats));
+}
+
+// The best of the items' bests [items, x_rows].
+void WriteBests(const Matmul& m, int64_t items, const Best* bests) {
+  for (int64_t row = 0; row < m.x_rows; ++row) {
+    Best best = kNoAnswers;
+    for (int64_t item = 0; item < items; ++item) Merge(best, bests[item * m.x_rows + row]);
+    m.bests->best[row] = best.best;
+    m.bests->place[row] = best.place;
+    m.bests->is_finite[row] = best.is_finite;
+  }
+}
+
+// -- panels --------------------------------------------------------------------------------------
+
+// Rows of the matrix from first on; `next` is where the thread probably goes on. The best go to
+// `kept` if only they are wanted.
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
-              int64_t rows, int64_t next) {
+              int64_t rows, int64_t next, BestLanes* kept) {
   const Matrix& matrix = m.matrix;
-  const bool writes_float = m.out_number == Number::kFloat32;
+  const bool writes_float = m.out_number == Number::kFloat32 && !m.bests;
   const int64_t floats = PanelFloats(m, kernel, x.method, rows);
   float* memory = ThreadMemory<PanelMemory>(floats + rows * m.x_rows);
   float* answers = memory + floats;
@@ -127,6 +194,7 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_
     }
   }
   if (writes_float) return;
+  if (m.bests) return kernel.keep_best(first, m.x_rows, rows, answers, stride, kept);
   for (int64_t row = 0; row < m.x_rows; ++row) {
     char* target = static_cast<char*>(m.out) +
                    (row * matrix.rows + first) * NumberBytes(m.out_number);
@@ -224,7 +292,10 @@ const char* WhyNotMultiply(const Matmul& m, const MatmulKernel& kernel) {
 void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
   const Matrix& matrix = m.matrix;
   const int64_t products = m.x_rows * matrix.rows * matrix.depth;
-  if (products == 0) return;
+  if (products == 0) {
+    if (m.bests) WriteBests(m, 0, nullptr);
+    return;
+  }
   const Rows x = Read(m, kernel, executor);
   const int64_t panel_rows = PanelRows(m, x.method);
   const int64_t panels = (matrix.rows + panel_rows - 1) / panel_rows;
@@ -232,22 +303,30 @@ void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) 
   if (m.x_rows <= kFewRows) {
     taken = std::max<int64_t>(kTakenBytes / (panel_rows * matrix.row_bytes()), 1);
   }
+  if (m.bests) {
+    const int64_t shares = panels / (8 * std::max<int64_t>(executor.threads(), 1));
+    taken = std::max(taken, std::min(shares, kBestPanels));
+  }
+  const int64_t items = (panels + taken - 1) / taken;
+  Best* bests = m.bests ? BestsOfItems(items * m.x_rows) : nullptr;
   const auto run = [&](int64_t item) {
     const int64_t last = std::min((item + 1) * taken, panels);
+    BestLanes* kept = m.bests ? NoBestLanes(m.x_rows) : nullptr;
     for (int64_t panel = item * taken; panel < last; ++panel) {
       const int64_t first = panel * panel_rows;
       // Others take the items in between. There may be fewer panels: then this one is in the cache.
       const int64_t next = panel + 1 < last ? panel + 1 : (item + executor.threads()) * taken;
       RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first),
-               next < panels ? next * panel_rows : first);
+               next < panels ? next * panel_rows : first, kept);
     }
+    if (m.bests) std::transform(kept, kept + m.x_rows, bests + item * m.x_rows, BestOf);
   };
-  const int64_t items = (panels + taken - 1) / taken;
   if (products <= kAloneProducts || executor.threads() <= 1) {
     SerialFor(items, run);
   } else {
     ParallelFor(executor, items, run);
   }
+  if (m.bests) WriteBests(m, items, bests);
 }
 
 const MatmulKernel& CurrentMatmulKernel() {

@@ -1,4 +1,6 @@
 // What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
+#include <algorithm>
+
 #include "matmul.h"
 #include "native/xla.h"
 
@@ -7,12 +9,15 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// values [layers, rows, stored depth]; scale and minimum [layers, rows, groups], or nothing.
-ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
-                         ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
-                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
-                         bool narrow) {
-  Matmul matmul;
+ffi::Error NoFloat() {
+  return ffi::Error::InvalidArgument("matmul: a dtype that is not a float of 16 or 32 bits");
+}
+
+// Reads a product, but for its answers. values [layers, rows, stored depth]; scale and minimum
+// [layers, rows, groups], or nothing.
+ffi::Error ReadProduct(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
+                       const ffi::AnyBuffer& scale, const ffi::AnyBuffer& minimum, int32_t layer,
+                       bool narrow, Matmul& matmul) {
   matmul.narrow = narrow;
   Matrix& matrix = matmul.matrix;
   const auto shape = values.dimensions();
@@ -29,15 +34,16 @@ ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
         return ffi::Error::InvalidArgument("matmul: a matrix of this dtype is not implemented");
       }
   }
-  if (!ReadNumber(x, matmul.x_number) || !ReadNumber(*out, matmul.out_number)) {
-    return ffi::Error::InvalidArgument("matmul: a dtype that is not a float of 16 or 32 bits");
-  }
+  if (!ReadNumber(x, matmul.x_number)) return NoFloat();
   matrix.values = values.untyped_data();
   matrix.scale = static_cast<const uint16_t*>(scale.untyped_data());
   matrix.minimum = static_cast<const uint16_t*>(minimum.untyped_data());
-  matrix = LayerOf(matrix, shape[0], *layer.typed_data());
+  matrix = LayerOf(matrix, shape[0], layer);
   matmul.x = x.untyped_data();
-  matmul.out = out->untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error Run(const Matmul& matmul, ffi::ThreadPool threads) {
   const MatmulKernel& kernel = CurrentMatmulKernel();
   if (const char* reason = WhyNotMultiply(matmul, kernel)) {
     return ffi::Error::InvalidArgument(reason);
@@ -45,6 +51,35 @@ ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
   XlaExecutor executor(threads);
   RunMatmul(matmul, kernel, executor);
   return ffi::Error::Success();
+}
+
+ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                         ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
+                         bool narrow) {
+  Matmul matmul;
+  const int32_t number = *layer.typed_data();
+  ffi::Error error = ReadProduct(x, values, scale, minimum, number, narrow, matmul);
+  if (error.failure()) return error;
+  if (!ReadNumber(*out, matmul.out_number)) return NoFloat();
+  matmul.out = out->untyped_data();
+  return Run(matmul, threads);
+}
+
+// The best of the first `count` rows of the only matrix; of all if it has fewer.
+ffi::Error BestHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                       ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                       ffi::Buffer<ffi::S32, 0> count, ffi::ResultBuffer<ffi::F32> best,
+                       ffi::ResultBuffer<ffi::S32> place, ffi::ResultBuffer<ffi::PRED> is_finite,
+                       bool narrow) {
+  Matmul matmul;
+  ffi::Error error = ReadProduct(x, values, scale, minimum, 0, narrow, matmul);
+  if (error.failure()) return error;
+  matmul.matrix.rows = std::clamp<int64_t>(*count.typed_data(), 0, matmul.matrix.rows);
+  matmul.out_number = Number::kFloat32;
+  const Bests bests = {best->typed_data(), place->typed_data(), is_finite->typed_data()};
+  matmul.bests = &bests;
+  return Run(matmul, threads);
 }
 
 auto MatmulBinding() {
@@ -59,7 +94,22 @@ auto MatmulBinding() {
       .Attr<bool>("narrow");
 }
 
+auto BestBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // values
+      .Arg<ffi::AnyBuffer>()  // scale
+      .Arg<ffi::AnyBuffer>()  // minimum
+      .Arg<ffi::Buffer<ffi::S32, 0>>()  // count
+      .Ret<ffi::Buffer<ffi::F32>>()  // best
+      .Ret<ffi::Buffer<ffi::S32>>()  // place
+      .Ret<ffi::Buffer<ffi::PRED>>()  // is_finite
+      .Attr<bool>("narrow");
+}
+
 }  // namespace
 }  // namespace jaxserve
 
 JAXSERVE_FFI_HANDLER(jaxserve_matmul, jaxserve::MatmulHandler, jaxserve::MatmulBinding());
+JAXSERVE_FFI_HANDLER(jaxserve_best, jaxserve::BestHandler, jaxserve::BestBinding());

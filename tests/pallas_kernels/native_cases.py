@@ -111,6 +111,7 @@ ODD = (
     matmul.Case("panels-and-some", 9, 53, 4096),  # Panels of 24 rows.
     matmul.Case("small-panels-and-some", 6, 197, 512),  # Of 12, several at a time.
     matmul.Case("widest-panels-and-some", 13, 195, 224),  # Of 64.
+    matmul.Case("vocabulary", 13, 1101, 32),  # Several panels for each of two threads.
 )
 """What is odd enough to be read, or written, past its end."""
 
