@@ -16,6 +16,7 @@ from bench.gpu.part import Number, Setting
 from bench.gpu.timing import seconds_per_call
 from bench.kernels import bytes_moved, layer_step
 from jaxserve.engine.step import Column, RowTable, StepShape
+from jaxserve.models.decoder import Logits
 from jaxserve.runner.sampling import Lines, choose
 from jaxserve.runner.vocab import VocabShard
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, Pools, paged_attention, pool_shape
@@ -192,7 +193,8 @@ def _lines(rows: int, vocab_size: int, columns: Mapping[Column, float]) -> jax.A
     )
     lines = RowTable(shape).lines[:rows]
     lines[:, Column.SEED_LOW] = np.arange(rows)
-    neutral = {Column.LOGPROBS: -1, Column.TOP_P_BITS: 1.0, Column.REPETITION_BITS: 1.0}
+    neutral = {Column.TOP_P_BITS: 1.0, Column.REPETITION_BITS: 1.0}
+    neutral |= {Column.SAMPLES: 1, Column.LOGPROBS: -1}
     for column, value in {**neutral, **columns}.items():
         is_float = column.name.endswith("_BITS")
         lines[:, column] = np.float32(value).view(np.int32) if is_float else int(value)
@@ -207,6 +209,6 @@ def _sampler(rows: int, vocab_size: int) -> tuple[Callable[..., jax.Array], tupl
 
     @jax.jit
     def run(packed: jax.Array, logits: jax.Array, counts: jax.Array, bias: jax.Array) -> jax.Array:
-        return choose(logits, Lines(packed), counts, bias, VocabShard(vocab_size))
+        return choose(Logits.of(logits), Lines(packed), counts, bias, VocabShard(vocab_size))
 
     return run, (logits, counts, bias)

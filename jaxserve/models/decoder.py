@@ -34,11 +34,15 @@ from jaxserve.models.modules import Axes, Ends, Layer
 from jaxserve.models.stacked import LayerOf
 from pallas_kernels.quantized_matmul import (
     GROUP,
+    Best,
     Format,
     Matrix,
     Products,
     Quantized,
+    best_of,
+    best_product,
     dequantized,
+    has_native_best,
     quantized_on_device,
 )
 
@@ -59,6 +63,26 @@ class Params:
     """``embed``, ``final_norm`` and, when it is not tied, ``head``."""
     layers: dict[str, Any] | tuple[dict[str, Any], ...]
     """Stacked: one dict whose leaves have a leading layer axis. Otherwise one dict per layer."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Float32 logits of one place per row, for this shard's tokens: all, or the best of them.
+
+    A row's best logit has the same bits either way.
+    """
+
+    every: Callable[[], Float[Array, "B V"]]
+    """All of them. Tokens that the layout added to the vocabulary are among them."""
+    best: Callable[[Any], Best]
+    """The best of the first so many tokens. May cost less than all of them."""
+    size: int
+    """Tokens of this shard, added ones included."""
+
+    @classmethod
+    def of(cls, logits: Float[Array, "B V"]) -> Logits:
+        """Logits that are there already."""
+        return cls(lambda: logits, partial(best_of, logits), logits.shape[-1])
 
 
 class Model:
@@ -230,6 +254,27 @@ class Model:
         Tokens that the layout added to the vocabulary are among them.
         """
         return self.partial_logits(self.head_weight(params), hidden, products=products)
+
+    def lazy_logits(
+        self, params: Params, hidden: Float[Array, "B D"], *, products: Products = XLA
+    ) -> Logits:
+        """Returns what ``logits`` would, for whoever may need no more than the best of them.
+
+        They are computed at once where that saves nothing: XLA may then choose no other product,
+        with other bits, for the best than for all. So they are with a softcap, which makes equals
+        of products that are not.
+        """
+        head = self.head_weight(params)
+        if self.config.logit_softcap or not has_native_best(
+            hidden, head, implementation=products.implementation
+        ):
+            return Logits.of(self.logits(params, hidden, products=products))
+
+        def best(count: Any) -> Best:
+            with jax.named_scope("head"):
+                return best_product(hidden, head, count=count, **products._asdict())
+
+        return Logits(partial(self.logits, params, hidden, products=products), best, head.shape[0])
 
     def partial_logits(
         self, rows: Matrix, hidden: Float[Array, "*B D"], *, products: Products = XLA

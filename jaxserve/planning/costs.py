@@ -21,7 +21,10 @@ import numpy as np
 
 OPAQUE = ("while", "pallas_call", "ffi_call")
 """Loops and kernels whose cost does not stand in the jaxpr."""
-NATIVE_PRODUCT, NATIVE_FEED_FORWARD = "jaxserve_matmul.", "jaxserve_feed_forward."
+NATIVE_PRODUCTS, NATIVE_FEED_FORWARD = (
+    ("jaxserve_matmul.", "jaxserve_best."),
+    "jaxserve_feed_forward.",
+)
 """The kernels of ``quantized_matmul``, counted as float32; narrow ones are up to four times as fast
 on CPUs that have instructions for them."""
 IN_PLACE = ("scatter", "scatter-add", "dynamic_update_slice", "reshape", "squeeze", "expand_dims")
@@ -97,12 +100,12 @@ def _count_one(equation: Any, axis_sizes: Mapping[str, int]) -> Costs:
             wire_bytes=Counter({axis: _wire_bytes(name, equation, axis_sizes[axis])}),
             exchanges=Counter({axis: 1}),
         )
-    if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_PRODUCT):
-        x, out = equation.invars[0].aval, equation.outvars[0].aval
-        return Costs(flops=Counter({"float32": 2 * out.size * x.shape[-1]}))
+    if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_PRODUCTS):
+        x, stack = equation.invars[0].aval, equation.invars[1].aval
+        return Costs(flops=Counter({"float32": 2 * x.size * stack.shape[1]}))
     if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_FEED_FORWARD):
-        (rows, depth), hidden = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-        products = rows * hidden * depth + hidden // 2 * equation.outvars[0].aval.size
+        x, stack, out = equation.invars[0].aval, equation.invars[1].aval, equation.outvars[0].aval
+        products = x.size * stack.shape[1] + out.size * (stack.shape[1] // 2)
         return Costs(flops=Counter({"float32": 2 * products}))
     if name in OPAQUE:
         # A kernel that only writes into its operands computes nothing, as a scatter does not.

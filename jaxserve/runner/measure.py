@@ -131,6 +131,7 @@ def decode_inputs(
     buffer[:, :rows, Column.START] = tokens - 1
     buffer[:, :rows, Column.LENGTH] = 1
     buffer[:, :rows, Column.SAMPLES] = 1
+    buffer[:, :rows, Column.LOGPROBS] = -1  # None; the lines of nobody have 0.
     buffer[:, :rows, COLUMNS : COLUMNS + each] = dealt.reshape(rows, each)
     places = bucket * shape.data_shards
     call = ProgramCall("decode", (bucket, 1), buffer.reshape(places, -1))

@@ -165,12 +165,11 @@ class StepPrograms:
         lines: Lines,
         hidden: Float[Array, "B D"],
     ) -> tuple[DeviceState, Int[Array, "R C"]]:
-        with jax.named_scope("head"):
-            logits = self.model.logits(params, hidden, products=self.products)
+        logits = self.model.lazy_logits(params, hidden, products=self.products)
         with jax.named_scope("sample"):
             chosen = choose(logits, lines, state.counts, state.bias, self.vocab)
         null_row = result.shape[0] - 1
-        row = jnp.where(lines.column(Column.SAMPLES) > 0, lines.column(Column.ROW), null_row)
+        row = jnp.where(lines.samples, lines.column(Column.ROW), null_row)
         token = jnp.maximum(chosen[:, 0], 0)
         place = self.vocab.local(token, state.counts.shape[1])
         state = replace(

@@ -9,7 +9,8 @@ The vocabulary may be split over the mesh (``vocab.py``): then every shard finds
 tokens, and one exchange of a few numbers per row decides between them.
 
 Optional work stands behind ``lax.cond`` on "does any row want it": the program is the same for
-every mix of requests, and greedy batches do not pay for the rest.
+every mix of requests. A batch that wants no more than each row's best token asks for no more, and
+the head need not write its logits down.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from jaxserve.engine.step import (
     SEEN_IN_PROMPT,
     Column,
 )
+from jaxserve.models.decoder import Logits
 from jaxserve.runner.vocab import VocabShard
+from pallas_kernels.quantized_matmul import largest
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class Lines:
     def floats(self, column: Column) -> Float[Array, " B"]:
         """One float32 column, from its bits."""
         return lax.bitcast_convert_type(self.column(column), jnp.float32)
+
+    @property
+    def samples(self) -> Bool[Array, " B"]:
+        """Which rows get a token: padding and all but the last chunk of a prompt do not."""
+        return self.column(Column.SAMPLES) > 0
+
+    @property
+    def has_noise(self) -> Bool[Array, " B"]:
+        """Which rows draw their token; the others take the best."""
+        return self.floats(Column.TEMPERATURE_BITS) > 0
 
     @property
     def uses_counts(self) -> Bool[Array, " B"]:
@@ -75,7 +88,7 @@ class Lines:
 
 
 def choose(
-    logits: Float[Array, "B V"],
+    logits: Logits,
     lines: Lines,
     counts: Int[Array, "R V"],
     bias: Float[Array, "R V"],
@@ -84,7 +97,8 @@ def choose(
     """Chooses one token per row.
 
     Args:
-        logits: float32, of the model, for this shard's part of the vocabulary.
+        logits: of the model, for this shard's part of the vocabulary. When no row that samples
+            wants more than its best token, no other logit is asked for.
         lines: the rows' parameters; ``lines.table`` may be empty.
         counts: ``DeviceState.counts``, this shard's part.
         bias: ``DeviceState.bias``, this shard's part.
@@ -92,50 +106,64 @@ def choose(
 
     Returns:
         Result lines (``engine.step.RESULT_COLUMNS``): token, log-probability bits, rank,
-        alternatives. Log-probabilities are zero where they were not asked for.
+        alternatives. Log-probabilities are zero where they were not asked for. Lines that do not
+        sample hold nothing of use.
     """
-    # As a maximum: XLA's CPU backend adds one number after the other.
-    healthy = jnp.max(jnp.where(jnp.isfinite(logits), 0.0, 1.0), axis=-1) == 0.0
-    is_token = vocab.is_token(logits.shape[-1])
-    if is_token is not None:
-        logits = jnp.where(is_token[None], logits, -jnp.inf)
-    samples = lines.floats(Column.TEMPERATURE_BITS) > 0
     adjusts = lines.uses_counts | lines.uses_bias | lines.suppresses_stop
+    # What other lines say does not count: padding asks for log-probabilities, by its zeros.
+    wants_logprobs = lines.samples & (lines.column(Column.LOGPROBS) >= 0)
+    wants_more = lines.samples & (adjusts | lines.has_noise) | wants_logprobs
+    no_details = jnp.zeros((lines.packed.shape[0], 2 + 2 * MAX_LOGPROBS), jnp.int32)
 
-    def best_of_scores() -> tuple[Array, Array]:
+    def greedy() -> Int[Array, "B C"]:
+        best = logits.best(vocab.tokens(logits.size))
+        token = _decide(best.answer, vocab.ids(logits.size)[best.place], best.is_finite, vocab)
+        return jnp.concatenate([token[:, None], no_details], axis=1)
+
+    def anything() -> Int[Array, "B C"]:
+        every, healthy = _tokens_alone(logits.every(), vocab)
         adjusted = lax.cond(
-            jnp.any(adjusts), lambda: _adjust(logits, lines, counts, bias, vocab), lambda: logits
+            jnp.any(adjusts), lambda: _adjust(every, lines, counts, bias, vocab), lambda: every
         )
-        return lax.cond(
-            jnp.any(samples),
+        # The branches return two numbers a row: handing on the scores would copy them all.
+        best, own = lax.cond(
+            jnp.any(lines.has_noise),
             lambda: _best(
-                jnp.where(samples[:, None], _noisy(adjusted, lines, vocab), adjusted), vocab
+                jnp.where(lines.has_noise[:, None], _noisy(adjusted, lines, vocab), adjusted),
+                vocab,
             ),
             lambda: _best(adjusted, vocab),
         )
+        token = _decide(best, own, healthy, vocab)
+        details = lax.cond(
+            jnp.any(wants_logprobs),
+            lambda: logprob_columns(every, token, vocab),
+            lambda: no_details,
+        )
+        return jnp.concatenate([token[:, None], details], axis=1)
 
-    # The branches return two numbers a row: handing on the scores would copy them all.
-    best, own = lax.cond(jnp.any(adjusts | samples), best_of_scores, lambda: _best(logits, vocab))
-    token = _decide(best, own, healthy, vocab)
-    details = lax.cond(
-        jnp.any(lines.column(Column.LOGPROBS) >= 0),
-        lambda: logprob_columns(logits, token, vocab),
-        lambda: jnp.zeros((token.shape[0], 2 + 2 * MAX_LOGPROBS), jnp.int32),
-    )
-    return jnp.concatenate([token[:, None], details], axis=1)
+    return lax.cond(jnp.any(wants_more), anything, greedy)
+
+
+def _tokens_alone(
+    logits: Float[Array, "B V"], vocab: VocabShard
+) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
+    """The logits with padding at minus infinity, and whether all the others are finite."""
+    # As a maximum: XLA's CPU backend adds one number after the other.
+    spoilt = jnp.where(jnp.isfinite(logits), 0.0, 1.0)
+    is_token = vocab.is_token(logits.shape[-1])
+    if is_token is not None:
+        spoilt = jnp.where(is_token[None], spoilt, 0.0)
+        logits = jnp.where(is_token[None], logits, -jnp.inf)
+    return logits, jnp.max(spoilt, axis=-1) == 0.0
 
 
 def _best(
     scores: Float[Array, "B V"], vocab: VocabShard
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """The highest score of this shard's tokens, and whose it is; of equals the lowest id."""
-    size = scores.shape[-1]
-    best = jnp.max(scores, axis=-1)
-    # XLA's CPU backend computes maxima of floats with vectors, and argmax one number at a time.
-    # Places are exact: a vocabulary is far smaller than 2**24.
-    places = -jnp.arange(size, dtype=jnp.int32).astype(jnp.float32)
-    place = -jnp.max(jnp.where(scores == best[:, None], places[None], 1.0 - size), axis=-1)
-    return best, vocab.ids(size)[place.astype(jnp.int32)]
+    best, place = largest(scores)
+    return best, vocab.ids(scores.shape[-1])[place]
 
 
 def _decide(

@@ -26,10 +26,16 @@ class VocabShard:
         """Token id of each of this shard's ``size`` places."""
         return self._first(size) + jnp.arange(size, dtype=jnp.int32)
 
+    def tokens(self, size: int) -> Int[Array, ""] | int | None:
+        """How many of this shard's first places are tokens; None when all are. Padding follows."""
+        if self._padded(size) == self.total:
+            return None
+        left = self.total - self._first(size)
+        return min(left, size) if isinstance(left, int) else jnp.clip(left, 0, size)
+
     def is_token(self, size: int) -> Bool[Array, " V"] | None:
         """Which places are tokens and not padding; None when all are."""
-        padded = size * (1 if self.axis is None else lax.axis_size(self.axis))
-        return None if padded == self.total else self.ids(size) < self.total
+        return None if self._padded(size) == self.total else self.ids(size) < self.total
 
     def local(self, token: Int[Array, "*B"], size: int) -> Int[Array, "*B"]:
         """Place of each token on this shard; ``size``, one past the end, when it is elsewhere."""
@@ -60,6 +66,10 @@ class VocabShard:
         """The logarithm of the sum of exponentials over the whole vocabulary."""
         top = self.max(jnp.max(logits, axis=-1))
         return top + jnp.log(self.sum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+
+    def _padded(self, size: int) -> int:
+        """Places of all shards together."""
+        return size * (1 if self.axis is None else lax.axis_size(self.axis))
 
     def _first(self, size: int) -> Int[Array, ""] | int:
         return 0 if self.axis is None else lax.axis_index(self.axis) * size

@@ -1,4 +1,4 @@
-"""Products of activations with stored matrices, plain or quantized: the public function.
+"""Products of activations with stored matrices, plain or quantized: the public functions.
 
 ``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU; elsewhere XLA
 multiplies. Which weight is stored how, and the mesh, are the model's business.
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import AUTO, dispatch
 from pallas_kernels.quantized_matmul import ffn as _ffn
 from pallas_kernels.quantized_matmul import matrix as _matrix
+from pallas_kernels.quantized_matmul.best import Best, best_of, largest
 from pallas_kernels.quantized_matmul.ffn import Activation, gated
 from pallas_kernels.quantized_matmul.matrix import (
     GROUP,
@@ -27,8 +28,14 @@ from pallas_kernels.quantized_matmul.matrix import (
     quantized,
     quantized_on_device,
 )
-from pallas_kernels.quantized_matmul.native import quantized_matmul_native
+from pallas_kernels.quantized_matmul.native import (
+    best_product_native,
+    decline,
+    quantized_matmul_native,
+)
 from pallas_kernels.quantized_matmul.reference import (
+    best_product_reference,
+    best_product_xla,
     quantized_matmul_reference,
     quantized_matmul_xla,
 )
@@ -36,14 +43,19 @@ from pallas_kernels.quantized_matmul.reference import (
 __all__ = [
     "GROUP",
     "Activation",
+    "Best",
     "Format",
     "Matrix",
     "Products",
     "Quantized",
+    "best_of",
+    "best_product",
     "bytes_per_weight",
     "dequantized",
     "feed_forward",
     "gated",
+    "has_native_best",
+    "largest",
     "quantized",
     "quantized_matmul",
     "quantized_on_device",
@@ -55,6 +67,12 @@ IMPLEMENTATIONS = {
     "reference": quantized_matmul_reference,
 }
 """By name, best first."""
+BEST_IMPLEMENTATIONS = {
+    "native": best_product_native,
+    "xla": best_product_xla,
+    "reference": best_product_reference,
+}
+"""Likewise, of ``best_product``."""
 
 
 class Products(NamedTuple):
@@ -110,6 +128,63 @@ def quantized_matmul(
             dtype=jnp.dtype(dtype or x.dtype),
             narrow=narrow,
         )
+
+
+def best_product(
+    x: Float[Array, "B I"],
+    matrix: Matrix,
+    *,
+    count: int | Int[Array, ""] | None = None,
+    implementation: str = "auto",
+    narrow: bool = False,
+) -> Best:
+    """Finds the best product of each row of activations with the rows of a matrix ``[O, I]``.
+
+    The same as ``best_of(quantized_matmul(x, matrix, dtype=float32), count)`` to the bit, given
+    the same implementation; the native one writes no product to memory.
+
+    Args:
+        x: Activations.
+        matrix: Floats ``[O, I]``, or a ``Quantized`` of that shape.
+        count: Only so many of the matrix's first rows are candidates, 0 to O; a Python int or a
+            traced int32 scalar. All when None.
+        implementation: A name in ``BEST_IMPLEMENTATIONS``, or ``"auto"`` for the first that
+            accepts.
+        narrow: See ``quantized_matmul``.
+
+    Raises:
+        ValueError: Shapes or dtypes that no implementation could take.
+        ExceptionGroup: Every implementation declined; it holds the reasons.
+    """
+    _matrix.check(matrix)
+    if matrix.ndim != 2 or matrix.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"the matrix is {list(matrix.shape)}; with activations {list(x.shape)} it must be "
+            f"[O, I] with I = {x.shape[-1]}"
+        )
+    with jax.named_scope("matmul"):
+        return dispatch(
+            "best_product",
+            BEST_IMPLEMENTATIONS,
+            implementation,
+            x,
+            matrix,
+            count=count,
+            narrow=narrow,
+        )
+
+
+def has_native_best(
+    x: Float[Array, "B I"], matrix: Matrix, *, implementation: str = "auto"
+) -> bool:
+    """Whether ``best_product`` would be native, with memory for the best products alone."""
+    if implementation not in (AUTO, "native"):
+        return False
+    try:
+        decline(x, matrix, jnp.dtype(jnp.float32))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def feed_forward(

@@ -85,8 +85,8 @@ def feed_forward_native(
     """
     rows = math.prod(x.shape[:-1])
     hidden = jax.ShapeDtypeStruct((rows, down.shape[-1]), jnp.float32)
-    decline(x, gate_up, rows, x.dtype)
-    decline(hidden, down, rows, x.dtype)
+    decline(x, gate_up, x.dtype)
+    decline(hidden, down, x.dtype)
     if layer is None:
         gate_up, down = gate_up[None], down[None]
     (out,) = native.call(

@@ -118,6 +118,40 @@ void Store(Number number, const float* source, int64_t count, void* target) {
   }
 }
 
+// -- the best answer -----------------------------------------------------------------------------
+
+// Up to kLanes numbers; what is missing is as the first, which comes before it.
+JAXSERVE_INLINE Vec LoadSome(const float* from, int64_t count) {
+  if (count >= kLanes) return LoadAs<Vec>(from);
+#if defined(ISA_AVX512)
+  return _mm512_mask_loadu_ps(Splat(*from), First(count), from);
+#else
+  float some[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) some[i] = from[i < count ? i : 0];
+  return LoadAs<Vec>(some);
+#endif
+}
+
+void KeepBest(int64_t first, int64_t x_rows, int64_t rows, const float* answers, int64_t stride,
+              BestLanes* kept) {
+  for (int64_t m = 0; m < x_rows; ++m, answers += stride, ++kept) {
+    for (int lane = 0; lane < kBestLanes; lane += kLanes) {
+      Vec best = LoadAs<Vec>(kept->best + lane), spoilt = LoadAs<Vec>(kept->spoilt + lane);
+      VecI place = LoadAs<VecI>(kept->place + lane);
+      for (int64_t n = lane; n < rows; n += kBestLanes) {
+        const Vec some = LoadSome(answers + n, rows - n);
+        const VecI is_better = some > best;
+        best = Select(is_better, some, best);
+        place = is_better ? LaneNumbers() + SplatI(static_cast<int32_t>(first + n)) : place;
+        spoilt = Fma(some, Splat(0), spoilt);
+      }
+      StoreAs(kept->best + lane, best);
+      StoreAs(kept->place + lane, place);
+      StoreAs(kept->spoilt + lane, spoilt);
+    }
+  }
+}
+
 // -- quantized numbers ---------------------------------------------------------------------------
 
 // Groups whose scales are converted at a time.
@@ -337,8 +371,9 @@ constexpr const PanelKernel* kPanelKernelHere = nullptr;
 #endif
 
 extern const MatmulKernel kMatmulKernel;
-const MatmulKernel kMatmulKernel = {Expand, MultiplyAll,  MultiplyRow,     Load,            Store,
-                                    Gate,   kHasFloat16, kHalfKernelHere, kPanelKernelHere};
+const MatmulKernel kMatmulKernel = {Expand, MultiplyAll, MultiplyRow, Load,
+                                    Store,  Gate,        KeepBest,    kHasFloat16,
+                                    kHalfKernelHere,     kPanelKernelHere};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace jaxserve

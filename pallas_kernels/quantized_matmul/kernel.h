@@ -89,6 +89,14 @@ struct PanelKernel {
               int64_t next, char* memory, float* out, int64_t out_stride);
 };
 
+// The best of a row's answers so far, those of every kBestLanes-th by themselves.
+constexpr int64_t kBestLanes = 16;
+struct BestLanes {
+  float best[kBestLanes];
+  int32_t place[kBestLanes];  // Of equals the lowest.
+  float spoilt[kBestLanes];  // 0 if all were finite, or NaN.
+};
+
 struct MatmulKernel {
   // out[rows, depth]: rows of the matrix as float32, from the first on.
   void (*expand)(const Matrix& matrix, int64_t first, int64_t rows, float* out);
@@ -104,6 +112,10 @@ struct MatmulKernel {
   void (*store)(Number number, const float* source, int64_t count, void* target);
   // gate = activation(gate) * up; the count is a multiple of kDepthStep.
   void (*gate)(Activation activation, int64_t count, const float* up, float* gate);
+  // Goes on with the best of each row of x, given the answers[x_rows, rows], with a stride, of the
+  // matrix's rows from the first on. Those before it were seen already.
+  void (*keep_best)(int64_t first, int64_t x_rows, int64_t rows, const float* answers,
+                    int64_t stride, BestLanes* kept);
   bool has_float16;
   const HalfKernel* halves;  // null: this instruction set has no arithmetic in float16
   const PanelKernel* panels;  // null: this instruction set sums no products of bytes

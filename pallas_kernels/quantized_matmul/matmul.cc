@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "native/memory.h"
 
@@ -22,11 +23,17 @@ constexpr int64_t kTakenBytes = 32 << 10;
 // Numbers of x that a thread reads at a time.
 constexpr int64_t kTakenNumbers = 32 << 10;
 
+// Panels that a thread takes at a time at most, if only the best of their answers is wanted: what is
+// done once for them takes a fraction of what is done for each.
+constexpr int64_t kBestPanels = 16;
+
 struct PanelMemory;
 struct XMemory;
 struct FactorMemory;
 struct RowMemory;
 struct HiddenMemory;
+struct LanesMemory;
+struct BestMemory;
 
 int64_t Products(const Matmul& m) { return m.x_rows * m.matrix.rows * m.matrix.depth; }
 
@@ -118,11 +125,72 @@ void Answer(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t 
   }
 }
 
+// -- the best answers ----------------------------------------------------------------------------
+
+// The best of a row's answers in some panels.
+struct Best {
+  float best;
+  int32_t place;
+  int32_t is_finite;
+};
+
+// Goes on with answers that all come later, or are those of no panel yet.
+void Merge(Best& to, const Best& later) {
+  if (later.best > to.best) to.best = later.best, to.place = later.place;
+  to.is_finite &= later.is_finite;
+}
+
+constexpr Best kNoAnswers = {-std::numeric_limits<float>::infinity(), 0, 1};
+
+// Of each row of x, before any answer; lives until the thread asks for another.
+BestLanes* NoBestLanes(int64_t x_rows) {
+  constexpr int64_t kFloats = sizeof(BestLanes) / sizeof(float);
+  auto* kept = reinterpret_cast<BestLanes*>(ThreadMemory<LanesMemory>(x_rows * kFloats));
+  BestLanes none = {};
+  std::fill_n(none.best, kBestLanes, kNoAnswers.best);
+  std::fill_n(kept, x_rows, none);
+  return kept;
+}
+
+// Lanes are merged in no order of their places.
+Best BestOf(const BestLanes& kept) {
+  Best result = kNoAnswers;
+  for (int64_t lane = 0; lane < kBestLanes; ++lane) {
+    const bool is_first = kept.best[lane] == result.best && kept.place[lane] < result.place;
+    if (kept.best[lane] > result.best || is_first) {
+      result.best = kept.best[lane], result.place = kept.place[lane];
+    }
+    result.is_finite &= kept.spoilt[lane] == 0;
+  }
+  return result;
+}
+
+// So many, which live until the thread asks for others.
+Best* BestsOfItems(int64_t count) {
+  constexpr int64_t kFloats = sizeof(Best) / sizeof(float);
+  return reinterpret_cast<Best*>(ThreadMemory<BestMemory>(count * kFloats));
+}
+
+// The best of the items' bests [items, x_rows].
+void WriteBests(const Matmul& m, int64_t items, const Best* bests) {
+  for (int64_t row = 0; row < m.x_rows; ++row) {
+    Best best = kNoAnswers;
+    for (int64_t item = 0; item < items; ++item) Merge(best, bests[item * m.x_rows + row]);
+    m.bests->best[row] = best.best;
+    m.bests->place[row] = best.place;
+    m.bests->is_finite[row] = best.is_finite;
+  }
+}
+
+// -- panels --------------------------------------------------------------------------------------
+
+// What is done with the answers of rows of the matrix from the first on: they are stored, or the
+// best of them go to `kept`.
 void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_t first,
-              int64_t rows, int64_t next) {
+              int64_t rows, int64_t next, BestLanes* kept) {
   const Matrix& matrix = m.matrix;
   const int64_t floats = PanelFloats(m, kernel, x.method, rows);
-  if (m.out_number == Number::kFloat32) {
+  if (m.out_number == Number::kFloat32 && !m.bests) {
     float* memory = ThreadMemory<PanelMemory>(floats);
     return Answer(m, kernel, x, first, rows, next, memory, static_cast<float*>(m.out) + first,
                   matrix.rows);
@@ -130,6 +198,7 @@ void RunPanel(const Matmul& m, const MatmulKernel& kernel, const Rows& x, int64_
   float* memory = ThreadMemory<PanelMemory>(floats + rows * m.x_rows);
   float* answers = memory + floats;
   Answer(m, kernel, x, first, rows, next, memory, answers, rows);
+  if (m.bests) return kernel.keep_best(first, m.x_rows, rows, answers, rows, kept);
   for (int64_t row = 0; row < m.x_rows; ++row) {
     char* target = static_cast<char*>(m.out) +
                    (row * matrix.rows + first) * NumberBytes(m.out_number);
@@ -214,22 +283,30 @@ void Multiply(const Matmul& m, const MatmulKernel& kernel, const Rows& x, Execut
   if (m.x_rows <= kFewRows) {
     taken = std::max<int64_t>(kTakenBytes / (panel_rows * matrix.row_bytes()), 1);
   }
+  if (m.bests) {
+    const int64_t shares = panels / (8 * std::max<int64_t>(executor.threads(), 1));
+    taken = std::max(taken, std::min(shares, kBestPanels));
+  }
+  const int64_t items = (panels + taken - 1) / taken;
+  Best* bests = m.bests ? BestsOfItems(items * m.x_rows) : nullptr;
   const auto run = [&](int64_t item) {
     const int64_t last = std::min((item + 1) * taken, panels);
+    BestLanes* kept = m.bests ? NoBestLanes(m.x_rows) : nullptr;
     for (int64_t panel = item * taken; panel < last; ++panel) {
       const int64_t first = panel * panel_rows;
       // Others take the items in between. There may be fewer panels: then this one is in the cache.
       const int64_t next = panel + 1 < last ? panel + 1 : (item + executor.threads()) * taken;
       RunPanel(m, kernel, x, first, std::min(panel_rows, matrix.rows - first),
-               next < panels ? next * panel_rows : first);
+               next < panels ? next * panel_rows : first, kept);
     }
+    if (m.bests) std::transform(kept, kept + m.x_rows, bests + item * m.x_rows, BestOf);
   };
-  const int64_t items = (panels + taken - 1) / taken;
   if (Products(m) <= kAloneProducts || executor.threads() <= 1) {
     SerialFor(items, run);
   } else {
     ParallelFor(executor, items, run);
   }
+  if (m.bests) WriteBests(m, items, bests);
 }
 
 // -- the feed-forward ----------------------------------------------------------------------------
@@ -321,7 +398,10 @@ const char* WhyNotFeedForward(const FeedForward& f, const MatmulKernel& kernel) 
 }
 
 void RunMatmul(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
-  if (Products(m) == 0) return;
+  if (Products(m) == 0) {
+    if (m.bests) WriteBests(m, 0, nullptr);
+    return;
+  }
   Multiply(m, kernel, Read(m, kernel, executor), executor);
 }
 

@@ -4,12 +4,23 @@
 // in once, in memory that stays in the cache, and multiplied with every row of x; the matrix is
 // read once whatever its format. That form is float32, or, where less is allowed and faster,
 // float16 (halves.h), or bytes or bfloat16 with rows as lanes (panels.h).
+//
+// Where only the best answer of each row of x is wanted, each thread keeps the best of its panels
+// while their answers are in the cache, and the answers are never written to memory.
 #pragma once
 
 #include "kernel.h"
 #include "native/threads.h"
 
 namespace jaxserve {
+
+// Of the answers of each row of x: the largest, which it is (of equals the first), and whether all
+// are finite. If not, the former two may be any. Without answers: -infinity, 0, true.
+struct Bests {
+  float* best;  // All three [x_rows].
+  int32_t* place;
+  bool* is_finite;
+};
 
 struct Matmul {
   Matrix matrix;
@@ -21,6 +32,8 @@ struct Matmul {
   // Whether numbers and sums of few products may have fewer bits than float32 has, where the
   // instruction set is faster with them.
   bool narrow = false;
+  // Given, this is wanted instead of `out`; out_number is then kFloat32.
+  const Bests* bests = nullptr;
 };
 
 // down (activation(gate x) * up x), with no more of what lies between in memory than the rows of

@@ -1,4 +1,6 @@
 // What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
+#include <algorithm>
+
 #include "matmul.h"
 #include "native/xla.h"
 
@@ -13,8 +15,7 @@ struct Stack {
   ffi::AnyBuffer values, scale, minimum;
 };
 
-const char* ReadMatrix(const Stack& stack, int64_t depth, const ffi::Buffer<ffi::S32, 0>& layer,
-                       Matrix& matrix) {
+const char* ReadMatrix(const Stack& stack, int64_t depth, int32_t layer, Matrix& matrix) {
   const auto shape = stack.values.dimensions();
   matrix.rows = shape[1];
   matrix.depth = depth;
@@ -31,28 +32,28 @@ const char* ReadMatrix(const Stack& stack, int64_t depth, const ffi::Buffer<ffi:
   matrix.values = stack.values.untyped_data();
   matrix.scale = static_cast<const uint16_t*>(stack.scale.untyped_data());
   matrix.minimum = static_cast<const uint16_t*>(stack.minimum.untyped_data());
-  matrix = LayerOf(matrix, shape[0], *layer.typed_data());
+  matrix = LayerOf(matrix, shape[0], layer);
   return nullptr;
 }
 
-constexpr char kNoFloat[] = "matmul: a dtype that is not a float of 16 or 32 bits";
+ffi::Error NoFloat() {
+  return ffi::Error::InvalidArgument("matmul: a dtype that is not a float of 16 or 32 bits");
+}
 
-ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
-                         ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
-                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
-                         bool narrow) {
-  Matmul matmul;
+// Reads a product, but for its answers.
+ffi::Error ReadProduct(const ffi::AnyBuffer& x, const Stack& stack, int32_t layer, bool narrow,
+                       Matmul& matmul) {
   matmul.narrow = narrow;
   matmul.x_rows = x.dimensions()[0];
-  const Stack stack = {values, scale, minimum};
   if (const char* reason = ReadMatrix(stack, x.dimensions()[1], layer, matmul.matrix)) {
     return ffi::Error::InvalidArgument(reason);
   }
-  if (!ReadNumber(x, matmul.x_number) || !ReadNumber(*out, matmul.out_number)) {
-    return ffi::Error::InvalidArgument(kNoFloat);
-  }
+  if (!ReadNumber(x, matmul.x_number)) return NoFloat();
   matmul.x = x.untyped_data();
-  matmul.out = out->untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error Run(const Matmul& matmul, ffi::ThreadPool threads) {
   const MatmulKernel& kernel = CurrentMatmulKernel();
   if (const char* reason = WhyNotMultiply(matmul, kernel)) {
     return ffi::Error::InvalidArgument(reason);
@@ -60,6 +61,35 @@ ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
   XlaExecutor executor(threads);
   RunMatmul(matmul, kernel, executor);
   return ffi::Error::Success();
+}
+
+ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                         ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                         ffi::Buffer<ffi::S32, 0> layer, ffi::Result<ffi::AnyBuffer> out,
+                         bool narrow) {
+  Matmul matmul;
+  const int32_t number = *layer.typed_data();
+  ffi::Error error = ReadProduct(x, {values, scale, minimum}, number, narrow, matmul);
+  if (error.failure()) return error;
+  if (!ReadNumber(*out, matmul.out_number)) return NoFloat();
+  matmul.out = out->untyped_data();
+  return Run(matmul, threads);
+}
+
+// The best of the first `count` rows of the only matrix; of all if it has fewer.
+ffi::Error BestHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                       ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                       ffi::Buffer<ffi::S32, 0> count, ffi::ResultBuffer<ffi::F32> best,
+                       ffi::ResultBuffer<ffi::S32> place, ffi::ResultBuffer<ffi::PRED> is_finite,
+                       bool narrow) {
+  Matmul matmul;
+  ffi::Error error = ReadProduct(x, {values, scale, minimum}, 0, narrow, matmul);
+  if (error.failure()) return error;
+  matmul.matrix.rows = std::clamp<int64_t>(*count.typed_data(), 0, matmul.matrix.rows);
+  matmul.out_number = Number::kFloat32;
+  const Bests bests = {best->typed_data(), place->typed_data(), is_finite->typed_data()};
+  matmul.bests = &bests;
+  return Run(matmul, threads);
 }
 
 ffi::Error FeedForwardHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
@@ -72,12 +102,11 @@ ffi::Error FeedForwardHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::An
   f.activation = static_cast<Activation>(activation);
   f.x_rows = x.dimensions()[0];
   const Stack stacks[] = {{values, scale, minimum}, {down_values, down_scale, down_minimum}};
-  const char* reason = ReadMatrix(stacks[0], x.dimensions()[1], layer, f.gate_up);
-  if (!reason) reason = ReadMatrix(stacks[1], f.gate_up.rows / 2, layer, f.down);
+  const int32_t number = *layer.typed_data();
+  const char* reason = ReadMatrix(stacks[0], x.dimensions()[1], number, f.gate_up);
+  if (!reason) reason = ReadMatrix(stacks[1], f.gate_up.rows / 2, number, f.down);
   if (reason) return ffi::Error::InvalidArgument(reason);
-  if (!ReadNumber(x, f.x_number) || !ReadNumber(*out, f.out_number)) {
-    return ffi::Error::InvalidArgument(kNoFloat);
-  }
+  if (!ReadNumber(x, f.x_number) || !ReadNumber(*out, f.out_number)) return NoFloat();
   f.x = x.untyped_data();
   f.out = out->untyped_data();
   const MatmulKernel& kernel = CurrentMatmulKernel();
@@ -96,6 +125,20 @@ auto MatmulBinding() {
       .Arg<ffi::AnyBuffer>()  // minimum
       .Arg<ffi::Buffer<ffi::S32, 0>>()  // layer
       .Ret<ffi::AnyBuffer>()
+      .Attr<bool>("narrow");
+}
+
+auto BestBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // values
+      .Arg<ffi::AnyBuffer>()  // scale
+      .Arg<ffi::AnyBuffer>()  // minimum
+      .Arg<ffi::Buffer<ffi::S32, 0>>()  // count
+      .Ret<ffi::Buffer<ffi::F32>>()  // best
+      .Ret<ffi::Buffer<ffi::S32>>()  // place
+      .Ret<ffi::Buffer<ffi::PRED>>()  // is_finite
       .Attr<bool>("narrow");
 }
 
@@ -119,5 +162,6 @@ auto FeedForwardBinding() {
 }  // namespace jaxserve
 
 JAXSERVE_FFI_HANDLER(jaxserve_matmul, jaxserve::MatmulHandler, jaxserve::MatmulBinding());
+JAXSERVE_FFI_HANDLER(jaxserve_best, jaxserve::BestHandler, jaxserve::BestBinding());
 JAXSERVE_FFI_HANDLER(jaxserve_feed_forward, jaxserve::FeedForwardHandler,
                      jaxserve::FeedForwardBinding());

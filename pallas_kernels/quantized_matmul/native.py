@@ -8,6 +8,7 @@ describes the method.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import native
+from pallas_kernels.quantized_matmul.best import Best
 from pallas_kernels.quantized_matmul.matrix import GROUP, SCALE_DTYPE, Matrix, Quantized
 
 DEPTH_STEP = 16
@@ -38,8 +40,8 @@ def quantized_matmul_native(
     has the same bits alone, beside any other rows and on any number of threads; another instruction
     set may round otherwise.
     """
+    decline(x, matrix, dtype)
     rows = math.prod(x.shape[:-1])
-    decline(x, matrix, rows, dtype)
     stack = matrix if layer is not None else matrix[None]
     (out,) = native.call(
         "jaxserve_matmul",
@@ -52,8 +54,30 @@ def quantized_matmul_native(
     return out.reshape(*x.shape[:-1], -1)
 
 
-def operands(stack: Matrix) -> tuple[Array | np.ndarray, ...]:
-    """A stack as handlers take it: values, scale and minimum."""
+def best_product_native(
+    x: Float[Array, "B I"], matrix: Matrix, *, count: int | Int[Array, ""] | None, narrow: bool
+) -> Best:
+    """Computes ``best_product``; see there for the arguments.
+
+    A product has the bits that it has in ``quantized_matmul_native`` as float32, but is written
+    nowhere: the best are kept while a panel's products are in the cache.
+    """
+    decline(x, matrix, jnp.dtype(jnp.float32))
+    rows = (x.shape[0],)
+    return Best(
+        *native.call(
+            "jaxserve_best",
+            [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool_)],
+            x,
+            *operands(matrix[None]),
+            jnp.asarray(matrix.shape[0] if count is None else count, jnp.int32),
+            narrow=np.bool_(narrow),
+        )
+    )
+
+
+def operands(stack: Matrix) -> tuple[Any, Any, Any]:
+    """A stack as the handlers take it: values, scale and minimum."""
     # Never read. Not empty: XLA crashes on an empty operand where there are several devices.
     none = np.zeros((1,), SCALE_DTYPE)
     if not isinstance(stack, Quantized):
@@ -62,12 +86,12 @@ def operands(stack: Matrix) -> tuple[Array | np.ndarray, ...]:
 
 
 def decline(
-    x: Float[Array, "*B I"] | jax.ShapeDtypeStruct, matrix: Matrix, rows: int, dtype: jnp.dtype
+    x: Float[Array, "*B I"] | jax.ShapeDtypeStruct, matrix: Matrix, dtype: jnp.dtype
 ) -> None:
     """Says what the kernel was not written for; runs while tracing only.
 
     Raises:
-        NotImplementedError: It was not.
+        NotImplementedError: The text is the reason.
     """
     if reason := native.why_not():
         raise NotImplementedError(reason)
@@ -77,6 +101,7 @@ def decline(
     else:
         step = DEPTH_STEP
         dtypes.append(jnp.dtype(matrix.dtype).name)
+        rows = math.prod(x.shape[:-1])
         if dtypes[-1] == "bfloat16" and rows >= AMX_ROWS and native.has_amx():
             raise NotImplementedError(f"XLA multiplies {AMX_ROWS} rows or more with AMX")
     if x.shape[-1] % step:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized_matmul.best import Best, best_of
 from pallas_kernels.quantized_matmul.matrix import Matrix, dequantized
 
 
@@ -40,6 +41,22 @@ def quantized_matmul_xla(
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, numbers, contract, preferred_element_type=jnp.float32)
     return out.astype(dtype)
+
+
+def best_product_reference(
+    x: Float[Array, "B I"], matrix: Matrix, *, count: int | Int[Array, ""] | None, narrow: bool
+) -> Best:
+    """Computes ``best_product`` of the products of ``quantized_matmul_reference``."""
+    dtype = jnp.dtype(jnp.float32)
+    return best_of(quantized_matmul_reference(x, matrix, dtype=dtype, narrow=narrow), count)
+
+
+def best_product_xla(
+    x: Float[Array, "B I"], matrix: Matrix, *, count: int | Int[Array, ""] | None, narrow: bool
+) -> Best:
+    """Computes ``best_product`` of the products of ``quantized_matmul_xla``."""
+    dtype = jnp.dtype(jnp.float32)
+    return best_of(quantized_matmul_xla(x, matrix, dtype=dtype, narrow=narrow), count)
 
 
 def _chosen(matrix: Matrix, layer: int | Int[Array, ""] | None) -> Matrix:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.presets import PRESETS, preset
+from pallas_kernels.quantized_matmul import Products
 
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
 TOKENS = np.random.default_rng(3).integers(0, 512, (2, 80))
@@ -179,6 +180,32 @@ def test_some_logits_are_those_among_all_of_them(name):
 
     np.testing.assert_allclose(chunk, every[:, 128:256], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(each, every[np.arange(5), targets], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [None, 1, 300])
+@pytest.mark.parametrize(
+    ("softcap", "implementation"), [(0.0, "auto"), (0.0, "xla"), (3.0, "auto")], ids=str
+)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-phi3"])
+def test_the_best_logit_is_that_of_all_logits_to_the_bit(name, softcap, implementation, count):
+    model = Model(replace(preset(name), logit_softcap=softcap))
+    params = random_params(name)
+    hidden = jax.random.normal(jax.random.key(3), (5, 64)).at[1, 2].set(jnp.inf)
+    products = Products(implementation)
+
+    @jax.jit
+    def both(params, hidden):
+        lazy = model.lazy_logits(params, hidden, products=products)
+        return lazy.best(count), lazy.every()
+
+    best, every = both(params, hidden)
+    some = np.asarray(every)[:, :count]
+    assert every.shape == (5, 512)
+    np.testing.assert_array_equal(best.is_finite, np.isfinite(some).all(axis=-1))
+    sound = np.asarray(best.is_finite)
+    assert sound.sum() >= 4
+    np.testing.assert_array_equal(best.answer[sound], some[sound].max(axis=-1))
+    np.testing.assert_array_equal(best.place[sound], some[sound].argmax(axis=-1))
 
 
 def test_bfloat16_stays_close_to_float32(dense_logits):

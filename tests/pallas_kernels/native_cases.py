@@ -118,6 +118,7 @@ ODD = (
     matmul.Case("panels-and-some", 9, 53, 4096),  # Panels of 24 rows.
     matmul.Case("small-panels-and-some", 6, 197, 512),  # Of 12, several at a time.
     matmul.Case("widest-panels-and-some", 13, 195, 224),  # Of 64.
+    matmul.Case("vocabulary", 13, 1101, 32),  # Several panels for each of two threads.
 )
 """What is odd enough to be read, or written, past its end."""
 
@@ -159,7 +160,8 @@ def append_products(path: Path) -> None:
                 file.write(np.asarray(array).tobytes())
 
 
-FEED_FORWARDS = (
+type FeedForward = tuple[int, int, int, int, matmul.Storage, matmul.Storage]
+FEED_FORWARDS: tuple[FeedForward, ...] = (
     # Rows, depth, hidden numbers, outputs, and how the matrices are stored.
     (1, 64, 96, 33, "int8", "int8"),
     (7, 32, 64, 13, "int4", "int8"),
@@ -176,17 +178,17 @@ def append_feed_forwards(path: Path) -> None:
     """Writes some feed-forwards behind the products, in both activations."""
     with path.open("ab") as file:
         for activation, name in enumerate(ACTIVATIONS):
-            for rows, depth, hidden, out, *storages in FEED_FORWARDS:
+            for rows, depth, hidden, out, first, second in FEED_FORWARDS:
                 dtype = "bfloat16" if rows == 9 else "float32"
-                gate_up = matmul.Case("", rows, 2 * hidden, depth).arrays(storages[0], dtype=dtype)
+                gate_up = matmul.Case("", rows, 2 * hidden, depth).arrays(first, dtype=dtype)
                 x, stacks = gate_up[0], [gate_up[1]]
-                stacks.append(matmul.Case("", 0, out, hidden).arrays(storages[1])[1])
+                stacks.append(matmul.Case("", 0, out, hidden).arrays(second)[1])
                 answer = feed_forward(
                     x.astype(jnp.float32), *stacks, layer=matmul.LAYER, activation=name,
                     implementation="reference",
                 )  # fmt: skip
                 number = NUMBERS.index(dtype)
-                stored = [field for storage in storages for field in stored_as(storage)]
+                stored = (*stored_as(first), *stored_as(second))
                 header = (
                     "feed-forward", f"{rows}x{depth}x{hidden}x{out}-{name}", number, number,
                     activation, *stored, rows, depth, hidden, out,

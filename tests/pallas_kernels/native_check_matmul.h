@@ -91,6 +91,31 @@ inline void CheckAnswers(const std::string& name, const Matmul& m, const char* o
   }
 }
 
+// The best of all rows of the matrix and of half of them are those of the answers, float32.
+inline void CheckBests(const std::string& name, Matmul m, const MatmulKernel& kernel, Pool& pool,
+                       const char* answers) {
+  const int64_t stride = m.matrix.rows;
+  for (const int64_t rows : {stride, stride / 2}) {
+    const Array<float> best(new float[m.x_rows]);
+    const Array<int32_t> place(new int32_t[m.x_rows]);
+    const Array<bool> is_finite(new bool[m.x_rows]);
+    const Bests bests = {best.get(), place.get(), is_finite.get()};
+    m.matrix.rows = rows, m.bests = &bests;
+    RunMatmul(m, kernel, pool);
+    for (int64_t row = 0; row < m.x_rows; ++row) {
+      float most = -INFINITY;
+      int64_t where = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        const float answer = AsFloat(answers, Number::kFloat32, row * stride + i);
+        if (answer > most) most = answer, where = i;
+      }
+      if (best[row] != most || place[row] != where || !is_finite[row]) {
+        Fail(name + ": the best of a row is another");
+      }
+    }
+  }
+}
+
 // One level: returns how often it multiplied.
 inline int CheckMatmulOnLevel(const std::string& name, const Matmul& m, const MatmulKernel& kernel,
                               const std::vector<Pool*>& pools, const Expected& expected) {
@@ -112,6 +137,9 @@ inline int CheckMatmulOnLevel(const std::string& name, const Matmul& m, const Ma
   }
   for (int64_t rows = 2; rows < m.x_rows; rows = rows * 2 + 1, ++runs) {
     check_same(m.x_rows - rows, rows, *pools.back(), "a row's neighbours");
+  }
+  if (m.out_number == Number::kFloat32) {
+    for (Pool* pool : pools) CheckBests(name, m, kernel, *pool, together.get()), runs += 2;
   }
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 3; ++caller, ++runs) {

@@ -114,9 +114,8 @@ GROUPS = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")
 """The mesh axes that an exchange runs along."""
 MOST_OPTIONAL = 9
 """All-reduces behind ``lax.cond``: 5 for filters, 4 for log-probabilities. XLA merges some."""
-ALWAYS = Counter(
-    {("all-reduce", "embed"): 1, ("all-gather", "sample"): 1, ("all-gather", "sample/cond"): 1}
-)
+ALWAYS = Counter({("all-reduce", "embed"): 1, ("all-gather", "sample/cond"): 3})
+"""The gathers: of the best tokens, in a greedy step or in another, and for log-probabilities."""
 SCORES = Counter({("all-reduce", "score"): 3, ("all-gather", "score"): 1})
 
 

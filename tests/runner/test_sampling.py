@@ -21,8 +21,10 @@ from jaxserve.engine.step import (
     SEEN_IN_PROMPT,
     Column,
 )
+from jaxserve.models.decoder import Logits
 from jaxserve.runner.sampling import Lines, choose
 from jaxserve.runner.vocab import VocabShard
+from pallas_kernels.quantized_matmul import Best
 
 WORDS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 """A vocabulary of four words with known probabilities."""
@@ -46,7 +48,7 @@ def program(shards: int, vocab: int) -> Any:
     def choose_here(
         logits: jax.Array, packed: jax.Array, counts: jax.Array, bias: jax.Array
     ) -> jax.Array:
-        return choose(logits, Lines(packed), counts, bias, VocabShard(vocab, axis))
+        return choose(Logits.of(logits), Lines(packed), counts, bias, VocabShard(vocab, axis))
 
     return jax.jit(
         jax.shard_map(
@@ -66,6 +68,7 @@ def line(
     packed = np.zeros(COLUMNS, np.int32)
     packed[Column.ROW] = row
     packed[Column.START], packed[Column.LENGTH] = position - 1, 1
+    packed[Column.SAMPLES] = 1
     seed = sampling.seed or 0
     packed[Column.SEED_LOW] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
     packed[Column.SEED_HIGH] = np.uint32(seed >> 32).view(np.int32)
@@ -237,6 +240,54 @@ def test_a_poisoned_row_says_so_and_its_neighbour_is_fine(bad: float) -> None:
 def test_rules_that_leave_no_token_say_so() -> None:
     bias = np.full((1, 4), -np.inf, np.float32)
     assert run(WORDS[None], [line(SAMPLED, USES_BIAS=1)], bias=bias)[0, 0] == NO_TOKEN_LEFT
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ({}, 2),
+        ({"temperature": 1.0, "top_k": 1}, 0),
+        ({"logprobs": 0}, 0),
+        ({"USES_BIAS": 1}, 0),
+        ({"USES_COUNTS": 1}, 0),
+        ({"SUPPRESS_STOP": 1}, 0),
+        ({"SAMPLES": 0, "LOGPROBS": 0, "USES_BIAS": 1}, 2),  # Nobody's line.
+    ],
+    ids=str,
+)
+def test_all_logits_are_asked_for_when_a_line_wants_more_than_the_best(
+    wish: dict[str, int], expected: int
+) -> None:
+    """Told by logits that lie: the best of them is said to be word 2."""
+    if SHARDS > 1:
+        pytest.skip("nothing here differs between shards")
+    best = Best(jnp.ones(2), jnp.full(2, 2, jnp.int32), jnp.ones(2, bool))
+    logits = Logits(lambda: jnp.tile(WORDS, (2, 1)), lambda count: best, 4)
+    greedy = SamplingParams(temperature=0.0)
+    sampling = replace(greedy, **{name: wish[name] for name in wish if name.islower()})
+    columns = {name: wish[name] for name in wish if name.isupper()}
+    packed = jnp.asarray(np.stack([line(greedy), line(sampling, row=1, **columns)]))
+    dense = jnp.zeros((2, 4))
+    chosen = choose(logits, Lines(packed), dense.astype(jnp.int32), dense, VocabShard(4))
+    assert chosen[0, 0] == expected
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SAMPLED], ids=str)
+def test_what_pads_the_vocabulary_is_never_chosen_and_never_poisons(
+    sampling: SamplingParams,
+) -> None:
+    """Every word is less likely than the padding's logit of 0 says."""
+    if SHARDS > 1:
+        pytest.skip("one shard can have any padding")
+    logits = np.full((1, 8), np.nan, np.float32)
+    logits[0, :4] = WORDS - 20
+    dense = jnp.zeros((1, 8))
+    packed = jnp.asarray(line(sampling)[None])
+    for padding in (0.0, np.inf, np.nan):
+        logits[0, 4:] = padding
+        lazy = Logits.of(jnp.asarray(logits))
+        chosen = choose(lazy, Lines(packed), dense.astype(jnp.int32), dense, VocabShard(4))
+        assert 0 <= chosen[0, 0] < 4
 
 
 def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:
