@@ -137,6 +137,18 @@ void TransposeWords(const char* from, int64_t row_bytes, int64_t rows, int64_t a
   }
 }
 
+// Asks for the scales of a panel: they are read before its values, and nothing else can be done
+// meanwhile.
+void AskForScales(const Matrix& matrix, int64_t first) {
+  const int64_t groups = matrix.depth / kGroup;
+  const uint16_t* scales[] = {matrix.scale, matrix.minimum};
+  for (int i = 0; i < (matrix.format == Format::kInt4 ? 2 : 1); ++i) {
+    const char* from = reinterpret_cast<const char*>(scales[i] + first * groups);
+    const int64_t bytes = kPanelRows * groups * static_cast<int64_t>(sizeof(uint16_t));
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(from + at, 0, 2);
+  }
+}
+
 template <Format FORMAT>
 void ExpandPanelOf(const Matrix& matrix, int64_t first, int64_t rows, int64_t next, char* out) {
   const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
@@ -419,6 +431,7 @@ template <Format FORMAT>
 void RunPanelOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t first, int64_t rows,
                 int64_t next, char* memory, float* out, int64_t stride) {
   if constexpr (FORMAT != Format::kNumber) {
+    AskForScales(matrix, next);
     if (x_rows == 1) {
       const int64_t ahead = (next - first) * matrix.row_bytes();
       for (int64_t row = 0; row < rows; row += kLanes) {
