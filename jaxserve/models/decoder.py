@@ -74,7 +74,7 @@ class Logits:
 
     every: Callable[[], Float[Array, "B V"]]
     """All of them. Tokens that the layout added to the vocabulary are among them."""
-    best: Callable[[Any], Best]
+    best: Callable[[int | Int[Array, ""] | None], Best]
     """The best of the first so many tokens. May cost less than all of them."""
     size: int
     """Tokens of this shard, added ones included."""

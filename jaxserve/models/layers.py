@@ -68,7 +68,8 @@ def feed_forward(
     activation: Activation,
     products: Products = XLA,
 ) -> Float[Array, "*B O"]:
-    """Multiplies by a matrix, activates half of what comes of it, and multiplies by another.
+    """Multiplies by a matrix, activates half of what comes of it, multiplies that by the other half
+    and all by a second matrix.
 
     Args:
         x: activations.
@@ -80,6 +81,7 @@ def feed_forward(
     options = {"activation": activation, **products._asdict()}
     if isinstance(gate_up, LayerOf):
         assert isinstance(down, LayerOf)
+        assert down.number is gate_up.number
         stacks = (gate_up.stack, down.stack)
         return quantized_feed_forward(x, *stacks, layer=gate_up.number, **options)
     return quantized_feed_forward(x, gate_up, down, **options)

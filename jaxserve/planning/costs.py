@@ -21,12 +21,11 @@ import numpy as np
 
 OPAQUE = ("while", "pallas_call", "ffi_call")
 """Loops and kernels whose cost does not stand in the jaxpr."""
-NATIVE_PRODUCTS, NATIVE_FEED_FORWARD = (
-    ("jaxserve_matmul.", "jaxserve_best."),
-    "jaxserve_feed_forward.",
-)
-"""The kernels of ``quantized_matmul``, counted as float32; narrow ones are up to four times as fast
-on CPUs that have instructions for them."""
+NATIVE_PRODUCTS = ("jaxserve_matmul.", "jaxserve_best.")
+"""Kernels of ``quantized_matmul`` with one product, counted as float32; narrow ones are up to four
+times as fast on CPUs that have instructions for them."""
+NATIVE_FEED_FORWARD = "jaxserve_feed_forward."
+"""The one with two."""
 IN_PLACE = ("scatter", "scatter-add", "dynamic_update_slice", "reshape", "squeeze", "expand_dims")
 """Their result lies where their first operand did, which the program does not use again."""
 

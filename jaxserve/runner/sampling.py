@@ -109,10 +109,11 @@ def choose(
         alternatives. Log-probabilities are zero where they were not asked for. Lines that do not
         sample hold nothing of use.
     """
-    adjusts = lines.uses_counts | lines.uses_bias | lines.suppresses_stop
     # What other lines say does not count: padding asks for log-probabilities, by its zeros.
+    adjusts = lines.samples & (lines.uses_counts | lines.uses_bias | lines.suppresses_stop)
+    has_noise = lines.samples & lines.has_noise
     wants_logprobs = lines.samples & (lines.column(Column.LOGPROBS) >= 0)
-    wants_more = lines.samples & (adjusts | lines.has_noise) | wants_logprobs
+    wants_more = adjusts | has_noise | wants_logprobs
     no_details = jnp.zeros((lines.packed.shape[0], 2 + 2 * MAX_LOGPROBS), jnp.int32)
 
     def greedy() -> Int[Array, "B C"]:
@@ -127,9 +128,9 @@ def choose(
         )
         # The branches return two numbers a row: handing on the scores would copy them all.
         best, own = lax.cond(
-            jnp.any(lines.has_noise),
+            jnp.any(has_noise),
             lambda: _best(
-                jnp.where(lines.has_noise[:, None], _noisy(adjusted, lines, vocab), adjusted),
+                jnp.where(has_noise[:, None], _noisy(adjusted, lines, vocab), adjusted),
                 vocab,
             ),
             lambda: _best(adjusted, vocab),

@@ -46,6 +46,16 @@ JAXSERVE_INLINE __m512i LoadSome(__mmask16 here, const void* source) {
 #endif
   return _mm512_maskz_loadu_epi32(here, source);
 }
+
+// Writes the numbers of a mask.
+JAXSERVE_INLINE void StoreSome(float* target, __mmask16 here, Vec v) {
+#if defined(__SANITIZE_ADDRESS__)  // Nor what masked stores write.
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (here >> lane & 1) *static_cast<volatile float*>(target + lane) = v[lane];
+  }
+#endif
+  _mm512_mask_storeu_ps(target, here, v);
+}
 #endif
 
 template <typename V, typename T>

@@ -1,7 +1,8 @@
 """Products of activations with stored matrices, plain or quantized: the public functions.
 
 ``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU; elsewhere XLA
-multiplies. Which weight is stored how, and the mesh, are the model's business.
+multiplies. ``ffn`` puts two of them around an activation, ``best`` keeps only the best answers.
+Which weight is stored how, and the mesh, are the model's business.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def best_product(
 ) -> Best:
     """Finds the best product of each row of activations with the rows of a matrix ``[O, I]``.
 
-    The same as ``best_of(quantized_matmul(x, matrix, dtype=float32), count)`` to the bit, given
-    the same implementation; the native one writes no product to memory.
+    The same as ``best_of(quantized_matmul(x, matrix, dtype=float32), count)``. The native one has
+    the same bits in every finite row, and writes no product to memory.
 
     Args:
         x: Activations.
@@ -206,8 +207,8 @@ def feed_forward(
         down: ``[O, F]``, stored likewise, in any other format.
         layer: As for ``quantized_matmul``, of both.
         activation: Of the gate.
-        implementation: As for ``quantized_matmul``. With ``"auto"``, where no implementation takes
-            all of it, each product is left to the first that takes it.
+        implementation: A name in ``FEED_FORWARDS``, or ``"auto"`` for the first that accepts:
+            ``native``, or else ``parts``.
         narrow: As for ``quantized_matmul``, in both products.
 
     Raises:

@@ -1,8 +1,7 @@
 """The gated feed-forward: two products, and what stands between them.
 
-Called by itself, the first product writes twice as many numbers as its input has several times
-over, and reading them back costs as much as a product of few bits. ``native`` keeps them in the
-cache: a thread computes some of them, gates them, and rounds them as the second product wants them.
+The first product has several times as many answers as its input has numbers. ``native`` leaves them
+in the cache: a thread computes some, gates them, and rounds them as the second product wants them.
 """
 
 from __future__ import annotations
@@ -79,9 +78,9 @@ def feed_forward_native(
 ) -> Float[Array, "*B O"]:
     """Computes ``feed_forward`` in one call.
 
-    As ``quantized_matmul_native`` computes both products, but numbers between them are never
-    rounded to the dtype of ``x``. A number of the answer has the same bits alone, beside any other
-    rows and on any number of threads.
+    Products are those of ``quantized_matmul_native``. Numbers between them are rounded once, as the
+    second product reads its input, and not to the dtype of ``x`` before. A number of the answer has
+    the same bits alone, beside any other rows and on any number of threads.
     """
     rows = math.prod(x.shape[:-1])
     hidden = jax.ShapeDtypeStruct((rows, down.shape[-1]), jnp.float32)
@@ -106,4 +105,4 @@ BY_PRODUCTS = {
     "xla": partial(feed_forward_by, quantized_matmul_xla),
     "reference": feed_forward_reference,
 }
-"""Implementations that leave nothing out of memory, by name."""
+"""Implementations of two calls, by name."""

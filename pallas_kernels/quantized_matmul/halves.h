@@ -231,9 +231,9 @@ bool Restore(int64_t count, float factor, float* answers) {
   __mmask16 odd = 0;
   for (int64_t i = 0; i < count; i += kLanes) {
     const __mmask16 here = count - i < kLanes ? (1u << (count - i)) - 1 : 0xffff;
-    const Vec v = _mm512_maskz_loadu_ps(here, answers + i) * by;
+    const Vec v = Bits<Vec>(LoadSome(here, answers + i)) * by;
     odd |= _mm512_cmp_ps_mask(v - v, Splat(0), _CMP_NEQ_UQ);
-    _mm512_mask_storeu_ps(answers + i, here, v);
+    StoreSome(answers + i, here, v);
   }
   return odd == 0;
 }

@@ -121,10 +121,11 @@ void Store(Number number, const float* source, int64_t count, void* target) {
 // -- the best answer -----------------------------------------------------------------------------
 
 // Up to kLanes numbers; what is missing is as the first, which comes before it.
-JAXSERVE_INLINE Vec LoadSome(const float* from, int64_t count) {
+JAXSERVE_INLINE Vec LoadOrFirst(const float* from, int64_t count) {
   if (count >= kLanes) return LoadAs<Vec>(from);
 #if defined(ISA_AVX512)
-  return _mm512_mask_loadu_ps(Splat(*from), First(count), from);
+  const __mmask16 here = First(count);
+  return _mm512_mask_mov_ps(Splat(*from), here, Bits<Vec>(LoadSome(here, from)));
 #else
   float some[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) some[i] = from[i < count ? i : 0];
@@ -139,7 +140,7 @@ void KeepBest(int64_t first, int64_t x_rows, int64_t rows, const float* answers,
       Vec best = LoadAs<Vec>(kept->best + lane), spoilt = LoadAs<Vec>(kept->spoilt + lane);
       VecI place = LoadAs<VecI>(kept->place + lane);
       for (int64_t n = lane; n < rows; n += kBestLanes) {
-        const Vec some = LoadSome(answers + n, rows - n);
+        const Vec some = LoadOrFirst(answers + n, rows - n);
         const VecI is_better = some > best;
         best = Select(is_better, some, best);
         place = is_better ? LaneNumbers() + SplatI(static_cast<int32_t>(first + n)) : place;
@@ -343,6 +344,7 @@ void GateBy(const F& activation, int64_t count, const float* up, float* gate) {
 
 void Gate(Activation activation, int64_t count, const float* up, float* gate) {
   if (activation == Activation::kSilu) {
+    // Exp ends at 88: what is below -88 becomes a number of 1e-37 where it should be 0.
     GateBy([](Vec x) { return x / (Exp(-x) + Splat(1)); }, count, up, gate);
   } else {  // Hendrycks and Gimpel 2016, "Gaussian error linear units".
     GateBy(

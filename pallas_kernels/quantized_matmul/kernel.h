@@ -81,7 +81,8 @@ struct PanelKernel {
   // Whether it is meant for matrices of that format.
   bool (*takes)(const Matrix& matrix);
   PanelSizes (*sizes)(const Matrix& matrix);
-  // Numbers first to first + count of a row of x, for the matrix; whole groups.
+  // Writes numbers first to first + count of a row of x, whole groups, to the row that begins at
+  // `out`; x points at the first of them.
   void (*read_x)(const Matrix& matrix, const float* x, int64_t first, int64_t count, char* out);
   // out[x_rows, rows], with a stride, of up to kPanelRows rows of the matrix from the first on;
   // `memory` has room for a panel. Rows from `next` on are asked for meanwhile.

@@ -37,7 +37,7 @@ struct Matmul {
 };
 
 // down (activation(gate x) * up x), with no more of what lies between in memory than the rows of
-// the second product. That is not rounded to x's number.
+// the second product: rounded once, as that reads them, and not to x's number before.
 struct FeedForward {
   Matrix gate_up;  // [2 ffn, depth]: the gate's rows, then those of what it gates.
   Matrix down;     // [rows, ffn]

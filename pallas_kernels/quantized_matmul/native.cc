@@ -15,6 +15,11 @@ struct Stack {
   ffi::AnyBuffer values, scale, minimum;
 };
 
+// Of a row as it is stored.
+int64_t RowBytes(const ffi::AnyBuffer& values) {
+  return values.size_bytes() / (values.dimensions()[0] * values.dimensions()[1]);
+}
+
 const char* ReadMatrix(const Stack& stack, int64_t depth, int32_t layer, Matrix& matrix) {
   const auto shape = stack.values.dimensions();
   matrix.rows = shape[1];
@@ -103,8 +108,15 @@ ffi::Error FeedForwardHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::An
   f.x_rows = x.dimensions()[0];
   const Stack stacks[] = {{values, scale, minimum}, {down_values, down_scale, down_minimum}};
   const int32_t number = *layer.typed_data();
+  if (activation != static_cast<int32_t>(Activation::kSilu) &&
+      activation != static_cast<int32_t>(Activation::kGelu)) {
+    return ffi::Error::InvalidArgument("feed-forward: an activation that is not implemented");
+  }
   const char* reason = ReadMatrix(stacks[0], x.dimensions()[1], number, f.gate_up);
   if (!reason) reason = ReadMatrix(stacks[1], f.gate_up.rows / 2, number, f.down);
+  if (!reason && f.down.row_bytes() != RowBytes(down_values)) {
+    reason = "feed-forward: not half as many numbers for the second matrix as rows in the first";
+  }
   if (reason) return ffi::Error::InvalidArgument(reason);
   if (!ReadNumber(x, f.x_number) || !ReadNumber(*out, f.out_number)) return NoFloat();
   f.x = x.untyped_data();

@@ -3,7 +3,7 @@
 // Included by kernel.cc where the instruction set sums products of bytes (VNNI) and perhaps of
 // bfloat16 numbers. A panel of the matrix is transposed once, so that a vector holds one 32-bit
 // word of each of kLanes rows: four bytes, or two numbers. Words of x, as int8 with a scale for
-// each group or as bfloat16, meet it one at a time. Sums of bytes are exact within a group; beyond,
+// each group or as bfloat16, meet it one at a time. (With one row of x, bytes are left as they lie.) Sums of bytes are exact within a group; beyond,
 // every number of an answer is one chain of operations in the order of the depth, the same in any
 // block.
 #pragma once
@@ -57,12 +57,12 @@ void ReadBytes(const Matrix& matrix, const float* x, int64_t first, int64_t coun
     const bool is_zero = largest < kLeastGroup;
     const float scale = is_zero ? 0 : largest / 127;
     const Vec inverse = Splat(is_zero ? 0 : 127 / largest);
-    const __m512i first = _mm512_cvtps_epi32(low * inverse);
-    const __m512i second = _mm512_cvtps_epi32(high * inverse);
-    StoreAs(out, _mm512_cvtsepi32_epi8(first));
-    StoreAs(out + kLanes, _mm512_cvtsepi32_epi8(second));
+    const __m512i low_words = _mm512_cvtps_epi32(low * inverse);
+    const __m512i high_words = _mm512_cvtps_epi32(high * inverse);
+    StoreAs(out, _mm512_cvtsepi32_epi8(low_words));
+    StoreAs(out + kLanes, _mm512_cvtsepi32_epi8(high_words));
     // Unsigned, since it wraps where a number is not finite; the scale says so of the whole row.
-    const uint32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    const uint32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low_words, high_words));
     StoreAs(scales + g * kWordBytes, scale);
     if (matrix.format == Format::kInt8) {
       StoreAs(shares + g * kWordBytes, 0u - kByteOffset * sum);
@@ -97,6 +97,16 @@ JAXSERVE_INLINE void LoadWords(const char* from, int64_t row_bytes, int64_t rows
   Transpose(out);
 }
 
+// The float16 numbers of a mask as float32, and zeros.
+JAXSERVE_INLINE __m512 LoadSomeHalves(__mmask16 here, const uint16_t* source) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (here >> lane & 1) (void)static_cast<const volatile uint16_t*>(source)[lane];
+  }
+#endif
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, source));
+}
+
 // float16 [kLanes rows, groups] as float32 [groups, kPanelRows].
 void TransposeScales(const uint16_t* from, int64_t groups, int64_t rows, float* out) {
   for (int64_t g = 0; g < groups; g += kLanes) {
@@ -104,8 +114,7 @@ void TransposeScales(const uint16_t* from, int64_t groups, int64_t rows, float* 
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes; ++row) {
       const __mmask16 here = row < rows ? First(groups - g) : 0;
-      some[row] =
-          Bits<VecU>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, from + row * groups + g)));
+      some[row] = Bits<VecU>(LoadSomeHalves(here, from + row * groups + g));
     }
     Transpose(some);
     const int64_t count = groups - g < kLanes ? groups - g : kLanes;
@@ -274,7 +283,7 @@ void MultiplyPanelOf(int64_t depth, const char* x, int64_t x_bytes, int64_t rows
     for (int n = 0; n < kPanelVectors; ++n) {
       const int64_t left = rows - n * kLanes;
       if (left <= 0) continue;
-      _mm512_mask_storeu_ps(out + m * out_stride + n * kLanes, First(left), sum[m][n]);
+      StoreSome(out + m * out_stride + n * kLanes, First(left), sum[m][n]);
     }
   }
 }
@@ -375,7 +384,7 @@ JAXSERVE_INLINE void AddRun(const char* values, int64_t row_bytes, int64_t rows,
 // out[rows], at most kLanes of them, with the bits that panels give; see AddGroup. Memory is of
 // float32 [groups, kPanelRows], and of int4 twice.
 template <Format FORMAT>
-void MultiplyRowOf(const Matrix& matrix, int64_t first, int64_t rows, int64_t ahead, const char* x,
+void MultiplyRowOfBytes(const Matrix& matrix, int64_t first, int64_t rows, int64_t ahead, const char* x,
                    float* memory, float* out) {
   const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
   const char* values = static_cast<const char*>(matrix.values) + first * row_bytes;
@@ -406,7 +415,7 @@ void MultiplyRowOf(const Matrix& matrix, int64_t first, int64_t rows, int64_t ah
       }
     }
   }
-  _mm512_mask_storeu_ps(out, First(rows), sum);
+  StoreSome(out, First(rows), sum);
 }
 
 // -- what matmul.cc calls ------------------------------------------------------------------------
@@ -435,7 +444,7 @@ void RunPanelOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t fir
     if (x_rows == 1) {
       const int64_t ahead = (next - first) * matrix.row_bytes();
       for (int64_t row = 0; row < rows; row += kLanes) {
-        MultiplyRowOf<FORMAT>(matrix, first + row, rows - row, ahead, x,
+        MultiplyRowOfBytes<FORMAT>(matrix, first + row, rows - row, ahead, x,
                               reinterpret_cast<float*>(memory), out + row);
       }
       return;

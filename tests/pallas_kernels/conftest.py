@@ -9,6 +9,12 @@ import pytest
 from pallas_kernels import native
 
 
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels are tested with many rows of bfloat16, too, which AMX would take from them."""
+    monkeypatch.setattr(native, "has_amx", lambda: False)
+
+
 @pytest.fixture(params=native.Isa, ids=lambda isa: isa.name.lower())
 def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
     """Each instruction set that this machine has, one after the other."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
@@ -175,15 +176,49 @@ def test_without_a_layer_the_matrices_are_one_layers():
     np.testing.assert_array_equal(one, stacked)
 
 
+@needs_native
 def test_auto_leaves_each_product_to_whoever_takes_it():
-    x = jnp.ones((2, 20))  # No native kernel takes a depth of 20.
-    answer = feed_forward(x, jnp.ones((8, 20)), jnp.ones((3, 4)), activation="silu")
-    gate = 20 / (1 + math.exp(-20))
-    np.testing.assert_allclose(answer, np.full((2, 3), 4 * gate * 20), rtol=1e-5)
+    """No native kernel takes a depth of 24, which the second matrix has."""
+    x, gate_up, down = jnp.ones((2, 32)), jnp.ones((48, 32)), jnp.ones((3, 24))
+    run = partial(feed_forward, activation="silu")
+    gate = 32 / (1 + math.exp(-32))
+    np.testing.assert_allclose(run(x, gate_up, down), np.full((2, 3), 24 * gate * 32), rtol=1e-5)
+    program = str(jax.make_jaxpr(run)(x, gate_up, down))
+    assert program.count("jaxserve_matmul") == 1
+    assert "jaxserve_feed_forward" not in program
     with pytest.raises(ExceptionGroup, match="no implementation of feed_forward"):
-        feed_forward(
-            x, jnp.ones((8, 20)), jnp.ones((3, 4)), activation="silu", implementation="native"
-        )
+        run(x, gate_up, down, implementation="native")
+
+
+@needs_native
+def test_what_lies_between_is_not_rounded_to_the_activations_dtype():
+    """Only the answer is: two products of float32 in between, rounded to bfloat16 once."""
+    x, gate_up, down = arrays("batch", ("float32", "float32"))
+    x = x.astype(jnp.bfloat16)
+    run = partial(compiled, layer=LAYER, activation="silu", implementation="native")
+    exact = np.asarray(run(x.astype(jnp.float32), gate_up, down))
+    np.testing.assert_array_equal(run(x, gate_up, down), exact.astype(jnp.bfloat16))
+
+
+@needs_native
+def test_feed_forwards_are_the_same_on_every_device_of_a_mesh():
+    """Each device has some of the hidden numbers; their answers are added."""
+    x, gate_up, down = arrays("wide", ("bfloat16", "bfloat16"))
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    run = partial(feed_forward, activation="silu", implementation="native")
+
+    def part(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        return jax.lax.psum(run(x, gate_up.reshape(-1, gate_up.shape[-1]), down), "tensor")
+
+    split = jax.shard_map(
+        part, mesh=mesh, in_specs=(P(), P(None, "tensor"), P(None, "tensor")), out_specs=P()
+    )
+    assert isinstance(gate_up, jax.Array)
+    assert isinstance(down, jax.Array)
+    one, other = gate_up[LAYER], down[LAYER]
+    answer = jax.jit(split)(x, one.reshape(2, -1, one.shape[-1]), other)
+    whole = np.asarray(run(x, one, other))
+    np.testing.assert_allclose(answer, whole, rtol=0, atol=TOLERANCE * np.abs(whole).max())
 
 
 @pytest.mark.parametrize(

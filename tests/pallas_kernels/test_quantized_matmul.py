@@ -15,6 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
     Best,
     Format,
+    Matrix,
     Quantized,
     best_product,
     bytes_per_weight,
@@ -450,6 +451,24 @@ def test_products_are_the_same_on_every_device_of_a_mesh():
     whole = compiled(x, stack, layer=LAYER, implementation="native")
     placed = jax.device_put(stack, jax.NamedSharding(mesh, P(None, "tensor")))
     np.testing.assert_array_equal(jax.jit(split)(x, placed), whole)
+
+
+@needs_native
+def test_each_device_of_a_mesh_finds_the_best_of_its_own_tokens():
+    """100 tokens are padded to 144: one device has 72 of them, the other 28."""
+    x, stack = BY_NAME["smollm2-batch"].arrays("int8")
+    matrix = stack[LAYER]
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+
+    def own(x: jax.Array, matrix: Matrix) -> jax.Array:
+        left = 100 - 72 * jax.lax.axis_index("tensor")
+        count = jnp.clip(left, 0, matrix.shape[0]).astype(jnp.int32)
+        return best_product(x, matrix, count=count, implementation="native").place[None]
+
+    split = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("tensor")), out_specs=P("tensor"))
+    products = np.asarray(compiled(x, matrix, implementation="native"))
+    want = [products[:, :72].argmax(-1), products[:, 72:100].argmax(-1)]
+    np.testing.assert_array_equal(jax.jit(split)(x, matrix), want)
 
 
 def test_what_no_implementation_could_take_is_refused():

@@ -21,6 +21,8 @@ from jaxserve.planning.costs import Costs, costs_from, count, peak_bytes, step_b
 from jaxserve.planning.speed import decode_costs
 from jaxserve.runner.config import ProgramKey
 from jaxserve.runner.executables import ExecutableFolder
+from pallas_kernels.quantized_matmul import best_product, feed_forward, quantized_matmul
+from tests.pallas_kernels.native_here import needs_native
 from tests.planning.planned import memory_of
 
 pytestmark = pytest.mark.slow
@@ -116,6 +118,19 @@ def test_a_decode_step_has_two_flops_for_each_weight_of_a_matrix_and_token(rows:
     assert costs.flops == {"float32": 2 * rows * (2 * layer + 512 * 64)}
     assert costs.opaque == 2
     assert not costs.wire_bytes
+
+
+@needs_native
+def test_native_products_have_two_flops_for_each_weight_and_row() -> None:
+    rows, depth, hidden, out = 5, 64, 96, 32
+    x, gate_up, down = floats(rows, depth), floats(2 * hidden, depth), floats(out, hidden)
+    native = {"implementation": "native"}
+    costs = count(jaxpr_of(partial(quantized_matmul, **native), x, gate_up), {})
+    assert costs == Costs(Counter(float32=2 * rows * depth * 2 * hidden))
+    assert count(jaxpr_of(partial(best_product, **native), x, gate_up), {}) == costs
+    run = partial(feed_forward, activation="silu", **native)
+    both = costs + Costs(Counter(float32=2 * rows * hidden * out))
+    assert count(jaxpr_of(run, x, gate_up, down), {}) == both
 
 
 def test_products_are_what_xla_counts_in_an_unrolled_program() -> None:

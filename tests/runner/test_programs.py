@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine.step import POISONED_TOKEN, Column, RowTable, StepShape
+from jaxserve.engine.step import POISONED_TOKEN, RESULT_COLUMNS, Column, RowTable, StepShape
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.presets import preset
 from jaxserve.runner.cache import CacheShape, abstract_state
@@ -62,7 +62,7 @@ def sample(params: Params, hidden: jax.Array, packed: jax.Array, is_narrow: bool
     cache = CacheShape(num_pages=2, page_tokens=16, max_rows=ROWS, dtype=jnp.dtype(jnp.float32))
     shapes = abstract_state(cache, MODEL.config)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    result = jnp.zeros((ROWS + 1, 43), jnp.int32)
+    result = jnp.zeros((ROWS + 1, RESULT_COLUMNS), jnp.int32)
     return programs._sample(params, state, result, Lines(packed), hidden)[1]
 
 
