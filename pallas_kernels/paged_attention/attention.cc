@@ -14,12 +14,30 @@ namespace {
 constexpr int64_t kAloneProducts = 1 << 18;
 // Tiles for each thread from which on there is no need to cut them.
 constexpr int64_t kPlentyOfTiles = 4;
+// Decoding rows with the same pages in front, from which on their common parts are computed first.
+constexpr int64_t kSharingRows = 4;
 
-// One tile with the keys that any of its queries sees.
+struct SharedMemory;
+
+// A tile's softmaxes over the parts that it shares, which stand before its own; none when there are
+// no parts. Those of other rows lie around them.
+struct SharedParts {
+  Softmax first;
+  int64_t parts = 0;
+  int64_t part_floats;  // From one part to the next.
+
+  Softmax Part(int64_t part) const {
+    const int64_t floats = part * part_floats;
+    return {first.maximum + floats, first.total + floats, first.weighted + floats};
+  }
+};
+
+// One tile with the keys that any of its queries sees, but for those of shared parts.
 struct Job {
   Tile tile;
   int64_t first;
   int64_t end;
+  SharedParts shared;
 
   int64_t first_part() const { return first / kPartKeys; }
   int64_t parts() const {
@@ -73,12 +91,24 @@ void AttendPart(const Job& job, const Kernel& kernel, int64_t part, const Scratc
                 scratch, state);
 }
 
+// Makes the first part the whole.
+void Begin(const Tile& tile, const Softmax& part, const Softmax& whole) {
+  std::copy_n(part.maximum, tile.vectors(), whole.maximum);
+  std::copy_n(part.total, tile.vectors(), whole.total);
+  std::copy_n(part.weighted, tile.vectors() * tile.head_dim, whole.weighted);
+}
+
 void RunWhole(const Job& job, const Kernel& kernel) {
   const ThreadState state = CutThreadMemory(job.tile);
   kernel.load(job.tile, state.scratch);
+  if (job.shared.parts > 0) Begin(job.tile, job.shared.first, state.whole);
+  for (int64_t part = 1; part < job.shared.parts; ++part) {
+    kernel.merge(job.tile, job.shared.Part(part), state.whole);
+  }
   for (int64_t part = 0; part < job.parts(); ++part) {
-    AttendPart(job, kernel, part, state.scratch, part == 0 ? state.whole : state.part);
-    if (part > 0) kernel.merge(job.tile, state.part, state.whole);
+    const bool is_first = part == 0 && job.shared.parts == 0;
+    AttendPart(job, kernel, part, state.scratch, is_first ? state.whole : state.part);
+    if (!is_first) kernel.merge(job.tile, state.part, state.whole);
   }
   kernel.store(job.tile, state.whole);
 }
@@ -161,6 +191,7 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       tile.scale = a.scale;
       tile.softcap = a.softcap;
       tile.narrow = a.narrow;
+      tile.reads_from = tile.KeyFirst(0);
       tile.reads_to = 0;
       tile.next = nullptr;
       job.first = tile.KeyFirst(0);
@@ -175,6 +206,102 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       }
     }
   }
+}
+
+// -- shared parts --------------------------------------------------------------------------------
+
+// Neighbouring rows that decode, and how many parts of their keys lie in the same pages.
+struct Sharers {
+  int64_t row;
+  int64_t rows;
+  int64_t parts;
+};
+
+// Parts whose keys a decoding row sees all of; of rows that do not decode, none.
+int64_t WholeParts(const Attention& a, int64_t row) {
+  if (a.rows.length[row] != 1 || a.window > 0) return 0;
+  const int64_t context = a.rows.table_width * a.pool.page_tokens;
+  return std::min<int64_t>(int64_t{a.rows.start[row]} + 1, context) / kPartKeys;
+}
+
+// Parts that two rows share, of the first so many.
+int64_t CommonParts(const Attention& a, int64_t row, int64_t other, int64_t parts) {
+  const int32_t* table = a.rows.table + row * a.rows.table_width;
+  const int32_t* beside = a.rows.table + other * a.rows.table_width;
+  const int64_t pages = (parts * kPartKeys + a.pool.page_tokens - 1) / a.pool.page_tokens;
+  const int64_t same = std::mismatch(table, table + pages, beside).first - table;
+  return std::min(parts, same * a.pool.page_tokens / kPartKeys);
+}
+
+std::vector<Sharers> FindSharers(const Attention& a) {
+  std::vector<Sharers> found;
+  if (a.rows.query_tokens != 1) return found;
+  const int64_t group = a.q_heads / a.pool.kv_heads;
+  const int64_t most = std::max<int64_t>(kTileVectors / group, 1);
+  for (int64_t row = 0; row < a.rows.rows;) {
+    Sharers some = {row, 1, WholeParts(a, row)};
+    for (int64_t next = row + 1; next < a.rows.rows && some.rows < most; ++next) {
+      const int64_t parts = CommonParts(a, row, next, std::min(some.parts, WholeParts(a, next)));
+      if (parts == 0) break;
+      some.parts = parts, ++some.rows;
+    }
+    if (some.rows >= kSharingRows && some.parts > 0) found.push_back(some);
+    row += some.rows;
+  }
+  return found;
+}
+
+// Computes the parts that decoding rows share, each once for all of its rows, and leaves jobs the
+// rest. A query's numbers are those that it has alone: its part begins from nothing either way.
+//
+// A row that decodes and sees whole parts has a job for each head, from first_job[row] on.
+void RunShared(const Attention& a, const Kernel& kernel, Executor& executor,
+               const std::vector<int64_t>& first_job, std::vector<Job>& jobs) {
+  struct Piece {
+    Job job;
+    int64_t part;
+    Softmax state;
+  };
+  std::vector<Sharers> sharers = FindSharers(a);
+  const int64_t heads = a.pool.kv_heads;
+  int64_t floats = 0;
+  for (const Sharers& some : sharers) {
+    floats += some.parts * some.rows * a.q_heads * (a.pool.head_dim + 2);
+  }
+  if (floats == 0 || floats > kMaxPartFloats) return;
+  float* next = ThreadMemory<SharedMemory>(floats);
+  std::vector<Piece> pieces;
+  for (const Sharers& some : sharers) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const auto job_of = [&](int64_t row) -> Job& { return jobs[first_job[row] + head]; };
+      Job together = job_of(some.row);
+      Tile& tile = together.tile;
+      tile.tokens = some.rows;
+      tile.first_position = tile.context - 1;  // All see all keys of these parts.
+      together.first = 0, together.end = some.parts * kPartKeys;
+      SharedParts shared;
+      shared.parts = some.parts;
+      shared.part_floats = together.state_floats();
+      for (int64_t part = 0; part < some.parts; ++part) {
+        pieces.push_back({together, part, CutState(next, tile)});
+      }
+      const Softmax first = pieces[pieces.size() - some.parts].state;
+      for (int64_t number = 0; number < some.rows; ++number) {
+        Job& job = job_of(some.row + number);
+        const int64_t vector = number * tile.group;
+        shared.first = {first.maximum + vector, first.total + vector,
+                        first.weighted + vector * tile.head_dim};
+        job.shared = shared;
+        job.first = job.tile.reads_from = together.end;
+      }
+    }
+  }
+  ParallelFor(executor, pieces.size(), [&](int64_t item) {
+    const Piece& piece = pieces[item];
+    const Scratch scratch = CutThreadMemory(piece.job.tile).scratch;
+    kernel.load(piece.job.tile, scratch);
+    AttendPart(piece.job, kernel, piece.part, scratch, piece.state);
+  });
 }
 
 }  // namespace
@@ -194,7 +321,11 @@ const char* WhyNotAttend(const Attention& a, const Kernel& kernel) {
 
 void RunAttention(const Attention& attention, const Kernel& kernel, Executor& executor) {
   std::vector<Job> jobs;
-  for (int64_t row = attention.rows.rows - 1; row >= 0; --row) AddJobs(attention, row, jobs);
+  std::vector<int64_t> first_job(attention.rows.rows);
+  for (int64_t row = attention.rows.rows - 1; row >= 0; --row) {
+    first_job[row] = jobs.size();
+    AddJobs(attention, row, jobs);
+  }
   int64_t products = 0, parts = 0, part_floats = 0;
   for (const Job& job : jobs) {
     products += job.products();
@@ -208,6 +339,7 @@ void RunAttention(const Attention& attention, const Kernel& kernel, Executor& ex
              part_floats <= kMaxPartFloats) {
     RunCut(jobs, kernel, executor);
   } else {
+    RunShared(attention, kernel, executor, first_job, jobs);
     // The last tiles of a prompt see the most keys: taken first, they leave no long tail. A thread
     // takes all heads of one where there are many, and so knows what it will read next.
     const int64_t heads = attention.pool.kv_heads;

@@ -4,7 +4,8 @@
 // parts of kPartKeys, counted from position 0; each part has a softmax of its own, and the parts
 // are merged in order. Which tiles there are, and which thread takes a part, therefore changes no
 // bit of an answer. Each tile reads the keys and values it sees once, so a decoding row reads its
-// context once, and a prompt's chunk reads it once for every kTileVectors query vectors.
+// context once, and a prompt's chunk reads it once for every kTileVectors query vectors. Parts that
+// decoding rows have in the same pages are computed for all of these rows together.
 #pragma once
 
 #include <cstdint>

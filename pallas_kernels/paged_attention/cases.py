@@ -8,6 +8,7 @@ an infinity or a huge number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +104,13 @@ class Case:
             start=jnp.asarray([row.start for row in self.rows], jnp.int32),
             length=jnp.asarray([row.length for row in self.rows], jnp.int32),
         )
+
+
+def share_pages(inputs: Inputs, rows: Sequence[int], pages: int) -> Inputs:
+    """The same with the first pages of the first of some rows in the tables of all of them."""
+    table = np.array(inputs.table)
+    table[rows, :pages] = table[rows[0], :pages]
+    return inputs._replace(table=jnp.asarray(table))
 
 
 def _decode(*context: int) -> tuple[Row, ...]:

@@ -168,7 +168,7 @@ Upcoming FindNext(const Tile& tile, int64_t key, int64_t end, Places& places) {
   if (key < reads_to) {
     Find(tile, key, key, Least(key + kBlockKeys, reads_to), places);
   } else if (tile.next != nullptr) {
-    const int64_t first = tile.next->KeyFirst(0), block = first / kBlockKeys * kBlockKeys;
+    const int64_t first = tile.next->reads_from, block = first / kBlockKeys * kBlockKeys;
     Find(*tile.next, block, first, Least(block + kBlockKeys, tile.next->reads_to), places);
     return {tile.next->k, tile.next->v};
   }

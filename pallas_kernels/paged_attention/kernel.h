@@ -46,7 +46,9 @@ struct Tile {
   // Whether queries and weights may be rounded to bfloat16 for pages of that.
   bool narrow;
   // What the same thread reads after a call, so that it can be asked for in time: the tile's
-  // further keys up to reads_to, then those of another tile, or nothing where that is null.
+  // further keys up to reads_to, then those of another tile, or nothing where that is null. A tile
+  // is read from reads_from on.
+  int64_t reads_from;
   int64_t reads_to;
   const Tile* next;
 

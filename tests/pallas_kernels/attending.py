@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels.paged_attention import NULL_PAGE
-from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
+from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row, share_pages
 
 from .dense_attention import dense_attention
 
@@ -23,6 +23,7 @@ in the last place. What int8 pages themselves lose is in the reference, too."""
 BY_NAME = {case.name: case for case in CASES}
 STATIC = ("scale", "softcap", "implementation")
 
+SHARING_TOKENS = (700, 512, 513, 600, *range(530, 566), 0, 300, 256, 400, 257, 90, 700, 700, 255)
 LONG = replace(
     BY_NAME["smollm2-chunk"],
     name="long",
@@ -31,6 +32,14 @@ LONG = replace(
     rows=tuple(Row(start, 24) for start in (0, 40, 239, 500, 1000, 1500, 1900, 2000)),
 )
 """Rows of many parts: alone, one is cut over the threads; together, whole tiles are dealt out."""
+
+SHARING = replace(
+    BY_NAME["smollm2-decode"],
+    name="sharing",
+    # What rows share ends where they do, in the middle of a part, and before they do.
+    rows=tuple(Row(tokens - 1, 1 if tokens else 0) for tokens in SHARING_TOKENS),
+)
+"""Decoding rows that may begin with the same pages."""
 
 type Attend = Callable[[Case, Inputs, str], np.ndarray]
 
@@ -53,6 +62,26 @@ def attend(
         implementation=implementation,
     )
     return np.asarray(out.astype(jnp.float32))
+
+
+def expect_sharing_to_change_no_bit(attend: Attend, inputs: Inputs) -> None:
+    """Rows of ``SHARING`` with the same pages in front, and with copies of these pages."""
+    shared = share_pages(inputs, range(40), 16)  # More rows than one tile takes.
+    shared = share_pages(shared, range(41, 45), 8)
+    shared = share_pages(shared, range(46, 48), 8)  # Too few rows to be computed together.
+    pools = inputs.pools
+    offset = LAYER * pools.pages
+    own, first = np.asarray(inputs.table), np.asarray(shared.table)
+    copied = jax.tree.map(
+        lambda pool: pool.at[offset + own].set(pool[offset + first]) if pool.ndim > 1 else pool,
+        pools,
+    )
+    apart = inputs._replace(pools=copied)
+    together = attend(SHARING, shared._replace(pools=copied), "native")
+    np.testing.assert_array_equal(together, attend(SHARING, apart, "native"))
+    tolerance = 0.02 if inputs.q.dtype == jnp.bfloat16 else TOLERANCE["float32"]
+    expected = attend(SHARING, apart, "reference")
+    np.testing.assert_allclose(together, expected, rtol=tolerance, atol=tolerance)
 
 
 def appending(query_tokens: int) -> tuple[Case, int]:

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import POOL_DTYPES, paged_attention
-from pallas_kernels.paged_attention.cases import CASES, LAYER, LAYERS, Case, Inputs, Row
+from pallas_kernels.paged_attention.cases import (
+    CASES,
+    LAYER,
+    LAYERS,
+    Case,
+    Inputs,
+    Row,
+    share_pages,
+)
 from pallas_kernels.quantized_attention.cases import arrays
 from pallas_kernels.quantized_matmul import (
     GROUP,
@@ -49,6 +57,8 @@ def sanitized() -> Iterator[Case]:
         decode = BY_NAME["smollm2-decode"]
         pages = {"head_dim": head_dim, "window": window, "rows": many}
         yield replace(decode, name=name, **pages)
+    sharing = tuple(Row(tokens, 1) for tokens in (300, 255, 256, 299, 511, 520, 7, 90))
+    yield replace(BY_NAME["smollm2-decode"], name="sharing", rows=sharing)
     yield replace(tiny, name="one-token-pages", page_tokens=1, table_width=24, window=5)
     yield replace(tiny, name="full-table", rows=(Row(20, 4), Row(23, 1)))
     yield replace(chunk, name="head-dim-80", head_dim=80, q_heads=6, page_tokens=7, table_width=80)
@@ -59,9 +69,8 @@ def sanitized() -> Iterator[Case]:
 
 def inputs_of(case: Case, dtype: str) -> Inputs:
     """The arrays of a case; queries of int8 pages are float32."""
-    if dtype == "int8":
-        return arrays(case, seed=0)
-    return case.arrays(seed=0, dtype=dtype)
+    inputs = arrays(case, seed=0) if dtype == "int8" else case.arrays(seed=0, dtype=dtype)
+    return share_pages(inputs, range(6), 8) if case.name == "sharing" else inputs
 
 
 def write(path: Path) -> None:

@@ -30,11 +30,13 @@ from . import attending
 from .attending import (
     BY_NAME,
     LONG,
+    SHARING,
     STATIC,
     TOLERANCE,
     appending,
     expect_any_chunk,
     expect_rows_alone,
+    expect_sharing_to_change_no_bit,
 )
 from .native_here import needs_native
 
@@ -118,6 +120,13 @@ def test_a_query_has_the_same_bits_in_any_chunk(chunk: int, window: int, isa: na
     case = replace(LONG, window=window)
     inputs = case.arrays(seed=4, dtype="float32")
     expect_any_chunk(attend, case, inputs, chunk)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_that_rows_share_are_computed_once_with_the_same_bits(dtype: str, isa: native.Isa):
+    inputs = SHARING.arrays(seed=11, dtype=dtype)
+    expect_sharing_to_change_no_bit(attend, inputs)
+    expect_sharing_to_change_no_bit(partial(attend, by=narrow), inputs)
 
 
 def test_the_same_call_has_the_same_bits_however_threads_share_it():

@@ -32,6 +32,7 @@ from . import attending
 from .attending import (
     BY_NAME,
     LONG,
+    SHARING,
     STATIC,
     TOLERANCE,
     appending,
@@ -39,6 +40,7 @@ from .attending import (
     expect_dense,
     expect_rows_alone,
     expect_rows_alone_in_the_bucket,
+    expect_sharing_to_change_no_bit,
     make_mesh,
 )
 from .native_here import needs_native, usable
@@ -243,6 +245,10 @@ def test_appended_tokens_answer_almost_as_in_pages_of_floats(implementation: str
 def test_a_row_has_the_same_bits_alone_and_in_company(window: int, isa: native.Isa):
     case = replace(LONG, window=window)
     expect_rows_alone(attend, case, arrays(case, seed=3))
+
+
+def test_pages_that_rows_share_are_computed_once_with_the_same_bits(isa: native.Isa):
+    expect_sharing_to_change_no_bit(attend, arrays(SHARING, seed=11))
 
 
 @pytest.mark.parametrize("name", ["smollm2-decode", "smollm2-chunk", "gemma3-270m-local"])
