@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import native
@@ -216,7 +217,10 @@ def test_feed_forwards_are_the_same_on_every_device_of_a_mesh():
     assert isinstance(gate_up, jax.Array)
     assert isinstance(down, jax.Array)
     one, other = gate_up[LAYER], down[LAYER]
-    answer = jax.jit(split)(x, one.reshape(2, -1, one.shape[-1]), other)
+    placed = jax.device_put(
+        (one.reshape(2, -1, one.shape[-1]), other), NamedSharding(mesh, P(None, "tensor"))
+    )
+    answer = jax.jit(split)(x, *placed)
     whole = np.asarray(run(x, one, other))
     np.testing.assert_allclose(answer, whole, rtol=0, atol=TOLERANCE * np.abs(whole).max())
 

@@ -468,7 +468,8 @@ def test_each_device_of_a_mesh_finds_the_best_of_its_own_tokens():
     split = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("tensor")), out_specs=P("tensor"))
     products = np.asarray(compiled(x, matrix, implementation="native"))
     want = [products[:, :72].argmax(-1), products[:, 72:100].argmax(-1)]
-    np.testing.assert_array_equal(jax.jit(split)(x, matrix), want)
+    placed = jax.device_put(matrix, jax.NamedSharding(mesh, P("tensor")))
+    np.testing.assert_array_equal(jax.jit(split)(x, placed), want)
 
 
 def test_what_no_implementation_could_take_is_refused():

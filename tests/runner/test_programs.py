@@ -45,7 +45,7 @@ def test_kernels_of_models_of_16_bits_and_no_others_may_be_narrow(
     config = RunnerConfig(step=STEP, cache=cache, dtype=jnp.dtype(dtype))
     mesh = make_mesh(MeshShape(), jax.devices("cpu"))
     traced = str(Runner(Model(preset("tiny-llama")), config, mesh).trace(key).jaxpr)
-    names = ("jaxserve_matmul", "jaxserve_best", "jaxserve_paged_att")
+    names = ("jaxserve_matmul", "jaxserve_feed_forward", "jaxserve_best", "jaxserve_paged_att")
     kernels = [traced.count(f"target_name={name}") for name in names]
     assert min(kernels) > 0
     assert traced.count(f"'narrow', np.{is_narrow}_") == sum(kernels)
