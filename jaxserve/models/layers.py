@@ -84,6 +84,7 @@ def feed_forward(
         assert down.number is gate_up.number
         stacks = (gate_up.stack, down.stack)
         return quantized_feed_forward(x, *stacks, layer=gate_up.number, **options)
+    assert not isinstance(down, LayerOf)
     return quantized_feed_forward(x, gate_up, down, **options)
 
 
