@@ -384,8 +384,8 @@ JAXSERVE_INLINE void AddRun(const char* values, int64_t row_bytes, int64_t rows,
 // out[rows], at most kLanes of them, with the bits that panels give; see AddGroup. Memory is of
 // float32 [groups, kPanelRows], and of int4 twice.
 template <Format FORMAT>
-void MultiplyRowOfBytes(const Matrix& matrix, int64_t first, int64_t rows, int64_t ahead, const char* x,
-                   float* memory, float* out) {
+void MultiplyRowOfBytes(const Matrix& matrix, int64_t first, int64_t rows, int64_t ahead,
+                        const char* x, float* memory, float* out) {
   const int64_t row_bytes = matrix.row_bytes(), groups = matrix.depth / kGroup;
   const char* values = static_cast<const char*>(matrix.values) + first * row_bytes;
   const char* scales = x + matrix.depth;
@@ -445,7 +445,7 @@ void RunPanelOf(const Matrix& matrix, int64_t x_rows, const char* x, int64_t fir
       const int64_t ahead = (next - first) * matrix.row_bytes();
       for (int64_t row = 0; row < rows; row += kLanes) {
         MultiplyRowOfBytes<FORMAT>(matrix, first + row, rows - row, ahead, x,
-                              reinterpret_cast<float*>(memory), out + row);
+                                   reinterpret_cast<float*>(memory), out + row);
       }
       return;
     }

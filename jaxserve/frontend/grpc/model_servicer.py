@@ -17,6 +17,7 @@ from jaxserve.v1 import admin_pb2, admin_pb2_grpc, model_pb2, model_pb2_grpc
 DEFAULT_INTERVAL_S = 1.0
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.05, 3600.0
 MAX_DRAIN_WAIT_S = 86_400.0
+IDLE_POLL_S = 0.01
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -105,8 +106,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 field="wait_seconds",
             )
         self._drain()
+        end_s = time.monotonic() + wait_s
         if wait_s:
             await self.calls.wait_none(wait_s)
+        # The request of a call that its client gave up lives until the engine's next step, of which
+        # the engine tells nobody.
+        while not self._engine.idle and time.monotonic() < end_s:  # noqa: ASYNC110
+            await asyncio.sleep(IDLE_POLL_S)
         stats = self._engine.stats()
         return admin_pb2.DrainResponse(
             idle=self._engine.idle,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -258,6 +259,21 @@ def test_drain_refuses_new_requests_and_lets_running_ones_finish(engine, stubs):
     assert info_of(caught.value).reason == "DRAINING"
     assert len(list(call)) == 2
     assert stubs.admin.Drain(admin_pb2.DrainRequest(wait_seconds=5.0)).idle
+
+
+@pytest.mark.parametrize(
+    ("ends_after_s", "wait_s", "is_idle"), [(0.3, 10.0, True), (60.0, 0.2, False)]
+)
+def test_drain_waits_for_the_engine_and_not_for_calls_alone(
+    engine, stubs, monkeypatch, ends_after_s, wait_s, is_idle
+):
+    """A request that was given up has no call any more, and lives until the next step."""
+    began_s = time.monotonic()
+    idle = property(lambda engine: time.monotonic() - began_s > ends_after_s)
+    monkeypatch.setattr(type(engine), "idle", idle)
+    progress = stubs.admin.Drain(admin_pb2.DrainRequest(wait_seconds=wait_s))
+    assert progress.idle is is_idle
+    assert time.monotonic() - began_s >= min(ends_after_s, wait_s)
 
 
 def test_drain_refuses_a_wait_out_of_range(stubs):
