@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "native/memory.h"
@@ -274,6 +275,21 @@ Rows Read(const Matmul& m, const MatmulKernel& kernel, Executor& executor) {
   return ReadWide(m, kernel, executor);
 }
 
+// Work that is so short stays on its thread.
+bool IsAlone(const Matmul& m, const Executor& executor) {
+  return Products(m) <= kAloneProducts || executor.threads() <= 1;
+}
+
+// Runs the items of a product.
+void RunItems(const Matmul& m, Executor& executor, int64_t items,
+              const std::function<void(int64_t)>& run) {
+  if (IsAlone(m, executor)) {
+    SerialFor(items, run);
+  } else {
+    ParallelFor(executor, items, run);
+  }
+}
+
 // The product, once the rows of x are read.
 void Multiply(const Matmul& m, const MatmulKernel& kernel, const Rows& x, Executor& executor) {
   const Matrix& matrix = m.matrix;
@@ -301,11 +317,7 @@ void Multiply(const Matmul& m, const MatmulKernel& kernel, const Rows& x, Execut
     }
     if (m.bests) std::transform(kept, kept + m.x_rows, bests + item * m.x_rows, BestOf);
   };
-  if (Products(m) <= kAloneProducts || executor.threads() <= 1) {
-    SerialFor(items, run);
-  } else {
-    ParallelFor(executor, items, run);
-  }
+  RunItems(m, executor, items, run);
   if (m.bests) WriteBests(m, items, bests);
 }
 
@@ -413,17 +425,11 @@ void RunFeedForward(const FeedForward& f, const MatmulKernel& kernel, Executor& 
   const Rows x = Read(first, kernel, executor);
   const Hidden hidden = HiddenOf(second, kernel);
   const int64_t pieces = (ffn + kPieceRows - 1) / kPieceRows;
-  const bool is_alone = Products(first) <= kAloneProducts || executor.threads() <= 1;
-  const int64_t step = is_alone ? 1 : executor.threads();
-  const auto run = [&](int64_t piece) {
+  const int64_t step = IsAlone(first, executor) ? 1 : executor.threads();
+  RunItems(first, executor, pieces, [&](int64_t piece) {
     const int64_t next = piece + step < pieces ? piece + step : piece;
     RunPiece(first, f.activation, kernel, x, piece * kPieceRows, next * kPieceRows, hidden);
-  };
-  if (is_alone) {
-    SerialFor(pieces, run);
-  } else {
-    ParallelFor(executor, pieces, run);
-  }
+  });
   second.x = hidden.rows;
   const bool is_read = hidden.method == Method::kPanels;
   Multiply(second, kernel, is_read ? Rows{hidden.method, hidden.rows, nullptr}

@@ -114,6 +114,33 @@ void CheckQuantizedAppend(const std::string& name, const Attention& a, const cha
   }
 }
 
+// What the name of the case with shared pages begins with.
+constexpr char kSharing[] = "sharing";
+
+std::atomic<int64_t> keys_read{0};
+const Kernel* counted_kernel = nullptr;
+
+void CountKeys(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
+               const Softmax& state) {
+  keys_read += end - first;
+  counted_kernel->attend(tile, first, end, scratch, state);
+}
+
+// What six rows of the case have in the same pages, 256 keys, is read once for all of them where
+// there are threads to share it, and not six times.
+void CheckSharing(const std::string& name, Attention a, size_t out_bytes, Pool& one, Pool& two) {
+  counted_kernel = &CurrentKernel();
+  Kernel counting = *counted_kernel;
+  counting.attend = CountKeys;
+  const Array<char> out(new char[out_bytes]);
+  a.out = out.get();
+  RunAttention(a, counting, one);
+  const int64_t alone = keys_read.exchange(0);
+  RunAttention(a, counting, two);
+  const int64_t together = keys_read.exchange(0);
+  if (alone - together != 5 * 256 * a.pool.kv_heads) Fail(name + ": shared pages were read again");
+}
+
 void CheckCase(const std::string& line, std::istream& file, const std::vector<Pool*>& pools) {
   std::istringstream header(line);
   std::string name;
@@ -179,6 +206,7 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
       first = std::move(out);
     }
   }
+  if (name.rfind(kSharing, 0) == 0) CheckSharing(name, a, answers * item, *pools[0], *pools[1]);
   for (Pool* executor : pools) {
     if (is_int8) {
       CheckQuantizedAppend(name, a, k.get(), *executor);

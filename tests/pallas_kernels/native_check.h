@@ -79,6 +79,17 @@ Array<T> Read(std::istream& file, size_t count) {
   return array;
 }
 
+// Runs work(x, out) on a copy of x and on fresh memory, both of which end where they should.
+template <typename Work>
+Array<char> Apart(const char* x, size_t x_bytes, size_t out_bytes, const Work& work) {
+  Array<char> own(new char[x_bytes]), out(new char[out_bytes]);
+  std::memcpy(own.get(), x, x_bytes);
+  // What is not written shows: a NaN in every format.
+  std::memset(out.get(), 0xff, out_bytes);
+  work(own.get(), out.get());
+  return out;
+}
+
 [[noreturn]] inline void Fail(const std::string& what) {
   std::cerr << "FAILED " << what << "\n";
   std::exit(1);

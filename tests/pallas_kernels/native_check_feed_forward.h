@@ -23,12 +23,11 @@ inline Array<char> Computed(FeedForward f, const char* x, int64_t rows, const Ma
                             Executor& executor) {
   const size_t x_bytes = rows * f.gate_up.depth * NumberBytes(f.x_number);
   const size_t out_bytes = rows * f.down.rows * NumberBytes(f.out_number);
-  Array<char> own(new char[x_bytes]), out(new char[out_bytes]);
-  std::memcpy(own.get(), x, x_bytes);
-  std::memset(out.get(), 0xff, out_bytes);
-  f.x = own.get(), f.out = out.get(), f.x_rows = rows;
-  RunFeedForward(f, kernel, executor);
-  return out;
+  f.x_rows = rows;
+  return Apart(x, x_bytes, out_bytes, [&](const char* own, char* out) {
+    f.x = own, f.out = out;
+    RunFeedForward(f, kernel, executor);
+  });
 }
 
 // One level: returns how often it was computed.

@@ -55,13 +55,11 @@ inline Array<char> Multiplied(Matmul m, const char* x, int64_t rows, const Matmu
                               Executor& executor) {
   const size_t x_bytes = rows * m.matrix.depth * NumberBytes(m.x_number);
   const size_t out_bytes = rows * m.matrix.rows * NumberBytes(m.out_number);
-  Array<char> own(new char[x_bytes]), out(new char[out_bytes]);
-  std::memcpy(own.get(), x, x_bytes);
-  // What is not written shows: a NaN in every format.
-  std::memset(out.get(), 0xff, out_bytes);
-  m.x = own.get(), m.out = out.get(), m.x_rows = rows;
-  RunMatmul(m, kernel, executor);
-  return out;
+  m.x_rows = rows;
+  return Apart(x, x_bytes, out_bytes, [&](const char* own, char* out) {
+    m.x = own, m.out = out;
+    RunMatmul(m, kernel, executor);
+  });
 }
 
 // What an answer should be, and how far off it may be: fractions of these.
