@@ -90,7 +90,7 @@ def instant_shape(max_rows: int, vocab_size: int) -> StepShape:
         table_width=CONTEXT_TOKENS // PAGE_TOKENS,
         vocab_size=vocab_size,
         decode_buckets=(max_rows,),
-        prefill_buckets=((1, 512), (8, PROMPT_TOKENS)),
+        prefill_buckets=((16, 512),),
         score_buckets=((1, 512),),
     )
 

@@ -271,27 +271,27 @@ def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:
     return (*buckets, max_rows)
 
 
+PROMPT_LINES = 16
+"""Prompts that one prefill call computes tokens of, at most. Each line costs a place in the head;
+more prompts take one more call."""
+
+
 def prefill_buckets(step_tokens: int) -> tuple[tuple[int, int], ...]:
-    """(rows, tokens) that get a prefill program: powers of two, and one for many short prompts.
+    """(lines, tokens of all of them) that get a prefill program: powers of two.
 
     >>> prefill_buckets(256)
-    ((1, 16), (1, 64), (1, 128), (1, 256), (8, 32))
-    >>> prefill_buckets(128)
-    ((1, 16), (1, 64), (1, 128), (4, 32))
+    ((16, 16), (16, 64), (16, 128), (16, 256))
     """
-    single = [size for size in (16, 64, 128, 256, 512, 1024, 2048) if size < step_tokens]
-    buckets = [(1, size) for size in (*single, step_tokens)]
-    if (rows := min(step_tokens // 32, 8)) >= 4:
-        buckets.append((rows, 32))
-    return tuple(sorted(buckets, key=lambda bucket: bucket[0] * bucket[1]))
+    sizes = [size for size in (16, 64, 128, 256, 512, 1024, 2048) if size < step_tokens]
+    return tuple((PROMPT_LINES, size) for size in (*sizes, step_tokens))
 
 
 def score_buckets(prefill: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Prefill buckets that also get a scoring program: one small, one large.
+    """(1, tokens) that get a program which scores a prompt: one small, one large.
 
     >>> score_buckets(prefill_buckets(512))
     ((1, 64), (1, 512))
     """
-    single = [bucket for bucket in prefill if bucket[0] == 1]
-    small = next((bucket for bucket in single if bucket[1] >= 64), single[-1])
-    return tuple(sorted({small, single[-1]}))
+    sizes = [tokens for _, tokens in prefill]
+    small = next((tokens for tokens in sizes if tokens >= 64), sizes[-1])
+    return tuple((1, tokens) for tokens in sorted({small, sizes[-1]}))

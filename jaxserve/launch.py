@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.config import GroupConfig, ServeConfig
+from jaxserve.config import PROMPT_LINES, GroupConfig, ServeConfig
 from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
@@ -394,7 +394,7 @@ def _make_engine(
         # Decode rows have a program of their own: they take no places from the prompt's bucket.
         step_tokens=longest + plan.step.max_rows,
         chunk_tokens=longest,
-        max_chunks=16,
+        max_chunks=PROMPT_LINES,
         page_tokens=plan.page_tokens,
         num_pages=num_pages,
         data_shards=plan.step.data_shards,

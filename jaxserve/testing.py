@@ -34,6 +34,7 @@ from jaxserve.engine.step import (
     ProgramCall,
     StepInputs,
     StepShape,
+    prompt_columns,
 )
 
 JUNK = -7919
@@ -130,20 +131,20 @@ class CountingRunner:
 
     def _call(self, call: ProgramCall, result: np.ndarray) -> np.ndarray | None:
         decode = call.kind == "decode"
-        rows, tokens = call.bucket
+        rows = call.bucket[0]
         shards, columns = self.shape.data_shards, self.shape.line_columns
-        size = (shards * rows, columns + (0 if decode else tokens + 1))
+        size = (shards * rows, columns + (0 if decode else prompt_columns(call.bucket)))
         assert call.buffer.shape == size, f"{call.buffer.shape} is not a compiled shape"
         assert call.bucket in self._buckets[call.kind], f"{call.bucket} is not a {call.kind} bucket"
         parts = call.buffer.reshape(shards, rows, -1)
         for shard, lines in enumerate(parts):
-            self._call_shard(shard, lines, result, decode=decode)
+            self._call_shard(shard, lines, result, call.bucket[1], decode=decode)
         if call.kind != "score":
             return None
         return np.stack([_scores(lines[0, columns + 1 :]) for lines in parts])
 
     def _call_shard(
-        self, shard: int, buffer: np.ndarray, result: np.ndarray, *, decode: bool
+        self, shard: int, buffer: np.ndarray, result: np.ndarray, places: int, *, decode: bool
     ) -> None:
         columns = self.shape.line_columns
         heads: list[list[int]] = buffer[:, : Column.SUPPRESSED].tolist()
@@ -152,13 +153,17 @@ class CountingRunner:
         lines = buffer[: len(heads)]
         # A shard counts its rows and pages from 0; here one list holds those of all.
         tables = (lines[:, COLUMNS:columns] + shard * self._num_pages).tolist()
-        for head, table, line in zip(heads, tables, lines, strict=True):
+        tokens: list[int] = buffer[:, columns:].ravel().tolist()
+        assert decode or sum(head[Column.LENGTH] for head in heads) <= places, "too many tokens"
+        end = 0
+        for head, table in zip(heads, tables, strict=True):
             head[Column.ROW] += shard * self.shape.shard_rows
             start, length = head[Column.START], head[Column.LENGTH]
             if decode:
                 self._append(table, start, [self._last_token[head[Column.ROW]]])
             else:
-                self._append(table, start, line[columns : columns + length].tolist())
+                self._append(table, start, tokens[end : end + length])
+                end += length
         # Written before any is read, as on the device: a page that two rows write is noticed.
         for head, table, line in zip(heads, tables, lines, strict=True):
             context = self._read(table, head[Column.START] + head[Column.LENGTH])
@@ -347,7 +352,7 @@ class EngineSizes:
             table_width=-(-self.context_tokens // self.page_tokens),
             vocab_size=self.vocab_size,
             decode_buckets=tuple(sorted({1, half, self.max_rows})),
-            prefill_buckets=((1, self.step_tokens), (self.max_chunks, self.step_tokens)),
+            prefill_buckets=((self.max_chunks, self.step_tokens),),
             score_buckets=((1, self.step_tokens),),
             data_shards=self.data_shards,
         )

@@ -68,7 +68,7 @@ def test_buckets_cover_what_was_asked_for() -> None:
         assert list(buckets) == sorted(set(buckets))
     assert decode_buckets(64, 16) == (16, 24, 32, 48, 64)
     assert decode_buckets(8, 16) == (8,)
-    assert prefill_buckets(16) == ((1, 16),)
+    assert prefill_buckets(16) == ((16, 16),)
     assert max(tokens for _, tokens in prefill_buckets(512)) == 512
     assert score_buckets(prefill_buckets(16)) == ((1, 16),)
 

@@ -19,7 +19,8 @@ class SchedulerConfig:
     max_chunks: int
     """Prompt chunks of one step at most, in each data shard."""
     chunk_tokens: int | None = None
-    """Tokens of one chunk at most: the longest prefill bucket. None: ``step_tokens``."""
+    """Prompt tokens of one step at most, in each data shard: the longest prefill bucket. None:
+    ``step_tokens``."""
     page_tokens: int
     """Tokens in one page."""
     num_pages: int

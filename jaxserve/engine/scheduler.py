@@ -6,7 +6,7 @@ One ``plan`` in order:
    needed and none is left, the worst running sequence is preempted: its pages go back and it is
    computed again later (recomputation; nothing is swapped);
 2. prompt chunks of running sequences, then of newly admitted ones, fill what is left of the step's
-   token budget.
+   token budget, or the longest prompt call.
 
 Order is arrival time plus ``priority * PRIORITY_SECONDS``. A request therefore overtakes those of
 the next worse priority only if they arrived less than that long before it, so nobody starves. The
@@ -94,7 +94,8 @@ class Scheduler:
         for shard in self.shards:
             decoded, victims = shard.plan_decode(plan)
             preempted += victims
-            room.append(_Room(self.config.step_tokens - decoded, self.config.max_chunks))
+            tokens = min(self.config.step_tokens - decoded, self.config.longest_chunk)
+            room.append(_Room(tokens, self.config.max_chunks))
         for sequence in preempted:
             self._requeue(sequence)
         for shard, left in zip(self.shards, room, strict=True):

@@ -4,8 +4,12 @@ A step is one or more program calls, all of which the device runs in order: at m
 call, then the prompt chunks grouped into prefill calls. Every call takes one packed buffer, one
 line per row of its bucket:
 
-    decode   [B, columns + W]            row data, then the page table
-    prefill  [R, columns + W + T + 1]    the same, then T tokens and the token after each
+    decode   [B, columns + W]        row data, then the page table
+    prefill  [R, columns + W + X]    the same, then R * X places for T tokens and one more
+
+The tokens of a prefill call are ragged: those of its lines stand one behind the other, and may be
+as many as all T for one line, or T/R for each. The last place is for the token after the last one,
+which a scoring call has to know.
 
 With several data shards a buffer has that many such parts, one behind the other, and each shard is
 given its own: it sees rows and pages by their numbers within the shard. All shards run the same
@@ -89,9 +93,9 @@ class StepShape:
     decode_buckets: tuple[int, ...]
     """Rows, ascending; the largest is at least ``max_rows``."""
     prefill_buckets: tuple[tuple[int, int], ...]
-    """(rows, tokens per row), ascending by their product."""
+    """(lines, tokens of all lines), ascending by tokens."""
     score_buckets: tuple[tuple[int, int], ...] = ()
-    """Those that also have a program that scores prompts; empty when prompts cannot be scored."""
+    """The same for programs that score prompts, of one line each; empty when none can be scored."""
     data_shards: int = 1
     call_places: int = CALL_PLACES
     """Token places that take as long as one more call, which reads every weight again: about the
@@ -125,11 +129,26 @@ class ProgramCall:
     kind: str
     """``decode``, ``prefill`` or ``score`` (prefill that also scores every prompt position)."""
     bucket: tuple[int, int]
-    """(rows, tokens per row) of each data shard."""
+    """Of each data shard: (rows, 1), or (lines, tokens)."""
     buffer: np.ndarray
     """int32, see the top of this file."""
     chunks: list[list[Chunk]] = field(default_factory=list[list[Chunk]])
     """For prefill and score: of each data shard, the chunk of each line."""
+
+    @property
+    def places(self) -> int:
+        """Token places of each data shard."""
+        return self.bucket[0] if self.kind == "decode" else self.bucket[1]
+
+
+def prompt_columns(bucket: tuple[int, int]) -> int:
+    """Columns of each line of a prefill call that hold its share of the tokens.
+
+    >>> prompt_columns((1, 64)), prompt_columns((16, 64))
+    (65, 5)
+    """
+    lines, tokens = bucket
+    return -(-(tokens + 1) // lines)
 
 
 @dataclass(slots=True)
@@ -224,8 +243,8 @@ def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
     for row, index, page in plan.grown:
         table.grow(row, index, page)
     calls = [_pack_decode(plan, table)] if plan.decode else []
-    calls += [_pack_prefill(group, bucket, table) for bucket, group in _group(plan, table.shape)]
-    places = sum(call.bucket[0] * call.bucket[1] for call in calls) * table.shape.data_shards
+    calls += [_pack_prompts(*prompts, table) for prompts in _divide(plan, table.shape)]
+    places = sum(call.places for call in calls) * table.shape.data_shards
     tokens = len(plan.decode) + sum(chunk.count for chunk in plan.chunks)
     return StepInputs(calls, setups, places, tokens)
 
@@ -251,70 +270,93 @@ def _pack_decode(plan: StepPlan, table: RowTable) -> ProgramCall:
     return ProgramCall("decode", (bucket, 1), buffer)
 
 
-def _pack_prefill(
-    chunks: list[list[Chunk]], bucket: tuple[int, int], table: RowTable
+def _pack_prompts(
+    kind: str, bucket: tuple[int, int], chunks: list[list[Chunk]], table: RowTable
 ) -> ProgramCall:
-    rows, tokens_per_row = bucket
+    lines = bucket[0]
     shape = table.shape
     first = shape.line_columns
-    buffer = np.zeros((shape.data_shards, rows, first + tokens_per_row + 1), np.int32)
-    for shard, (lines, own) in enumerate(zip(buffer, chunks, strict=True)):
-        lines[len(own) :, :first] = table.lines[_null_row(shard, shape)]
-        for line, chunk in zip(lines, own, strict=False):
-            _fill_prompt_line(line, chunk, table.lines[chunk.row])
-    kind = "score" if any(_wants_scores(own[0]) for own in chunks if own) else "prefill"
+    buffer = np.zeros((shape.data_shards, lines, first + prompt_columns(bucket)), np.int32)
+    for shard, (part, own) in enumerate(zip(buffer, chunks, strict=True)):
+        part[len(own) :, :first] = table.lines[_null_row(shard, shape)]
+        tokens = list[int]()
+        for line, chunk in zip(part, own, strict=False):
+            _fill_prompt_line(line[:first], chunk, table.lines[chunk.row])
+            tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+        if kind == "score" and own:
+            chunk = own[0]
+            tokens += chunk.sequence.tokens[chunk.start + chunk.count :][:1]
+        places = np.zeros(part[:, first:].shape, np.int32)
+        places.flat[: len(tokens)] = tokens
+        part[:, first:] = places
     return ProgramCall(kind, bucket, buffer.reshape(-1, buffer.shape[-1]), chunks)
 
 
 def _fill_prompt_line(line: np.ndarray, chunk: Chunk, row_data: np.ndarray) -> None:
-    sequence, first = chunk.sequence, len(row_data)
-    line[:first] = row_data
+    line[:] = row_data
     line[Column.START] = chunk.start
     line[Column.LENGTH] = chunk.count
     line[Column.SAMPLES] = chunk.last
-    line[Column.SUPPRESS_STOP] = chunk.last and _suppresses_stop(sequence)
-    tokens = sequence.tokens[chunk.start : chunk.start + chunk.count + 1]
-    line[first : first + len(tokens)] = tokens
+    line[Column.SUPPRESS_STOP] = chunk.last and _suppresses_stop(chunk.sequence)
 
 
 def _null_row(shard: int, shape: StepShape) -> int:
     return shard * shape.shard_rows + shape.null_row
 
 
-def _group(plan: StepPlan, shape: StepShape) -> list[tuple[tuple[int, int], list[list[Chunk]]]]:
-    """Puts chunks into prefill buckets: longest first, so that equals share a call.
+type Prompts = tuple[str, tuple[int, int], list[list[Chunk]]]
+"""Kind and bucket of a call, and of each data shard the chunk of each line."""
 
-    A chunk is cut where that saves more padding than its calls cost. Its pieces stand in order, and
-    one call writes all keys and values of a layer before it attends to any.
+
+def _divide(plan: StepPlan, shape: StepShape) -> Iterator[Prompts]:
+    """Deals the chunks of a step out to calls; a chunk may be cut where a call is full.
+
+    Its pieces stand in order, and one call writes all keys and values of a layer before it attends
+    to any. Prompts that are scored have calls of their own, and are not cut.
     """
-    groups: list[tuple[tuple[int, int], list[list[Chunk]]]] = []
-    for scores in (False, True):
-        left: list[list[Chunk]] = [[] for _ in range(shape.data_shards)]
-        chunks = [chunk for chunk in plan.chunks if _wants_scores(chunk) == scores]
-        if not scores:
-            chunks = [piece for chunk in chunks for piece in _pieces(chunk, shape)]
-        for chunk in sorted(chunks, key=lambda chunk: -chunk.count):
-            left[chunk.row // shape.shard_rows].append(chunk)
-        while any(left):
-            bucket = _bucket_for(left, shape, scores=scores)
-            groups.append((bucket, [own[: bucket[0]] for own in left]))
-            left = [own[bucket[0] :] for own in left]
-    return groups
+    scored, others = _by_shard(plan, shape, scores=True), _by_shard(plan, shape, scores=False)
+    while any(scored):
+        first = [own[:1] for own in scored]
+        most = max(chunk.count for own in first for chunk in own)
+        yield "score", next(each for each in shape.score_buckets if each[1] >= most), first
+        scored = [own[1:] for own in scored]
+    sizes = tuple(tokens for _, tokens in shape.prefill_buckets)
+    while any(others):
+        most = max(sum(chunk.count for chunk in own) for own in others)
+        size = cut(most, sizes, shape.call_places)[0]
+        bucket = next(each for each in shape.prefill_buckets if each[1] >= size)
+        taken = [_take(own, bucket) for own in others]
+        yield "prefill", bucket, [own for own, _ in taken]
+        others = [left for _, left in taken]
 
 
-def _pieces(chunk: Chunk, shape: StepShape) -> Iterator[Chunk]:
-    """The chunk, or what it is cut into: longest first."""
-    sizes = tuple(tokens for rows, tokens in shape.prefill_buckets if rows == 1)
-    counts = cut(chunk.count, sizes, shape.call_places)
-    start = chunk.start
-    for number, count in enumerate(counts, 1):
-        last = chunk.last and number == len(counts)
-        yield Chunk(chunk.sequence, chunk.row, start, count, last)
-        start += count
+def _by_shard(plan: StepPlan, shape: StepShape, *, scores: bool) -> list[list[Chunk]]:
+    chunks: list[list[Chunk]] = [[] for _ in range(shape.data_shards)]
+    for chunk in plan.chunks:
+        if _wants_scores(chunk) == scores:
+            chunks[chunk.row // shape.shard_rows].append(chunk)
+    return chunks
+
+
+def _take(chunks: list[Chunk], bucket: tuple[int, int]) -> tuple[list[Chunk], list[Chunk]]:
+    """What a call has lines and places for, and what is left of the chunks."""
+    lines, room = bucket
+    taken = list[Chunk]()
+    for number, chunk in enumerate(chunks):
+        if len(taken) == lines or not room:
+            return taken, chunks[number:]
+        if chunk.count > room:
+            sequence, row, start = chunk.sequence, chunk.row, chunk.start
+            rest = Chunk(sequence, row, start + room, chunk.count - room, chunk.last)
+            taken.append(Chunk(sequence, row, start, room, last=False))
+            return taken, [rest, *chunks[number + 1 :]]
+        taken.append(chunk)
+        room -= chunk.count
+    return taken, []
 
 
 def cut(count: int, sizes: tuple[int, ...], call_places: int) -> tuple[int, ...]:
-    """Cuts so many tokens into pieces for the cheapest calls, descending.
+    """Divides so many tokens among the cheapest calls, descending.
 
     Args:
         count: of tokens.
@@ -325,11 +367,14 @@ def cut(count: int, sizes: tuple[int, ...], call_places: int) -> tuple[int, ...]
     (256, 44)
     >>> cut(300, (16, 64, 128, 256, 512), 256)
     (300,)
+    >>> cut(300, (16, 64, 128), 256)
+    (128, 128, 44)
     """
-    if not sizes or count > sizes[-1]:
-        return (count,)
     table = _first_pieces(sizes, call_places)
     pieces = list[int]()
+    while count > sizes[-1]:
+        pieces.append(sizes[-1])
+        count -= sizes[-1]
     while count:
         pieces.append(table[count])
         count -= pieces[-1]
@@ -348,23 +393,6 @@ def _first_pieces(sizes: tuple[int, ...], call_places: int) -> list[int]:
         least.append(cost + call_places)
         pieces.append(piece)
     return pieces
-
-
-def _bucket_for(left: list[list[Chunk]], shape: StepShape, *, scores: bool) -> tuple[int, int]:
-    """The bucket that takes the longest chunk with the fewest places per chunk taken.
-
-    Of equals the one with more rows: one call reads the weights once.
-    """
-    buckets = shape.score_buckets if scores else shape.prefill_buckets
-    longest = max(own[0].count for own in left if own)
-    fitting = [bucket for bucket in buckets if bucket[1] >= longest]
-
-    def cost(bucket: tuple[int, int]) -> tuple[float, int]:
-        rows, tokens = bucket
-        taken = sum(min(rows, len(own)) for own in left)
-        return rows * tokens / taken, -taken
-
-    return min(fitting, key=cost)
 
 
 def _suppresses_stop(sequence: LiveSequence) -> bool:

@@ -62,18 +62,17 @@ def prompt_seconds(
     runner: Runner, prompt_tokens: int, facts: DeviceFacts, shape: MeshShape
 ) -> float:
     """Adds up the chunks of a prompt, from the first to the token that follows the last."""
-    buckets = [tokens for rows, tokens in runner.config.step.prefill_buckets if rows == 1]
+    buckets = {tokens: lines for lines, tokens in runner.config.step.prefill_buckets}
     traced: dict[int, Costs] = {}
     seconds, done = 0.0, 0
     while done < prompt_tokens:
         left = prompt_tokens - done
         size = min((tokens for tokens in buckets if tokens >= left), default=max(buckets))
         real = min(left, size)
+        key = ProgramKey(size, "prefill", buckets[size], size)
         if size not in traced:
-            traced[size] = _traced(runner, _prefill(size))
-        costs, hbm_bytes = _with_attention(
-            runner, _prefill(size), traced[size], 1, real, done + real
-        )
+            traced[size] = _traced(runner, key)
+        costs, hbm_bytes = _with_attention(runner, key, traced[size], 1, real, done + real)
         seconds += roofline_of(costs, hbm_bytes, facts, shape).total_s
         done += real
     return seconds
@@ -93,10 +92,6 @@ def roofline_of(costs: Costs, hbm_bytes: int, facts: DeviceFacts, shape: MeshSha
         compute_s=sharers * compute_s / facts.sustained_flops,
         link_s=sharers * wire_s + costs.exchanges.total() * facts.link_latency_s,
     )
-
-
-def _prefill(tokens: int) -> ProgramKey:
-    return ProgramKey(tokens, "prefill", 1, tokens)
 
 
 def _traced(runner: Runner, key: ProgramKey) -> Costs:

@@ -22,6 +22,7 @@ class ProgramKey:
     kind: str
     """``decode``, ``prefill``, ``score`` or ``set_row``."""
     rows: int
+    """Lines, which of ``prefill`` share their token places."""
     tokens: int
 
     def __str__(self) -> str:
@@ -58,8 +59,9 @@ class RunnerConfig:
         """Every program of the grid, cheapest first."""
         keys = [ProgramKey(0, "set_row", 1, 0)]
         keys += [ProgramKey(rows, "decode", rows, 1) for rows in self.step.decode_buckets]
-        for rows, tokens in self.step.prefill_buckets:
-            keys.append(ProgramKey(rows * tokens, "prefill", rows, tokens))
-        for rows, tokens in self.step.score_buckets:
-            keys.append(ProgramKey(rows * tokens, "score", rows, tokens))
+        for kind, buckets in (
+            ("prefill", self.step.prefill_buckets),
+            ("score", self.step.score_buckets),
+        ):
+            keys += [ProgramKey(tokens, kind, lines, tokens) for lines, tokens in buckets]
         return sorted(keys)

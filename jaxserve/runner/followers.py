@@ -34,7 +34,14 @@ import numpy as np
 
 from jaxserve.engine.engine import FatalStepError, Runner
 from jaxserve.engine.publish import StepHandle, StepResult
-from jaxserve.engine.step import Column, ProgramCall, RowSetup, StepInputs, StepShape
+from jaxserve.engine.step import (
+    Column,
+    ProgramCall,
+    RowSetup,
+    StepInputs,
+    StepShape,
+    prompt_columns,
+)
 from jaxserve.errors import GroupError
 from jaxserve.internal.v1 import group_pb2 as pb
 from jaxserve.runner.group import Group, GroupGoodbye, Member
@@ -111,7 +118,8 @@ class LineMirror:
         shape = self._shape
         first = shape.line_columns
         count = shape.data_shards * call.rows
-        extra = 0 if call.kind == "decode" else call.tokens + 1
+        bucket = (call.rows, call.tokens)
+        extra = 0 if call.kind == "decode" else prompt_columns(bucket)
         heads = _array(call.heads, _INT32, (count, 1 + len(_HEAD)))
         rows = heads[:, 0]
         changed = _array(call.changed, _INT32, (-1,))
@@ -122,7 +130,7 @@ class LineMirror:
         buffer[:, _HEAD] = heads[:, 1:]
         buffer[:, _STAYING:first] = self._lines[rows]
         buffer[:, first:] = _array(call.prompt_tokens, _INT32, (count, extra))
-        return ProgramCall(call.kind, (call.rows, call.tokens), buffer)
+        return ProgramCall(call.kind, bucket, buffer)
 
     def _first_rows(self, rows: int) -> np.ndarray:
         """For each line of a buffer, the first row of its data shard."""

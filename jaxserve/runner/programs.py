@@ -21,7 +21,7 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import DeviceState
 from jaxserve.runner.sampling import Lines, bits, choose, merge_top
 from jaxserve.runner.vocab import VocabShard
-from pallas_kernels.paged_attention import Pools, append, paged_attention
+from pallas_kernels.paged_attention import Pools, append, paged_attention, places_of
 from pallas_kernels.quantized_matmul import Products
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
@@ -73,9 +73,11 @@ class StepPrograms:
         state: DeviceState,
         result: Int[Array, "R C"],
         packed: Int[Array, "B X"],
+        *,
+        tokens: int,
     ) -> tuple[DeviceState, Int[Array, "R C"]]:
-        """A chunk of prompt tokens for every line; the last chunk's last token is sampled from."""
-        hidden, state, lines = self._prompt(params, state, packed)
+        """So many prompt tokens of all lines; the last token of a prompt is sampled from."""
+        hidden, state, lines = self._prompt(params, state, packed, tokens)
         return self._sample(params, state, result, lines, _last(hidden, lines))
 
     def score(
@@ -84,12 +86,14 @@ class StepPrograms:
         state: DeviceState,
         result: Int[Array, "R C"],
         packed: Int[Array, "B X"],
+        *,
+        tokens: int,
     ) -> tuple[DeviceState, Int[Array, "R C"], Int[Array, "T C"]]:
         """``prefill`` for one line that also scores the token after each place."""
-        hidden, state, lines = self._prompt(params, state, packed)
+        hidden, state, lines = self._prompt(params, state, packed, tokens)
         targets = packed[0, COLUMNS + self.table_width + 1 :]
         with jax.named_scope("score"):
-            scores = self._score(params, hidden[0], targets)
+            scores = self._score(params, hidden, targets)
         state, result = self._sample(params, state, result, lines, _last(hidden, lines))
         return state, result, scores
 
@@ -110,16 +114,24 @@ class StepPrograms:
     # -- parts ---------------------------------------------------------------------------------
 
     def _prompt(
-        self, params: Params, state: DeviceState, packed: Int[Array, "B X"]
-    ) -> tuple[Float[Array, "B T D"], DeviceState, Lines]:
-        first = COLUMNS + self.table_width
-        lines = Lines(packed[:, :first])
-        hidden, state = self._forward(params, state, lines, packed[:, first:-1])
-        return hidden, state, lines
+        self, params: Params, state: DeviceState, packed: Int[Array, "B X"], count: int
+    ) -> tuple[Float[Array, "T D"], DeviceState, Lines]:
+        """Runs the tokens of all lines side by side."""
+        columns = COLUMNS + self.table_width
+        lines = Lines(packed[:, :columns])
+        tokens = packed[:, columns:].reshape(1, -1)[:, :count]
+        hidden, state = self._forward(params, state, lines, tokens, _first(lines))
+        return hidden[0], state, lines
 
     def _forward(
-        self, params: Params, state: DeviceState, lines: Lines, tokens: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], DeviceState]:
+        self,
+        params: Params,
+        state: DeviceState,
+        lines: Lines,
+        tokens: Int[Array, "L T"],
+        first: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "L T D"], DeviceState]:
+        """Runs one token of each line or, with ``first``, ragged tokens (``paged_attention``)."""
         start, length = lines.column(Column.START), lines.column(Column.LENGTH)
         table = lines.table
         config = self.model.config
@@ -128,7 +140,9 @@ class StepPrograms:
             pools: Pools, layer: Array | int, q: Array, k: Array, v: Array, window: Array | int
         ) -> tuple[Array, Pools]:
             write = "auto" if self.has_native else "scatter"
-            pools = append(pools, k, v, table, start, length, layer=layer, implementation=write)
+            pools = append(
+                pools, k, v, table, start, length, layer=layer, first=first, implementation=write
+            )
             out = paged_attention(
                 q,
                 pools,
@@ -137,6 +151,7 @@ class StepPrograms:
                 length,
                 layer=layer,
                 scale=config.attention_scale,
+                first=first,
                 window=window,
                 softcap=config.attention_softcap,
                 implementation="auto" if self.has_native else "blocked",
@@ -144,7 +159,11 @@ class StepPrograms:
             )
             return out, pools
 
-        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        if first is None:
+            positions = start[:, None]
+        else:
+            places = places_of(first, length, tokens.shape[1])
+            positions = (start[places.row] + jnp.where(places.is_real, places.token, 0))[None]
         hidden, pools = self.model.forward(
             params,
             tokens,
@@ -241,7 +260,12 @@ class StepPrograms:
         return scores
 
 
-def _last(hidden: Float[Array, "B T D"], lines: Lines) -> Float[Array, "B D"]:
-    """The hidden state of each line's last real token (of the first, on a padding line)."""
-    index = jnp.maximum(lines.column(Column.LENGTH) - 1, 0)[:, None, None]
-    return jnp.take_along_axis(hidden, index, axis=1)[:, 0]
+def _first(lines: Lines) -> Int[Array, " B"]:
+    """Where the tokens of each line begin: behind those of the line before."""
+    length = lines.column(Column.LENGTH)
+    return jnp.cumsum(length) - length
+
+
+def _last(hidden: Float[Array, "T D"], lines: Lines) -> Float[Array, "B D"]:
+    """The hidden state of each line's last token (of any, on a padding line)."""
+    return hidden[jnp.maximum(_first(lines) + lines.column(Column.LENGTH) - 1, 0)]

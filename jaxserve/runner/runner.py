@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxserve.engine.publish import StepHandle, StepResult
-from jaxserve.engine.step import RESULT_COLUMNS, StepInputs
+from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, prompt_columns
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import (
     DeviceState,
@@ -131,13 +132,17 @@ class Runner:
         return self._config.program_keys()
 
     def largest_keys(self) -> list[ProgramKey]:
-        """The programs that need most beside their arguments.
+        """The programs that need most beside their arguments: the largest of each kind.
 
-        One has the most places. The other has the most rows, each of which reads a block of its
-        context: of SmolLM2's programs ``decode 64x1`` needs 88 MB, ``prefill 1x512`` 25.
+        Those of prompts have the most places. That of decoding has the most rows, each of which
+        reads a block of its context: of SmolLM2's programs ``decode 64x1`` needs 88 MB,
+        ``score 1x512`` 25.
         """
         keys = self.program_keys()
-        return [keys[-1], max(key for key in keys if key.kind == "decode")]
+        kinds = [
+            [key for key in keys if key.kind == kind] for kind in ("score", "prefill", "decode")
+        ]
+        return [max(some) for some in kinds if some]
 
     @property
     def param_shardings(self) -> Params:
@@ -254,7 +259,7 @@ class Runner:
                     np.zeros(step.vocab_size, np.float32),
                 )
                 continue
-            extra = 0 if kind == "decode" else tokens + 1
+            extra = 0 if kind == "decode" else prompt_columns((rows, tokens))
             buffer = np.zeros((step.data_shards * rows, step.line_columns + extra), np.int32)
             buffer[:, 0] = step.null_row
             self._call((kind, rows, tokens), self._blank, buffer)
@@ -309,12 +314,14 @@ class Runner:
         if key.kind == "set_row":
             return self._trace_set_row()
         abstract, specs = self._weights(key)
-        extra = 0 if key.kind == "decode" else key.tokens + 1
-        columns = step.line_columns + extra
+        function = getattr(self._programs, key.kind)
+        columns = step.line_columns
+        if key.kind != "decode":
+            columns += prompt_columns((key.rows, key.tokens))
+            function = partial(function, tokens=key.tokens)
         by_row = self._by_row
         packed = self._host_array((step.data_shards * key.rows, columns), jnp.int32, by_row)
         result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
-        function = getattr(self._programs, key.kind)
         outputs = (self._state_specs, by_row)
         if key.kind == "score":
             outputs += (by_row,)

@@ -16,6 +16,7 @@ from pallas_kernels.paged_attention.blocked import paged_attention_blocked
 from pallas_kernels.paged_attention.int8 import SCALE_DTYPE, cell_bytes
 from pallas_kernels.paged_attention.native import append_native, paged_attention_native
 from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append_scatter, pool_shape
+from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "append",
     "cell_bytes",
     "paged_attention",
+    "places_of",
     "pool_shape",
 ]
 
@@ -43,7 +45,7 @@ POOL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def paged_attention(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -51,11 +53,12 @@ def paged_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first: Int[Array, " B"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """Attends from each row's new tokens to that row's pages, causally.
 
     Query ``t`` of row ``b`` stands at position ``start[b] + t`` and sees positions 0 to its own, or
@@ -64,14 +67,17 @@ def paged_attention(
     int8 stand for what their values times their scales are (``quantized_attention``).
 
     Args:
-        q: Queries, rotated already and not scaled. A whole KV group stands together: query head
-            ``n`` uses key/value head ``n // (N // K)``.
+        q: Queries, rotated already and not scaled; ``R = B``: T places for each row, or, with
+            ``first``, ``R = 1``: T places that all rows share. A whole KV group stands together:
+            query head ``n`` uses key/value head ``n // (N // K)``.
         pools: Read only. Cells that a row does not see may hold anything, NaN included.
         table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
         start: Position of each row's first query.
-        length: Real queries of each row, 0 for a padding row. Answers from there on are zeros.
+        length: Real queries of each row, 0 for a padding row. Answers at other places are zeros.
         layer: Which layer's pages; a Python int or a traced scalar.
         scale: Multiplies the scores, ``head_dim ** -0.5`` in most models.
+        first: Of ragged rows: where each one's queries begin among the T places. None: every row
+            has places of its own, and its queries begin at the first.
         window: Sliding window in tokens, the query's own included; 0 for none. May be traced.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for none.
         narrow: Allows native attention over bfloat16 pages to round queries, and the softmax's
@@ -83,6 +89,7 @@ def paged_attention(
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
     _check(q, pools, scale=scale, window=window, softcap=softcap)
+    _check_places("queries", q.shape[0], table, first)
     with jax.named_scope("paged_attention"):
         return dispatch(
             "paged_attention",
@@ -95,6 +102,7 @@ def paged_attention(
             length,
             layer=layer,
             scale=scale,
+            first=first,
             window=window,
             softcap=softcap,
             narrow=narrow,
@@ -103,13 +111,14 @@ def paged_attention(
 
 def append(
     pools: Pools,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
     length: Int[Array, " B"],
     *,
     layer: int | Int[Array, ""],
+    first: Int[Array, " B"] | None = None,
     implementation: str = "auto",
 ) -> Pools:
     """Writes new keys and values of one layer into the pages of their rows.
@@ -121,27 +130,42 @@ def append(
     Args:
         pools: Updated in place when the caller's ``jit`` donates them: do not use again.
         k: New keys, rotated already; cast to the pool's dtype, or rounded to int8 with a scale for
-            each token and head.
+            each token and head. ``R`` is as for the queries of ``paged_attention``.
         v: New values; as ``k``.
         table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
         start: Position of each row's first new token.
         length: Real new tokens of each row, 0 for a padding row.
         layer: Which layer's pages; a Python int or a traced scalar.
+        first: Of ragged rows: where each one's new tokens begin among the T places.
         implementation: A name in ``APPENDS``, or ``"auto"`` for the first that accepts.
 
     Returns:
         The pools with the new cells written and every other cell, the null page apart, unchanged.
         XLA writes in place if the pools are donated and ``k`` and ``v`` depend on what the layer
         before read, as they do in a model; a write that could overtake a read costs a copy.
+
+    Raises:
+        ValueError: ``k`` has other rows than the table, and the places are not shared.
     """
+    _check_places("new tokens", k.shape[0], table, first)
     with jax.named_scope("append"):
         return dispatch(
-            "append", APPENDS, implementation, pools, k, v, table, start, length, layer=layer
+            "append",
+            APPENDS,
+            implementation,
+            pools,
+            k,
+            v,
+            table,
+            start,
+            length,
+            layer=layer,
+            first=first,
         )
 
 
 def _check(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     *,
     scale: float,
@@ -182,6 +206,18 @@ def _check(
         raise ValueError(f"window must be 0 (none) or a number of tokens, got {window}")
     if not softcap >= 0:
         raise ValueError(f"softcap must be 0 (none) or above, got {softcap}")
+
+
+def _check_places(
+    what: str, rows: int, table: Int[Array, "B W"], first: Int[Array, " B"] | None
+) -> None:
+    """Refuses places that are neither each row's own nor shared by all."""
+    wanted = table.shape[0] if first is None else 1
+    if rows != wanted:
+        raise ValueError(
+            f"{what} have {rows} rows of places and the table {table.shape[0]} rows; give as many "
+            "as the table has, or one row of places for all of them, with first"
+        )
 
 
 def _check_scales(pools: Pools) -> None:

@@ -51,7 +51,7 @@ void WriteTokens(const Append& a, int64_t row, int64_t first, int64_t end) {
     for (int64_t head = 0; head < pool.kv_heads; ++head) {
       const int64_t cell = (pool_row * pool.kv_heads + head) * pool.page_tokens +
                            position % pool.page_tokens;
-      const int64_t source = (row * a.rows.query_tokens + token) * pool.kv_heads + head;
+      const int64_t source = (a.rows.First(row) + token) * pool.kv_heads + head;
       for (int which = 0; which < 2; ++which) WriteCell(a, which, cell, source);
     }
   }
@@ -87,12 +87,11 @@ void QuantizeCell(const float* numbers, int64_t count, int8_t* values, uint16_t*
 void RunAppend(const Append& a, Executor& executor) {
   const Rows& rows = a.rows;
   int64_t tokens = 0;
-  for (int64_t row = 0; row < rows.rows; ++row) tokens += std::max(rows.length[row], 0);
+  for (int64_t row = 0; row < rows.rows; ++row) tokens += rows.Length(row);
   const int64_t tiles = (rows.query_tokens + kTileTokens - 1) / kTileTokens;
   auto write_tile = [&](int64_t item) {
     const int64_t row = item / tiles, first = item % tiles * kTileTokens;
-    const int64_t real = std::min<int64_t>(rows.length[row], rows.query_tokens);
-    WriteTokens(a, row, first, std::min(first + kTileTokens, real));
+    WriteTokens(a, row, first, std::min(first + kTileTokens, rows.Length(row)));
   };
   const int64_t bytes = 2 * tokens * a.pool.kv_heads * a.pool.head_dim * a.item_bytes;
   if (bytes > kAloneBytes) {

@@ -1,6 +1,7 @@
 // Writing new keys and values into the pages of their rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "native/threads.h"
@@ -22,11 +23,25 @@ struct PoolShape {
 // The rows of a step: which pages each has, and where its new tokens stand.
 struct Rows {
   int64_t rows;
-  int64_t query_tokens;  // Places for new tokens in each row, padding included.
+  int64_t query_tokens;  // Places for new tokens in each row, padding included; see first.
   int64_t table_width;
   const int32_t* table;   // [rows, table_width]
   const int32_t* start;   // [rows] position of the first new token
   const int32_t* length;  // [rows] real new tokens
+  // [rows] each row's first place among query_tokens that all rows share; null: a row has its own.
+  const int32_t* first = nullptr;
+
+  // Of all rows.
+  int64_t places() const { return first != nullptr ? query_tokens : rows * query_tokens; }
+  // The place of a row's first new token. No mistake of a caller leads outside of the places.
+  int64_t First(int64_t row) const {
+    if (first == nullptr) return row * query_tokens;
+    return std::clamp<int64_t>(first[row], 0, query_tokens);
+  }
+  int64_t Length(int64_t row) const {
+    const int64_t most = first != nullptr ? query_tokens - First(row) : query_tokens;
+    return std::clamp<int64_t>(length[row], 0, most);
+  }
 };
 
 // The page at a place of a row's table. One that the pool does not have counts as the null page:
@@ -42,7 +57,7 @@ struct Append {
   int64_t layer;
   int64_t item_bytes;  // Of one number in what is new, and in the pool unless that is int8.
   char* pools[2];      // Keys and values.
-  const char* fresh[2];  // [rows, query_tokens, kv_heads, head_dim] each
+  const char* fresh[2];  // [places, kv_heads, head_dim] each
   // [layers * pages, kv_heads, page_tokens] bfloat16 each: pools are int8 and what is new float32.
   // Null: pools hold what is new as it is.
   uint16_t* scales[2] = {nullptr, nullptr};

@@ -147,6 +147,18 @@ void RunCut(const std::vector<Job>& jobs, const Kernel& kernel, Executor& execut
   });
 }
 
+// Zeros are the answer of places that no row has.
+void ClearPadding(const Attention& a) {
+  const int64_t place_bytes = a.q_heads * a.pool.head_dim * NumberBytes(a.q_number);
+  std::vector<bool> is_real(a.rows.places());
+  for (int64_t row = 0; row < a.rows.rows; ++row) {
+    std::fill_n(is_real.begin() + a.rows.First(row), a.rows.Length(row), true);
+  }
+  for (int64_t place = 0; place < a.rows.places(); ++place) {
+    if (!is_real[place]) std::memset(static_cast<char*>(a.out) + place * place_bytes, 0, place_bytes);
+  }
+}
+
 // The row's tiles with at least one visible key; everything else of its answer is zeros.
 void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
   const PoolShape& pool = a.pool;
@@ -154,13 +166,9 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
   const int64_t q_bytes = NumberBytes(a.q_number);
   const int64_t pool_bytes = a.k_scale != nullptr ? 1 : NumberBytes(a.pool_number);
   const int64_t token_stride = a.q_heads * pool.head_dim;
-  const int64_t row_offset = row * a.rows.query_tokens * token_stride;
-  const int64_t length =
-      std::clamp<int64_t>(a.rows.length[row], 0, a.rows.query_tokens);
+  const int64_t row_offset = a.rows.First(row) * token_stride;
+  const int64_t length = a.rows.Length(row);
   const int64_t tile_tokens = std::max<int64_t>(kTileVectors / group, 1);
-  char* row_out = static_cast<char*>(a.out) + row_offset * q_bytes;
-  std::memset(row_out + length * token_stride * q_bytes, 0,
-              (a.rows.query_tokens - length) * token_stride * q_bytes);
   for (int64_t first = 0; first < length; first += tile_tokens) {
     for (int64_t head = 0; head < pool.kv_heads; ++head) {
       const int64_t offset = row_offset + first * token_stride + head * group * pool.head_dim;
@@ -210,7 +218,7 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
 
 // -- shared parts --------------------------------------------------------------------------------
 
-// Neighbouring rows that decode, and how many parts of their keys lie in the same pages.
+// Neighbouring rows that decode, also in memory, and how many parts of their keys lie in the same pages.
 struct Sharers {
   int64_t row;
   int64_t rows;
@@ -219,7 +227,7 @@ struct Sharers {
 
 // Parts whose keys a decoding row sees all of; of rows that do not decode, none.
 int64_t WholeParts(const Attention& a, int64_t row) {
-  if (a.rows.length[row] != 1 || a.window > 0) return 0;
+  if (a.rows.Length(row) != 1 || a.window > 0) return 0;
   const int64_t context = a.rows.table_width * a.pool.page_tokens;
   return std::min<int64_t>(int64_t{a.rows.start[row]} + 1, context) / kPartKeys;
 }
@@ -235,14 +243,13 @@ int64_t CommonParts(const Attention& a, int64_t row, int64_t other, int64_t part
 
 std::vector<Sharers> FindSharers(const Attention& a) {
   std::vector<Sharers> found;
-  if (a.rows.query_tokens != 1) return found;
   const int64_t group = a.q_heads / a.pool.kv_heads;
   const int64_t most = std::max<int64_t>(kTileVectors / group, 1);
   for (int64_t row = 0; row < a.rows.rows;) {
     Sharers some = {row, 1, WholeParts(a, row)};
     for (int64_t next = row + 1; next < a.rows.rows && some.rows < most; ++next) {
       const int64_t parts = CommonParts(a, row, next, std::min(some.parts, WholeParts(a, next)));
-      if (parts == 0) break;
+      if (parts == 0 || a.rows.First(next) != a.rows.First(row) + some.rows) break;
       some.parts = parts, ++some.rows;
     }
     if (some.rows >= kSharingRows && some.parts > 0) found.push_back(some);
@@ -320,6 +327,7 @@ const char* WhyNotAttend(const Attention& a, const Kernel& kernel) {
 }
 
 void RunAttention(const Attention& attention, const Kernel& kernel, Executor& executor) {
+  ClearPadding(attention);
   std::vector<Job> jobs;
   std::vector<int64_t> first_job(attention.rows.rows);
   for (int64_t row = attention.rows.rows - 1; row >= 0; --row) {

@@ -40,7 +40,7 @@ struct Attention {
   const void* v_pool;
   const uint16_t* k_scale = nullptr;  // [layers * pages, kv_heads, page_tokens] bfloat16 of int8
   const uint16_t* v_scale = nullptr;  // pages; null: pages hold pool_number.
-  const void* q;  // [rows, query_tokens, q_heads, head_dim]
+  const void* q;  // [places, q_heads, head_dim]
   void* out;      // As q.
   float scale;
   float softcap;

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, read
+from pallas_kernels.paged_attention.ragged import row_by_row
 
 BLOCK_TOKENS = 256
 """Context tokens in one turn of the loop. Smaller blocks read less past the end of short rows,
@@ -48,7 +49,7 @@ class Span(NamedTuple):
 
 
 def paged_attention_blocked(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -56,16 +57,33 @@ def paged_attention_blocked(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first: Int[Array, " B"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,  # Allows it and asks for nothing.
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
     Everything after the read is float32, whatever the dtypes: both products with their operands
     (probabilities are not rounded to the pool's dtype before they meet V), the softmax, the sums.
     On a CPU that is also the fast way: XLA's bfloat16 products cost more than the cast.
     """
+    if first is not None:
+
+        def attend(q: Array, table: Array, start: Array, length: Array) -> Array:
+            return paged_attention_blocked(
+                q,
+                pools,
+                table,
+                start,
+                length,
+                layer=layer,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            )
+
+        return row_by_row(attend, q, table, start, length, first)
     batch, query_tokens, q_heads, head_dim = q.shape
     kv_heads, page_tokens = pools.k.shape[1:3]
     block_pages = min(max(BLOCK_TOKENS // page_tokens, 1), table.shape[1])

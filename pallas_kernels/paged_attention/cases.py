@@ -113,6 +113,23 @@ def share_pages(inputs: Inputs, rows: Sequence[int], pages: int) -> Inputs:
     return inputs._replace(table=jnp.asarray(table))
 
 
+def share_places(inputs: Inputs, gap: int = 1) -> tuple[Inputs, Int[Array, " B"]]:
+    """The same rows among places that they share, the last row first, and where each begins.
+
+    So many places of nobody stand before each row and behind the last; their queries are NaN.
+    """
+    q, lengths = np.asarray(inputs.q), np.asarray(inputs.length)
+    first = np.zeros(len(lengths), np.int32)
+    places = [np.full_like(q[0, :1], np.nan).repeat(gap, axis=0)]
+    end = gap
+    for b in reversed(range(len(lengths))):
+        first[b] = end
+        places += [q[b, : lengths[b]], places[0]]
+        end += int(lengths[b]) + gap
+    shared = jnp.asarray(np.concatenate(places)[None], inputs.q.dtype)
+    return inputs._replace(q=shared), jnp.asarray(first)
+
+
 def _decode(*context: int) -> tuple[Row, ...]:
     """One new token per row; a context of 0 is a padding row."""
     return tuple(Row(tokens - 1, 1) if tokens else Row(0, 0) for tokens in context)

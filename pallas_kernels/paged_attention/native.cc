@@ -16,11 +16,17 @@ PoolShape ReadPoolShape(const ffi::AnyBuffer& pool, int64_t pages) {
   return {shape[0] / pages, pages, shape[1], shape[2], shape[3]};
 }
 
+// Without numbers in `first` every row has places of its own.
 Rows ReadRows(const Int32Table& table, const Int32Rows& start, const Int32Rows& length,
-              int64_t query_tokens) {
+              const Int32Rows& first, int64_t query_tokens) {
   const auto shape = table.dimensions();
-  return {shape[0],           query_tokens,       shape[1],
-          table.typed_data(), start.typed_data(), length.typed_data()};
+  return {shape[0],
+          query_tokens,
+          shape[1],
+          table.typed_data(),
+          start.typed_data(),
+          length.typed_data(),
+          first.element_count() > 0 ? first.typed_data() : nullptr};
 }
 
 // A layer that the pool does not have becomes the nearest one, as in a clamped XLA gather.
@@ -64,9 +70,10 @@ bool AliasScales(const Scales& in, ffi::RemainingRets more, uint16_t* (&out)[2])
 
 ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::AnyBuffer v_pool,
                          ffi::AnyBuffer k, ffi::AnyBuffer v, Int32Table table, Int32Rows start,
-                         Int32Rows length, Int32Scalar layer, ffi::RemainingArgs scales_in,
-                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
-                         ffi::RemainingRets scales_out, int64_t pages) {
+                         Int32Rows length, Int32Rows first, Int32Scalar layer,
+                         ffi::RemainingArgs scales_in, ffi::Result<ffi::AnyBuffer> k_out,
+                         ffi::Result<ffi::AnyBuffer> v_out, ffi::RemainingRets scales_out,
+                         int64_t pages) {
   if (k_out->untyped_data() != k_pool.untyped_data() ||
       v_out->untyped_data() != v_pool.untyped_data()) {
     return ffi::Error::Internal("append: the results do not alias the pools");
@@ -78,7 +85,7 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
     return ffi::Error::Internal("append: int8 pages need scales, aliased, and float32 numbers");
   }
   append.pool = ReadPoolShape(k_pool, pages);
-  append.rows = ReadRows(table, start, length, k.dimensions()[1]);
+  append.rows = ReadRows(table, start, length, first, k.dimensions()[1]);
   append.layer = ReadLayer(layer, append.pool);
   append.item_bytes = ffi::ByteWidth(k.element_type());
   append.pools[0] = static_cast<char*>(k_out->untyped_data());
@@ -92,7 +99,8 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
 
 ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k_pool,
                          ffi::AnyBuffer v_pool, Int32Table table, Int32Rows start,
-                         Int32Rows length, Int32Scalar layer, Int32Scalar window,
+                         Int32Rows length, Int32Rows first, Int32Scalar layer,
+                         Int32Scalar window,
                          ffi::RemainingArgs scales_in, ffi::Result<ffi::AnyBuffer> out,
                          int64_t pages, float scale, float softcap, bool narrow) {
   Attention attention;
@@ -108,7 +116,7 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
   attention.k_scale = scales.k;
   attention.v_scale = scales.v;
   attention.pool = ReadPoolShape(k_pool, pages);
-  attention.rows = ReadRows(table, start, length, q.dimensions()[1]);
+  attention.rows = ReadRows(table, start, length, first, q.dimensions()[1]);
   attention.layer = ReadLayer(layer, attention.pool);
   attention.q_heads = q.dimensions()[2];
   attention.k_pool = k_pool.untyped_data();
@@ -138,6 +146,7 @@ auto AppendBinding() {
       .Arg<Int32Table>()
       .Arg<Int32Rows>()    // start
       .Arg<Int32Rows>()    // length
+      .Arg<Int32Rows>()    // first
       .Arg<Int32Scalar>()  // layer
       .RemainingArgs()     // scales of keys and of values
       .Ret<ffi::AnyBuffer>()
@@ -155,6 +164,7 @@ auto AttendBinding() {
       .Arg<Int32Table>()
       .Arg<Int32Rows>()    // start
       .Arg<Int32Rows>()    // length
+      .Arg<Int32Rows>()    // first
       .Arg<Int32Scalar>()  // layer
       .Arg<Int32Scalar>()  // window
       .RemainingArgs()     // scales of keys and of values

@@ -22,7 +22,7 @@ MAX_GROUP = 128
 
 
 def paged_attention_native(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -30,10 +30,11 @@ def paged_attention_native(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first: Int[Array, " B"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
     Everything is float32 once it is loaded, or less if that is allowed (``pairs.h``). The answer of
@@ -50,6 +51,7 @@ def paged_attention_native(
         table,
         start,
         length,
+        _or_nothing(first),
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(window, jnp.int32),
         *_scales(pools),
@@ -61,7 +63,7 @@ def paged_attention_native(
     return out
 
 
-def _decline(q: Float[Array, "B T N H"], pools: Pools) -> None:
+def _decline(q: Float[Array, "R T N H"], pools: Pools) -> None:
     """Says what the kernel was not written for; runs while tracing only."""
     if reason := native.why_not():
         raise NotImplementedError(reason)
@@ -86,13 +88,14 @@ def _decline(q: Float[Array, "B T N H"], pools: Pools) -> None:
 
 def append_native(
     pools: Pools,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
     length: Int[Array, " B"],
     *,
     layer: int | Int[Array, ""],
+    first: Int[Array, " B"] | None = None,
 ) -> Pools:
     """Computes ``append``; see there. Padding is not written anywhere, the null page neither.
 
@@ -108,6 +111,7 @@ def append_native(
         table,
         start,
         length,
+        _or_nothing(first),
         jnp.asarray(layer, jnp.int32),
     )
     written = native.call(
@@ -124,3 +128,8 @@ def append_native(
 def _scales(pools: Pools) -> tuple[Array, ...]:
     """The last operands of both kernels: of int8 pools their scales, of others nothing."""
     return (pools.k_scale, pools.v_scale) if pools.has_scales else ()
+
+
+def _or_nothing(first: Int[Array, " B"] | None) -> Int[Array, " F"]:
+    """An operand without numbers stands for None."""
+    return jnp.zeros(0, jnp.int32) if first is None else first

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.int8 import dequantize, quantize
+from pallas_kernels.paged_attention.ragged import places_of
 
 NULL_PAGE = 0
 """First page of every layer, never allocated. Padding reads and writes it; masks keep it out of
@@ -83,39 +84,46 @@ def pool_shape(
 
 def append_scatter(
     pools: Pools,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
     length: Int[Array, " B"],
     *,
     layer: int | Int[Array, ""],
+    first: Int[Array, " B"] | None = None,
 ) -> Pools:
     """Computes ``append`` as two scatters of XLA; see there for the arguments."""
     page_tokens = pools.page_tokens
     width = table.shape[1]
-    token_T = jnp.arange(k.shape[1], dtype=jnp.int32)
-    position_BT = start[:, None] + token_T[None, :]
-    is_real_BT = (token_T[None, :] < length[:, None]) & (position_BT < width * page_tokens)
-    entry_BT = jnp.clip(position_BT // page_tokens, 0, width - 1)
-    page_BT = jnp.where(is_real_BT, jnp.take_along_axis(table, entry_BT, axis=1), NULL_PAGE)
-    row_BT = layer * pools.pages + page_BT
-    offset_BT = position_BT % page_tokens
-    # Two index arrays around a slice: the scatter takes k and v as they come, [B, T, K, H].
-    here = (row_BT, slice(None), offset_BT)
+    if first is None:
+        token_RT = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+        is_real_RT = token_RT < length[:, None]
+        position_RT = start[:, None] + token_RT
+        of_RT = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
+    else:
+        of_RT, token_RT, is_real_RT = (x[None] for x in places_of(first, length, k.shape[1]))
+        position_RT = start[of_RT] + token_RT
+    is_real_RT = is_real_RT & (position_RT < width * page_tokens)
+    entry_RT = jnp.clip(position_RT // page_tokens, 0, width - 1)
+    page_RT = jnp.where(is_real_RT, table[of_RT, entry_RT], NULL_PAGE)
+    row_RT = layer * pools.pages + page_RT
+    offset_RT = position_RT % page_tokens
+    # Two index arrays around a slice: the scatter takes k and v as they come, [R, T, K, H].
+    here = (row_RT, slice(None), offset_RT)
     if not pools.has_scales:
         return replace(
             pools,
             k=pools.k.at[here].set(k.astype(pools.k.dtype)),
             v=pools.v.at[here].set(v.astype(pools.v.dtype)),
         )
-    (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantize(k), quantize(v)
+    (k_RTKH, k_scale_RTK), (v_RTKH, v_scale_RTK) = quantize(k), quantize(v)
     return replace(
         pools,
-        k=pools.k.at[here].set(k_BTKH),
-        v=pools.v.at[here].set(v_BTKH),
-        k_scale=pools.k_scale.at[here].set(k_scale_BTK),
-        v_scale=pools.v_scale.at[here].set(v_scale_BTK),
+        k=pools.k.at[here].set(k_RTKH),
+        v=pools.v.at[here].set(v_RTKH),
+        k_scale=pools.k_scale.at[here].set(k_scale_RTK),
+        v_scale=pools.v_scale.at[here].set(v_scale_RTK),
     )
 
 

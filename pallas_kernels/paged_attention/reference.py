@@ -6,10 +6,13 @@ memory grows with the table's width. ``blocked`` is what serves.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.paged_attention.pool import Pools, read
+from pallas_kernels.paged_attention.ragged import places_of
 
 
 def visible_keys(
@@ -29,7 +32,7 @@ def visible_keys(
 
 
 def paged_attention_reference(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -37,11 +40,15 @@ def paged_attention_reference(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first: Int[Array, " B"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,  # Allows it and asks for nothing.
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """Defines ``paged_attention``; see there for the arguments."""
+    options = {"layer": layer, "scale": scale, "window": window, "softcap": softcap}
+    if first is not None:
+        return _ragged(q, pools, table, start, length, first, options)
     batch, query_tokens, q_heads, head_dim = q.shape
     kv_heads = pools.k.shape[1]
     k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in read(pools, table, layer=layer))
@@ -61,3 +68,21 @@ def paged_attention_reference(
     seen_v_BKSH = jnp.where(seen_BxSx, v_BKSH, 0.0)
     out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS / total_BKGT1, seen_v_BKSH)
     return out_BTKGH.reshape(batch, query_tokens, q_heads, head_dim).astype(q.dtype)
+
+
+def _ragged(
+    q: Float[Array, "1 T N H"],
+    pools: Pools,
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    first: Int[Array, " B"],
+    options: dict[str, Any],
+) -> Float[Array, "1 T N H"]:
+    """Gives every row places of its own, and takes each place's answer from its row."""
+    places = q.shape[1]
+    place_BT = first[:, None] + jnp.arange(places, dtype=jnp.int32)[None, :]
+    own_BTNH = q[0, jnp.minimum(place_BT, places - 1)]
+    out_BTNH = paged_attention_reference(own_BTNH, pools, table, start, length, **options)
+    row_T, token_T, is_real_T = places_of(first, length, places)
+    return jnp.where(is_real_T[:, None, None], out_BTNH[row_T, token_T], 0)[None]

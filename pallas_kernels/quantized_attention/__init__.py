@@ -18,7 +18,7 @@ __all__ = ["append", "dequantized", "quantized", "quantized_attention"]
 
 
 def quantized_attention(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "R T N H"],
     pools: Pools,
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -26,10 +26,11 @@ def quantized_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first: Int[Array, " B"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     implementation: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention`` over pages of int8; see there for all other arguments.
 
     Keys and values are float32 once they are loaded and scaled, as queries, softmax and sums are.
@@ -42,6 +43,7 @@ def quantized_attention(
         length: Real queries of each row.
         layer: Which layer's pages.
         scale: Multiplies the scores.
+        first: Of ragged rows: where each one's queries begin among the T places.
         window: Sliding window in tokens; 0 for none.
         softcap: Of the scores; 0 for none.
         implementation: One of ``paged_attention``'s, or ``"auto"`` for the first that accepts.
@@ -64,6 +66,7 @@ def quantized_attention(
         length,
         layer=layer,
         scale=scale,
+        first=first,
         window=window,
         softcap=softcap,
         implementation=implementation,

@@ -79,12 +79,13 @@ def test_decode_rows_come_first_and_prompts_get_what_is_left_of_the_budget() -> 
     assert advance(scheduler).decode == [one, two, long]
 
 
-def test_a_chunk_is_no_longer_than_the_longest_bucket() -> None:
+def test_the_prompts_of_a_step_are_no_longer_than_the_longest_bucket() -> None:
     scheduler = make(step_tokens=12, chunk_tokens=5, num_pages=30)
-    long, short = sequence(list(range(11)), now=0), sequence([1, 2, 3], now=1)
+    long, short = sequence(list(range(8)), now=0), sequence([1, 2, 3], now=1)
     enqueue(scheduler, long, short)
 
-    assert chunks(advance(scheduler)) == [(long, 0, 5, False), (short, 0, 3, True)]
+    assert chunks(advance(scheduler)) == [(long, 0, 5, False)]
+    assert chunks(advance(scheduler)) == [(long, 5, 3, True), (short, 0, 2, False)]
 
 
 def test_a_step_has_a_limited_number_of_chunks() -> None:

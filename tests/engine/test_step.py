@@ -35,7 +35,7 @@ SHAPE = StepShape(
     table_width=4,
     vocab_size=VOCAB,
     decode_buckets=(1, 2, 4),
-    prefill_buckets=((1, 4), (2, 4), (1, 16)),
+    prefill_buckets=((2, 4), (3, 16)),
     score_buckets=((1, 4), (1, 16)),
 )
 NULL_LINE = [3, *[0] * 17, *[-1] * MAX_SUPPRESSED, 0, 0, 0, 0]
@@ -109,7 +109,7 @@ def test_a_prompt_line_holds_every_parameter() -> None:
 
     (call,) = packer.step().calls
 
-    assert (call.kind, call.bucket, call.buffer.shape) == ("prefill", (1, 16), (1, COLUMNS + 21))
+    assert (call.kind, call.bucket, call.buffer.shape) == ("prefill", (3, 16), (3, COLUMNS + 10))
     assert call.buffer.dtype == np.int32
     assert [[chunk.sequence for chunk in own] for own in call.chunks] == [[sequence]]
     line = call.buffer[0]
@@ -140,7 +140,7 @@ def test_a_prompt_line_holds_every_parameter() -> None:
     assert set(ints) | set(values) | {Column.SUPPRESSED} == set(Column)
     assert line[Column.SUPPRESSED : COLUMNS].tolist() == [4, 11, *[-1] * (MAX_SUPPRESSED - 2)]
     assert line[COLUMNS : COLUMNS + 4].tolist() == [1, 2, 0, 0]
-    assert line[COLUMNS + 4 :].tolist() == [5, 6, 7, 8, 9, *[0] * 12]
+    assert call.buffer[:, COLUMNS + 4 :].tolist() == [[5, 6, 7, 8, 9, 0], [0] * 6, [0] * 6]
 
 
 def test_no_log_probabilities_is_minus_one_and_none_beside_the_chosen_is_zero() -> None:
@@ -150,12 +150,12 @@ def test_no_log_probabilities_is_minus_one_and_none_beside_the_chosen_is_zero() 
 
     (call,) = packer.step().calls
 
-    assert call.buffer[:, Column.LOGPROBS].tolist() == [-1, 0]
+    assert call.buffer[:2, Column.LOGPROBS].tolist() == [-1, 0]
 
 
-def test_a_chunk_carries_the_token_after_each_place() -> None:
+def test_a_chunk_that_is_scored_carries_the_token_after_each_place() -> None:
     packer = Packer(step_tokens=4)
-    packer.add([5, 6, 7, 8, 9, 10])
+    packer.add([5, 6, 7, 8, 9, 10], prompt_logprobs=0)
 
     (first,), (second,) = packer.step().calls, packer.step().calls
 
@@ -196,8 +196,9 @@ def test_lines_that_pad_a_prompt_call_belong_to_the_null_row() -> None:
     (call,) = packer.step().calls
 
     assert call.bucket == (4, 4)
+    assert call.buffer[:, COLUMNS + 4 :].ravel().tolist() == [1, 2, *[0] * 6]
     for line in call.buffer[1:]:
-        assert line.tolist() == [*NULL_LINE, 0, 0, 0, 0, 0]
+        assert line[: COLUMNS + 4].tolist() == NULL_LINE
     assert packer.table.lines[SHAPE.null_row].tolist() == NULL_LINE
 
 
@@ -292,14 +293,16 @@ def test_the_smallest_decode_bucket_that_fits_is_taken() -> None:
 @pytest.mark.parametrize(
     ("lengths", "buckets"),
     [
-        ([3], [(1, 4)]),
-        ([5], [(1, 16)]),
-        ([3, 4], [(2, 4)]),
-        ([2, 3, 4], [(2, 4), (1, 4)]),
-        ([3, 9, 2], [(1, 16), (2, 4)]),
+        ([3], [(2, 4)]),
+        ([5], [(3, 16)]),
+        ([1, 3], [(2, 4)]),
+        ([2, 3, 4], [(3, 16)]),
+        ([3, 9, 2], [(3, 16)]),
+        ([1, 1, 1], [(2, 4), (2, 4)]),
+        ([5, 5, 6], [(3, 16)]),
     ],
 )
-def test_chunks_go_to_the_buckets_with_the_fewest_places_for_each(
+def test_chunks_share_the_cheapest_calls(
     lengths: list[int], buckets: list[tuple[int, int]]
 ) -> None:
     packer = Packer()
@@ -310,9 +313,9 @@ def test_chunks_go_to_the_buckets_with_the_fewest_places_for_each(
 
     assert [call.bucket for call in inputs.calls] == buckets
     assert inputs.tokens == sum(lengths)
-    assert inputs.token_places == sum(rows * tokens for rows, tokens in buckets)
-    packed = sorted(int(line[Column.LENGTH]) for call in inputs.calls for line in call.buffer)
-    assert [length for length in packed if length] == sorted(lengths)
+    assert inputs.token_places == sum(tokens for _, tokens in buckets)
+    packed = [int(line[Column.LENGTH]) for call in inputs.calls for line in call.buffer]
+    assert [length for length in packed if length] == lengths
 
 
 SIZES = (16, 64, 128, 256, 512)
@@ -334,18 +337,8 @@ def test_no_cut_into_two_or_three_is_cheaper(call_places: int) -> None:
         assert all(ours <= cost(a, b, count - a - b) for a, b in two_full)
 
 
-def test_a_chunk_longer_than_every_size_stays_whole() -> None:
-    assert cut(513, SIZES, 1) == (513,)
-    assert cut(5, (), 1) == (5,)
-
-
-def test_less_than_a_tenth_of_a_prompt_call_is_padding_where_calls_are_cheap() -> None:
-    places = sum(
-        min(size for size in SIZES if size >= piece)
-        for count in range(64, 513)
-        for piece in cut(count, SIZES, 24)
-    )
-    assert 1 - sum(range(64, 513)) / places < 0.1
+def test_more_than_the_largest_size_takes_several() -> None:
+    assert cut(1100, SIZES, 256) == (512, 512, 76)
 
 
 def test_pieces_of_a_prompt_stand_in_order_and_the_last_one_samples() -> None:
@@ -356,14 +349,31 @@ def test_pieces_of_a_prompt_stand_in_order_and_the_last_one_samples() -> None:
 
     calls = packer.step().calls
 
-    assert [call.bucket for call in calls] == [(2, 4), (1, 4)]
+    assert [call.bucket for call in calls] == [(2, 4)] * 3
     lines = [line for call in calls for line in call.buffer if line[Column.LENGTH]]
     assert [int(line[Column.START]) for line in lines] == [0, 4, 8]
     assert [int(line[Column.LENGTH]) for line in lines] == [4, 4, 2]
     assert [int(line[Column.SAMPLES]) for line in lines] == [0, 0, 1]
     first = packer.table.shape.line_columns
-    tokens = [int(line[first + i]) for line in lines for i in range(line[Column.LENGTH])]
-    assert tokens == prompt
+    tokens = [call.buffer[:, first:].ravel()[: call.buffer[0, Column.LENGTH]] for call in calls]
+    assert np.concatenate(tokens).tolist() == prompt
+
+
+def test_a_prompt_that_fills_a_call_goes_on_in_the_next_one_before_the_others() -> None:
+    packer = Packer()
+    packer.table.shape = replace(SHAPE, prefill_buckets=((2, 4),))
+    for prompt in ([1, 2, 3], [4, 5, 6], [7, 8]):
+        packer.add(prompt)
+
+    calls = packer.step().calls
+
+    columns = [Column.ROW, Column.START, Column.LENGTH, Column.SAMPLES]
+    lines = [call.buffer[:, columns].tolist() for call in calls]
+    assert lines == [[[0, 0, 3, 1], [1, 0, 1, 0]], [[1, 1, 2, 1], [2, 0, 2, 1]]]
+    first = packer.table.shape.line_columns
+    tokens = [call.buffer[:, first:].ravel()[:4].tolist() for call in calls]
+    assert tokens == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert [[chunk.count for chunk in call.chunks[0]] for call in calls] == [[3, 1], [2, 2]]
 
 
 def test_prompts_to_be_scored_go_to_programs_that_score_one_call_each() -> None:
@@ -375,9 +385,9 @@ def test_prompts_to_be_scored_go_to_programs_that_score_one_call_each() -> None:
     calls = packer.step().calls
 
     assert [(call.kind, call.bucket) for call in calls] == [
-        ("prefill", (1, 4)),
         ("score", (1, 4)),
         ("score", (1, 4)),
+        ("prefill", (2, 4)),
     ]
     assert [len(call.chunks) for call in calls] == [1, 1, 1]
 

@@ -11,7 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels.paged_attention import NULL_PAGE
-from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row, share_pages
+from pallas_kernels.paged_attention.cases import (
+    CASES,
+    LAYER,
+    Case,
+    Inputs,
+    Row,
+    share_pages,
+    share_places,
+)
 
 from .dense_attention import dense_attention
 
@@ -41,7 +49,7 @@ SHARING = replace(
 )
 """Decoding rows that may begin with the same pages."""
 
-type Attend = Callable[[Case, Inputs, str], np.ndarray]
+type Attend = Callable[..., np.ndarray]
 
 
 def attend(
@@ -51,6 +59,7 @@ def attend(
     implementation: str,
     *,
     window: int | None = None,
+    first: jax.Array | None = None,
 ) -> np.ndarray:
     """One program per shape: layer and window are data, as they are in a scanned model."""
     out = compiled(
@@ -60,6 +69,7 @@ def attend(
         window=jnp.int32(case.window if window is None else window),
         softcap=case.softcap,
         implementation=implementation,
+        first=first,
     )
     return np.asarray(out.astype(jnp.float32))
 
@@ -82,6 +92,25 @@ def expect_sharing_to_change_no_bit(attend: Attend, inputs: Inputs) -> None:
     tolerance = 0.02 if inputs.q.dtype == jnp.bfloat16 else TOLERANCE["float32"]
     expected = attend(SHARING, apart, "reference")
     np.testing.assert_allclose(together, expected, rtol=tolerance, atol=tolerance)
+
+
+def expect_ragged_rows_to_answer_alike(
+    attend: Attend, case: Case, inputs: Inputs, implementation: str, *, tolerance: float
+) -> None:
+    """Rows among places that they share answer what they do in places of their own."""
+    apart = attend(case, inputs, implementation)
+    shared, first = share_places(inputs)
+    together = attend(case, shared, implementation, first=first)[0]
+    is_padding = np.ones(len(together), bool)
+    for b, row in enumerate(case.rows):
+        begin = int(first[b])
+        own = slice(begin, begin + row.length)
+        is_padding[own] = False
+        np.testing.assert_allclose(
+            together[own], apart[b, : row.length], rtol=tolerance, atol=tolerance
+        )
+    assert is_padding.sum() > len(case.rows)
+    assert not together[is_padding].any(), "padding answers zero"
 
 
 def appending(query_tokens: int) -> tuple[Case, int]:

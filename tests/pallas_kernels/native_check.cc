@@ -141,6 +141,67 @@ void CheckSharing(const std::string& name, Attention a, size_t out_bytes, Pool& 
   if (alone - together != 5 * 256 * a.pool.kv_heads) Fail(name + ": shared pages were read again");
 }
 
+// The same rows among places that they share, with a place of nobody before each, answer the same,
+// and write the same cells. What is said of rows that are not there leads nowhere.
+void CheckRagged(const std::string& name, Attention a, size_t pool_bytes, Executor& executor) {
+  const Rows apart = a.rows;
+  const size_t place = a.q_heads * a.pool.head_dim * (a.q_number == Number::kFloat32 ? 4 : 2);
+  std::vector<int32_t> first;
+  int64_t places = 0;
+  for (int64_t row = 0; row < apart.rows; ++row) {
+    first.push_back(++places);
+    places += apart.Length(row);
+  }
+  const Array<char> q(new char[places * place]), out(new char[places * place]);
+  const Array<char> expected(new char[places * place]);
+  const Array<char> before(new char[apart.places() * place]);
+  std::memset(q.get(), 0xff, places * place);  // NaN.
+  std::memset(expected.get(), 0, places * place);
+  a.out = before.get();
+  RunAttention(a, CurrentKernel(), executor);
+  for (int64_t row = 0; row < apart.rows; ++row) {
+    const size_t bytes = apart.Length(row) * place;
+    std::memcpy(&q[first[row] * place], static_cast<const char*>(a.q) + apart.First(row) * place,
+                bytes);
+    std::memcpy(&expected[first[row] * place], &before[apart.First(row) * place], bytes);
+  }
+  a.q = q.get(), a.out = out.get();
+  a.rows.query_tokens = places, a.rows.first = first.data();
+  RunAttention(a, CurrentKernel(), executor);
+  if (std::memcmp(out.get(), expected.get(), places * place) != 0) {
+    Fail(name + ": ragged rows answer something else");
+  }
+  if (a.k_scale == nullptr) {
+    const int64_t item = a.pool_number == Number::kFloat32 ? 4 : 2;
+    const size_t fresh_place = a.pool.kv_heads * a.pool.head_dim * item;
+    const Array<char> fresh(new char[places * fresh_place]);
+    const Array<char> own(new char[apart.places() * fresh_place]);
+    for (size_t i = 0; i < places * fresh_place; ++i) fresh[i] = static_cast<char>(i % 61);
+    std::memset(own.get(), 0, apart.places() * fresh_place);
+    for (int64_t row = 0; row < apart.rows; ++row) {
+      std::memcpy(&own[apart.First(row) * fresh_place], &fresh[first[row] * fresh_place],
+                  apart.Length(row) * fresh_place);
+    }
+    const Array<char> k(new char[2 * pool_bytes]), own_k(new char[2 * pool_bytes]);
+    for (const Array<char>* pools : {&k, &own_k}) {
+      std::memcpy(pools->get(), a.k_pool, pool_bytes);
+      std::memcpy(pools->get() + pool_bytes, a.k_pool, pool_bytes);
+    }
+    RunAppend(Append{a.pool, a.rows, a.layer, item, {k.get(), k.get() + pool_bytes},
+                     {fresh.get(), fresh.get()}},
+              executor);
+    RunAppend(Append{a.pool, apart, a.layer, item, {own_k.get(), own_k.get() + pool_bytes},
+                     {own.get(), own.get()}},
+              executor);
+    if (std::memcmp(k.get(), own_k.get(), 2 * pool_bytes) != 0) {
+      Fail(name + ": ragged rows write something else");
+    }
+  }
+  for (int32_t& place_of : first) place_of = 1 << 30;
+  first[0] = -7;
+  RunAttention(a, CurrentKernel(), executor);
+}
+
 void CheckCase(const std::string& line, std::istream& file, const std::vector<Pool*>& pools) {
   std::istringstream header(line);
   std::string name;
@@ -207,7 +268,9 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
     }
   }
   if (name.rfind(kSharing, 0) == 0) CheckSharing(name, a, answers * item, *pools[0], *pools[1]);
+  a.narrow = false;
   for (Pool* executor : pools) {
+    CheckRagged(name, a, pool_bytes, *executor);
     if (is_int8) {
       CheckQuantizedAppend(name, a, k.get(), *executor);
     } else {

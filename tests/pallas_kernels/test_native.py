@@ -35,6 +35,7 @@ from .attending import (
     TOLERANCE,
     appending,
     expect_any_chunk,
+    expect_ragged_rows_to_answer_alike,
     expect_rows_alone,
     expect_sharing_to_change_no_bit,
 )
@@ -104,6 +105,14 @@ def test_a_narrow_query_has_the_same_bits_in_any_chunk_and_company(chunk: int):
     inputs = case.arrays(seed=4, dtype="bfloat16")
     expect_any_chunk(partial(attend, by=narrow), case, inputs, chunk)
     expect_rows_alone(partial(attend, by=narrow), case, inputs)
+
+
+@pytest.mark.parametrize("case", [*CASES, LONG, SHARING], ids=str)
+def test_ragged_rows_have_the_bits_that_they_have_in_places_of_their_own(
+    case: Case, isa: native.Isa
+):
+    inputs = case.arrays(seed=3, dtype="bfloat16")
+    expect_ragged_rows_to_answer_alike(attend, case, inputs, "native", tolerance=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.paged_attention import (
+    APPENDS,
     IMPLEMENTATIONS,
     NULL_PAGE,
     Pools,
@@ -24,7 +26,7 @@ from pallas_kernels.paged_attention import (
     paged_attention,
     pool_shape,
 )
-from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row
+from pallas_kernels.paged_attention.cases import CASES, LAYER, Case, Inputs, Row, share_places
 
 from . import attending
 from .attending import (
@@ -32,6 +34,7 @@ from .attending import (
     STATIC,
     TOLERANCE,
     expect_dense,
+    expect_ragged_rows_to_answer_alike,
     expect_rows_alone_in_the_bucket,
     make_mesh,
 )
@@ -156,6 +159,31 @@ def test_one_program_serves_windowed_and_global_layers_of_any_context():
     for window in (0, 1, 512, 100_000):
         assert np.isfinite(answer(halved, jnp.int32(LAYER), jnp.int32(window))).all()
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ragged_rows_answer_as_in_places_of_their_own(case: Case, implementation: str):
+    inputs = case.arrays(seed=3, dtype=np.float32)
+    expect_ragged_rows_to_answer_alike(attend, case, inputs, implementation, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("implementation", usable(APPENDS))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ragged_rows_write_the_same_cells(case: Case, implementation: str):
+    inputs = case.arrays(seed=3, dtype=np.float32)
+    shared, first = share_places(inputs)
+    write = partial(jax.jit(append, static_argnames="implementation"), layer=LAYER)
+    heads = case.kv_heads
+
+    def cells(inputs: Inputs, first: Array | None) -> Pools:
+        k = inputs.q[:, :, :heads]
+        where = inputs[2:]
+        pools = write(inputs.pools, k, -k, *where, first=first, implementation=implementation)
+        kept = jnp.arange(pools.k.shape[0]) % pools.pages != NULL_PAGE
+        return jax.tree.map(lambda pool: pool[kept], pools)
+
+    jax.tree.map(np.testing.assert_array_equal, cells(shared, first), cells(inputs, None))
 
 
 def test_a_window_that_covers_everything_equals_no_window():
@@ -290,6 +318,14 @@ def _same(inputs: Inputs) -> Inputs:
         (
             _refused(lambda inputs: inputs._replace(q=inputs.q[:, :, :3])),
             "3 query heads cannot be split over 2 key/value heads",
+        ),
+        (
+            _refused(_same, first=jnp.zeros(2, jnp.int32)),
+            "queries have 2 rows of places and the table 2 rows; .* or one row of places for all",
+        ),
+        (
+            _refused(lambda inputs: inputs._replace(q=inputs.q[:1])),
+            "queries have 1 rows of places and the table 2 rows; give as many as the table has",
         ),
         (_refused(_same, scale=0.0), r"scale must be above 0, got 0\.0"),
         (_refused(_same, window=-1), r"window must be 0 \(none\) or a number of tokens, got -1"),
