@@ -65,7 +65,9 @@ class LatePrograms:
         total = len(self._runner.program_keys())
         try:
             self._make()
-        except Exception:
+        except Exception as error:
+            if type(error) is RuntimeError and "shutdown" in str(error):
+                return  # No pool takes work any more: a script that closed nothing is ending.
             there = total - len(self._runner.missing_keys())
             logger.exception(
                 "a program cannot be made; serving goes on with %d of %d", there, total

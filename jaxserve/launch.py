@@ -458,8 +458,8 @@ def is_ready_with_first(config: ServeConfig, plan: LaunchPlan) -> bool:
         return config.ready_with == "first"
     # XLA times kernels while it compiles for a GPU, and would time them beside serving. Every host
     # must have the programs of a step. A program that was to be compiled ahead is missed at launch.
-    has_time = plan.platform == "cpu" and not plan.mesh.is_multi_process
-    return has_time and config.executables is None
+    may_follow = plan.platform == "cpu" and not plan.mesh.is_multi_process
+    return may_follow and config.executables is None
 
 
 def _model_info(

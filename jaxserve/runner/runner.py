@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -198,9 +198,8 @@ class Runner:
         waiting, running = iter(missing), dict[Future[Any], ProgramKey]()
         with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
             while True:
-                with suppress(RuntimeError):  # The interpreter is ending: nothing may be begun.
-                    for key in islice(waiting, workers - len(running)):
-                        running[pool.submit(self._make_one, key)] = key
+                for key in islice(waiting, workers - len(running)):
+                    running[pool.submit(self._make_one, key)] = key
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
