@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _score(model: str, setting: str, text: str, window: int) -> tuple[Loss, int]:
     """Scores whole windows only, so that all weigh the same."""
     start_s = time.perf_counter()
-    options = SETTINGS[setting]
+    options = SETTINGS[setting] | {"ready_with": "all"}
     with LLM(model, context_tokens=window + 1, progress=False, **options) as llm:
         ids = llm.tokenizer.encode(text, add_special_tokens=False)
         windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]

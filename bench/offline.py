@@ -114,6 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
     facts = machine.measured()
     values = field_values(arguments, ServeConfig)
     values["seed"] = 0  # Of random weights; --seed is the workload's.
+    values["ready_with"] = "all"  # Nothing is compiled beside what is measured.
     with show_to_person(None) as report:
         service = build(ServeConfig(**values), report)
     with service:

@@ -74,6 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(words)
     facts = machine.measured()
     options = field_values(arguments, ServeConfig)
+    options["ready_with"] = "all"  # Nothing is compiled beside what is measured.
     with show_to_person(None) as report:
         service = build(ServeConfig(**options), report)
     with service:

@@ -15,7 +15,7 @@ from jaxserve.config import ServeConfig
 from jaxserve.launch import open_configured
 from jaxserve.resolve import configure_jax, resolve
 from jaxserve.runner.executables import check_new
-from jaxserve.sizing import Report, compile_rest, make_model, silent, size_pool
+from jaxserve.sizing import Report, compile_wanted, make_model, silent, size_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def compile_ahead(config: ServeConfig, out: Path, report: Report = silent) -> Co
     finally:
         source.close()
     runner = size_pool(config, plan, make_model(plan), None, report)
-    compile_rest(config, runner, report)
+    compile_wanted(config, runner, report)
     assert runner.executables is not None
     keys = runner.program_keys()
     return CompiledAhead(

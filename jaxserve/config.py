@@ -16,6 +16,7 @@ from jaxserve.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8")
 STEP_OVERLAPS = ("auto", "on", "off")
+READY_WITHS = ("auto", "first", "all")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
@@ -74,8 +75,13 @@ class ServeConfig:
     """``on`` dispatches a step before the one before it is read: the device never waits for
     Python, and a new request waits for a step more. auto: on, but off on a CPU by itself, where
     both are the same processor."""
+    ready_with: str = "auto"
+    """``all`` compiles every program before ready. ``first`` compiles a few that every step can be
+    made of, and the others beside the first requests, whose steps compute more padding meanwhile.
+    auto: first on a CPU, but all with several hosts and with ``--executables``."""
     strict_compile: bool = False
-    """Raise when anything is compiled after ready (for tests)."""
+    """Raise when anything is compiled after ready that is no program of ``ready_with`` (for tests).
+    """
     chat_template: Path | None = None
     """A Jinja file instead of the model's own template."""
     offline: bool = False
@@ -113,6 +119,15 @@ class ServeConfig:
             (
                 self.step_overlap in STEP_OVERLAPS,
                 f"step_overlap is {self.step_overlap!r}; choose one of {', '.join(STEP_OVERLAPS)}",
+            ),
+            (
+                self.ready_with in READY_WITHS,
+                f"ready_with is {self.ready_with!r}; choose one of {', '.join(READY_WITHS)}",
+            ),
+            (
+                self.ready_with != "first" or self.executables is None,
+                "ready_with is 'first' and executables is given, whose programs must all be there "
+                "at launch; leave one of them out",
             ),
             (
                 self.load_format in LOAD_FORMATS,

@@ -6,9 +6,10 @@
     3 pages      plan_memory; the count of the last launch is taken again while it fits
     4 the rest   other programs, in parallel, small ones first, while weights stream in and the
                  device state is allocated; 2 and 3 are in ``sizing.py``
-    5 ready      what has to be run once is run; after this nothing compiles
+    5 ready      what has to be run once is run; after this no request waits for XLA
     6 beside     for a server, memory and a step are measured beside what was planned
     7 engine     the loop thread starts
+    8 late       programs that are not needed to begin with are made beside serving (``late.py``)
 
 The server and its port come after that, in ``frontend/grpc``; ``serve`` ties both together.
 Nothing else in the package constructs long-lived objects.
@@ -33,13 +34,14 @@ from jaxserve.config import PROMPT_LINES, GroupConfig, ServeConfig
 from jaxserve.engine.engine import Engine, EngineLimits
 from jaxserve.engine.engine import Runner as StepRunner
 from jaxserve.engine.plan import SchedulerConfig
-from jaxserve.engine.step import MAX_END_TOKENS
+from jaxserve.engine.step import MAX_END_TOKENS, StepShape
 from jaxserve.errors import ConfigError, GroupError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.late import LatePrograms
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Params
 from jaxserve.planning.beside import Beside, Expected, compare, expect
@@ -51,7 +53,14 @@ from jaxserve.runner.group import Group
 from jaxserve.runner.measure import MemoryMeter
 from jaxserve.runner.preflight import HostFacts, join, lead
 from jaxserve.runner.runner import Runner
-from jaxserve.sizing import Report, compile_rest, free_bytes, make_model, silent, size_pool
+from jaxserve.sizing import (
+    Report,
+    compile_wanted,
+    free_bytes,
+    make_model,
+    silent,
+    size_pool,
+)
 from jaxserve.version import __version__
 from jaxserve.weights.source import ModelSource, open_source, save_model
 from pallas_kernels import native
@@ -97,6 +106,8 @@ class Service:
     """The other hosts of the mesh, if there are any."""
     beside: Beside | None = None
     """What was predicted of this launch, and what was measured, if ``build`` was asked to."""
+    late: LatePrograms | None = None
+    """Makes the programs that it was ready without; None when all were there."""
 
     def save(self, path: Path) -> None:
         """Writes the weights, as they are served, for a faster start from ``MODEL = path``.
@@ -109,7 +120,11 @@ class Service:
 
     def close(self) -> None:
         """Stops the engine, and the other hosts, and drops every array. Safe to call again."""
+        if self.late is not None:
+            self.late.cancel()
         self.engine.stop()
+        if self.late is not None:
+            self.late.close()
         if self.group is not None:
             self.group.close()
         self.runner.close()
@@ -169,8 +184,9 @@ def build(
         if group is not None:
             group.ready(digest)
             steps = LeaderRunner(runner, group, plan.step)
-        num_pages = runner.config.cache.num_pages
-        engine = _make_engine(config, plan, steps, num_pages, _end_ids(plan.model, tokenizer))
+        num_pages, shape = runner.config.cache.num_pages, runner.loaded_shape
+        end_ids = _end_ids(plan.model, tokenizer)
+        engine = _make_engine(config, plan, steps, num_pages, shape, end_ids)
         if isinstance(steps, LeaderRunner):
             steps.watch_group(engine.fail)
         info = _model_info(plan, engine, tokenizer, digest, config)
@@ -179,11 +195,14 @@ def build(
             beside = compare(expected[0], meter=meter, runner=runner, steps=steps)
         undo.pop_all()  # From here on the service closes them.
     engine.start()
+    late = LatePrograms(config, runner, engine) if runner.missing_keys() else None
+    if late is not None:
+        late.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
     text_engine = TextEngine(engine, tokenizer, template)
     return Service(
-        config, plan, engine, runner, text_engine, info, source, ready_seconds, group, beside
+        config, plan, engine, runner, text_engine, info, source, ready_seconds, group, beside, late
     )
 
 
@@ -256,6 +275,11 @@ def _begin(
         raise ConfigError(
             "--executables is for one host and --hosts is "
             f"{hosts.hosts}; leave it out: every host keeps what it compiles in its --cache-dir"
+        )
+    if config.ready_with == "first" and hosts is not None and hosts.hosts > 1:
+        raise ConfigError(
+            f"--ready-with first is for one host and --hosts is {hosts.hosts}, which must all have "
+            "the programs of a step; leave it out"
         )
     configure_jax(config)
     # Compiling is what a launch is for, also while another service of this process is strict.
@@ -359,7 +383,8 @@ def _prepare(
 ) -> tuple[Runner, Params]:
     """Loads or compiles everything while the weights stream in and the pages are allocated."""
     model = make_model(plan)
-    runner = size_pool(config, plan, model, group, report)
+    wanted = Runner.first_keys if is_ready_with_first(config, plan) else Runner.program_keys
+    runner = size_pool(config, plan, model, group, report, wanted)
     undo.callback(runner.close)
     loading: Future[Params] = pool.submit(
         source.load,
@@ -375,7 +400,7 @@ def _prepare(
             if beside is not None and beside.done():
                 beside.result()  # A bad weight is heard of now, not when everything is compiled.
 
-    compile_rest(config, runner, report, meanwhile=check)
+    compile_wanted(config, runner, report, wanted, meanwhile=check)
     meanwhile(runner)
     allocating.result()
     return runner, loading.result()
@@ -386,6 +411,7 @@ def _make_engine(
     plan: LaunchPlan,
     runner: StepRunner,
     num_pages: int,
+    shape: StepShape,
     end_ids: tuple[int, ...],
 ) -> Engine:
     longest = max(tokens for _, tokens in plan.step.prefill_buckets)
@@ -411,7 +437,7 @@ def _make_engine(
     return Engine(
         runner,
         scheduler=scheduler,
-        shape=plan.step,
+        shape=shape,
         limits=limits,
         end_ids=end_ids,
         overlap=overlaps_steps(config, plan),
@@ -424,6 +450,16 @@ def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:
         return config.step_overlap == "on"
     # Other hosts are told of a step while the one before it runs.
     return plan.platform != "cpu" or plan.mesh.is_multi_process
+
+
+def is_ready_with_first(config: ServeConfig, plan: LaunchPlan) -> bool:
+    """Whether serving begins with the first programs, and the others are made beside it."""
+    if config.ready_with != "auto":
+        return config.ready_with == "first"
+    # XLA times kernels while it compiles for a GPU, and would time them beside serving. Every host
+    # must have the programs of a step. A program that was to be compiled ahead is missed at launch.
+    may_follow = plan.platform == "cpu" and not plan.mesh.is_multi_process
+    return may_follow and config.executables is None
 
 
 def _model_info(

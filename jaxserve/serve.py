@@ -121,6 +121,8 @@ def serve(
         grace_s = server_config.grace_s if failure is None else FAILURE_GRACE_S
 
         def close() -> None:
+            if service.late is not None:
+                service.late.cancel()  # A program that is being compiled ends beside the grace.
             server.stop(grace_s)
             if service.group is not None:
                 service.group.close(failure or "")

@@ -20,7 +20,7 @@ from jaxserve.models.decoder import Model
 from jaxserve.planning.memory import budget_of
 from jaxserve.resolve import LaunchPlan
 from jaxserve.runner.cache import CacheShape
-from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     ExecutableFolder,
     ExecutableStore,
@@ -37,6 +37,10 @@ Report = Callable[[str, int, int, str], None]
 """``report(stage, done, total, detail)``; stages: ``compile``, ``weights``, ``ready``."""
 
 
+Wanted = Callable[[Runner], list[ProgramKey]]
+"""The programs that a launch is to have before it is ready; the largest are among them."""
+
+
 def silent(stage: str, done: int, total: int, detail: str) -> None:
     """A ``Report`` that says nothing."""
 
@@ -47,18 +51,24 @@ def make_model(plan: LaunchPlan) -> Model:
 
 
 def size_pool(
-    config: ServeConfig, plan: LaunchPlan, model: Model, group: Group | None, report: Report
+    config: ServeConfig,
+    plan: LaunchPlan,
+    model: Model,
+    group: Group | None,
+    report: Report,
+    wanted: Wanted = Runner.program_keys,
 ) -> Runner:
     """Finds the page count: compiles the largest programs to learn what they need beside it.
 
-    Of several hosts the one with the least room decides.
+    Of several hosts the one with the least room decides. ``wanted`` is what ``compile_wanted`` will
+    be called with; here its programs are counted.
 
     Raises:
         LaunchError: what has to be held does not fit, or the programs that were compiled ahead are
             not those of this launch.
     """
     if config.executables is not None:
-        return _sized_by(config.executables, plan, model, report)
+        return _sized_by(config.executables, plan, model, report, wanted)
 
     def agree(pages: int) -> int:
         return pages if group is None else group.agree("pages", pages)
@@ -70,7 +80,7 @@ def size_pool(
         runner = make_runner(plan, model, num_pages)
         if group is None:
             runner.use(ExecutableStore(config.cache_dir).folder(fingerprint(runner)))
-        compile_largest(runner, report)
+        compile_largest(runner, report, wanted)
         fitting = agree(_fitting(plan, runner, runner.temporary_bytes()))
         if num_pages <= fitting:
             memory.remember(num_pages)
@@ -78,33 +88,41 @@ def size_pool(
         num_pages = fitting
 
 
-def compile_largest(runner: Runner, report: Report) -> None:
+def compile_largest(runner: Runner, report: Report, wanted: Wanted) -> None:
     """Makes the programs that need most beside their arguments."""
-    largest, total = runner.largest_keys(), len(runner.program_keys())
+    largest, total = runner.largest_keys(), len(wanted(runner))
     report("compile", 0, total, " and ".join(map(str, largest)))
     for done, key in enumerate(runner.compile(largest), start=1):
         report("compile", done, total, str(key))
 
 
-def compile_rest(
+def compile_wanted(
     config: ServeConfig,
     runner: Runner,
     report: Report,
+    wanted: Wanted = Runner.program_keys,
     *,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes the other programs, small ones first, and tidies the store that holds them.
+    """Makes the other programs that are wanted, small ones first.
 
     Args:
-        config: names the store.
+        config: names the store, which is tidied when every program is there.
         runner: has its largest programs.
         report: hears of each program.
+        wanted: says which.
         meanwhile: called after each.
     """
-    keys = runner.program_keys()
+    keys = wanted(runner)
     for done, key in enumerate(runner.compile(keys), start=1 + len(runner.largest_keys())):
         report("compile", done, len(keys), str(key))
         meanwhile()
+    if not runner.missing_keys():
+        tidy_store(config, runner)
+
+
+def tidy_store(config: ServeConfig, runner: Runner) -> None:
+    """Removes what was not launched for longest from the store that holds the programs, if any."""
     if runner.executables is not None and config.executables is None:
         ExecutableStore(config.cache_dir).evict(runner.executables)
 
@@ -136,7 +154,7 @@ def free_bytes(plan: LaunchPlan) -> int:
     return min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
 
 
-def _sized_by(path: Path, plan: LaunchPlan, model: Model, report: Report) -> Runner:
+def _sized_by(path: Path, plan: LaunchPlan, model: Model, report: Report, wanted: Wanted) -> Runner:
     """The runner of a directory that ``jaxserve compile`` has written, with its page count."""
     written = open_written(path)
     try:
@@ -149,7 +167,7 @@ def _sized_by(path: Path, plan: LaunchPlan, model: Model, report: Report) -> Run
     needed = fingerprint(runner)
     check_key(path, written, needed)
     runner.use(ExecutableFolder(path, needed, must_hold=True))
-    compile_largest(runner, report)
+    compile_largest(runner, report, wanted)
     least = _least(plan)
     budget = budget_of(runner, free_bytes(plan), plan, temporary_bytes=runner.temporary_bytes())
     left = budget.free_bytes - budget.weight_bytes - budget.row_state_bytes - budget.temporary_bytes

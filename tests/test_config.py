@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jaxserve.config import ServeConfig, decode_buckets, prefill_buckets, score_buckets
+from jaxserve.config import GroupConfig, ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
-from jaxserve.launch import overlaps_steps
+from jaxserve.launch import build, is_ready_with_first, overlaps_steps
 from jaxserve.models.presets import preset
 from jaxserve.resolve import configure_jax, resolve, resolve_quantization, resolve_sizes
 from pallas_kernels import native
@@ -39,6 +40,11 @@ def config(**changes: object) -> ServeConfig:
         ),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
         ({"step_overlap": "yes"}, "step_overlap is 'yes'; choose one of auto, on, off"),
+        ({"ready_with": "some"}, "ready_with is 'some'; choose one of auto, first, all"),
+        (
+            {"ready_with": "first", "executables": Path("programs")},
+            "ready_with is 'first' and executables is given, whose programs must all be there",
+        ),
         ({"context_tokens": 1}, "context_tokens is 1; at least 2"),
         ({"max_rows": 0}, "max_rows is 0; choose 1 to 4096"),
         ({"step_tokens": 8}, "step_tokens is 8; choose 16 to 65536"),
@@ -132,6 +138,41 @@ def test_a_step_takes_fewer_prompt_tokens_on_a_cpu_unless_told_otherwise() -> No
 def test_steps_of_a_cpu_overlap_only_where_it_is_asked_for(asked: str, overlaps: bool) -> None:
     given = config(step_overlap=asked, max_rows=4)
     assert overlaps_steps(given, resolve(given, TINY)) is overlaps
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ({}, True),
+        ({"ready_with": "first"}, True),
+        ({"ready_with": "all"}, False),
+        ({"executables": Path("programs")}, False),
+    ],
+    ids=str,
+)
+def test_a_cpu_is_ready_with_first_unless_every_program_must_be_there(
+    asked: dict[str, object], first: bool
+) -> None:
+    given = config(device="cpu", max_rows=4, **asked)
+    assert is_ready_with_first(given, resolve(given, TINY)) is first
+
+
+def test_other_devices_and_several_hosts_are_ready_with_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = config(max_rows=4)
+    plan = resolve(given, TINY)
+    assert not is_ready_with_first(given, replace(plan, platform="cuda"))
+    assert is_ready_with_first(config(ready_with="first"), replace(plan, platform="cuda"))
+    # Equal meshes are one object, which may know the answer from another test.
+    monkeypatch.setitem(vars(plan.mesh), "is_multi_process", True)
+    assert not is_ready_with_first(given, plan)
+
+
+def test_several_hosts_cannot_be_ready_with_first() -> None:
+    hosts = GroupConfig(hosts=2, coordinator="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="--ready-with first is for one host and --hosts is 2"):
+        build(config(ready_with="first"), hosts=hosts)
 
 
 def test_a_plan_leaves_nothing_open() -> None:

@@ -63,6 +63,7 @@ def serve_config(setting: Setting, model: str, **sizes: Any) -> ServeConfig:
     return ServeConfig(
         model=f"dummy:{model}",
         prompt_logprobs=False,
+        ready_with="all",
         cache_dir=setting.cache_dir,
         assets_dir=setting.cache_dir,
         offline=True,

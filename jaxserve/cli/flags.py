@@ -24,6 +24,7 @@ from jaxserve.config import (
     KV_DTYPES,
     LOAD_FORMATS,
     QUANTIZATIONS,
+    READY_WITHS,
     STEP_OVERLAPS,
     ServeConfig,
 )
@@ -34,6 +35,7 @@ CHOICES = {
     "quantization": QUANTIZATIONS,
     "kv_dtype": KV_DTYPES,
     "step_overlap": STEP_OVERLAPS,
+    "ready_with": READY_WITHS,
     "load_format": LOAD_FORMATS,
 }
 NAMES = {"kv_memory_bytes": "kv-memory"}
@@ -65,6 +67,7 @@ LIMIT_FLAGS = (
     "max_waiting_tokens",
     "watchdog_s",
     "step_overlap",
+    "ready_with",
     "strict_compile",
 )
 PLACE_FLAGS = ("assets_dir", "cache_dir")

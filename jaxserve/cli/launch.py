@@ -29,6 +29,7 @@ from jaxserve.progress import Progress, show_progress
 
 if TYPE_CHECKING:
     from jaxserve.launch import Service
+    from jaxserve.runner.runner import Runner
     from pallas_kernels.quantized_matmul import Format
 
 SUMMARY = "serve a model over gRPC"
@@ -312,6 +313,13 @@ def _quantized(formats: dict[str, Format]) -> list[str]:
     return [f"quantized weights: {'; '.join(parts)}"] if parts else []
 
 
+def _programs(runner: Runner) -> str:
+    total, missing = len(runner.program_keys()), len(runner.missing_keys())
+    if not missing:
+        return f"{total} programs compiled"
+    return f"{total - missing} of {total} programs compiled, the others follow"
+
+
 def describe_plan(service: Service, server_config: ServerConfig) -> str:
     """Returns what runs: the model, the pool, and each setting that is not its default."""
     plan, info = service.plan, service.info
@@ -328,8 +336,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
     lines = [
         f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f}M parameters, "
         f"digest {info.model_digest[:12]}",
-        f"{len(service.runner.program_keys())} programs compiled, {info.pages_total} pages of "
-        f"{info.page_tokens} tokens",
+        f"{_programs(service.runner)}; {info.pages_total} pages of {info.page_tokens} tokens",
         *_quantized(plan.formats),
         "settings other than the defaults, which stand in brackets:",
     ]

@@ -176,6 +176,18 @@ class Engine:
         """
         self._send(self._cancel, self._admission.find(request_id))
 
+    def use_shape(self, shape: StepShape) -> None:
+        """Packs the steps to come into other buckets, whose programs are there by now.
+
+        Args:
+            shape: the engine's, but for its buckets.
+
+        Raises:
+            ValueError: something that may be planned fits none of them.
+        """
+        check_fit(self.scheduler.config, shape, self.limits, tuple(self._end_ids))
+        self._send(self._table.use_buckets, shape)
+
     def fail(self, error: Exception) -> None:
         """Ends the engine with an error, for those who know first that it cannot go on."""
         self._send(self._raise, error)

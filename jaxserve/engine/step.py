@@ -188,6 +188,12 @@ class RowTable:
         self.lines[:, Column.ROW] = np.tile(np.arange(shape.shard_rows), shape.data_shards)
         self.lines[:, Column.SUPPRESSED : COLUMNS] = -1
 
+    def use_buckets(self, shape: StepShape) -> None:
+        """Packs into the buckets of ``shape`` from now on; the rest of it must be the same."""
+        lines = (shape.all_rows, shape.line_columns, shape.vocab_size)
+        assert lines == (*self.lines.shape, self.shape.vocab_size), "lines of another shape"
+        self.shape = shape
+
     def admit(self, sequence: LiveSequence) -> RowSetup | None:
         """Fills the line of a sequence's row; returns its dense state when it needs one."""
         line = self.lines[sequence.row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxserve.engine.engine import Runner as StepRunner
+from jaxserve.engine.step import StepShape
 from jaxserve.models.config import ModelConfig
 from jaxserve.planning.devices import DeviceFacts
 from jaxserve.planning.plan import Prediction, predict_launched
@@ -16,7 +17,8 @@ from jaxserve.runner.runner import Runner
 from sharding.mesh import MeshShape
 
 MOST_STEP_MS = 100.0
-"""A full step that should take longer is not timed, so that a launch stays quick: one row is."""
+"""A full step that should take longer is not timed, so that a launch stays quick: one row is. So it
+is when the program of the full step follows after ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,17 @@ def expect(
     traffic = typical(None, None, sizes.context_tokens)
     predicted = predict_launched(name, model, runner, free_bytes, facts, sizes, traffic)
     rows, step_ms = predicted.sequences_expected // shape.data, predicted.step_ms
-    if not step_ms or step_ms > MOST_STEP_MS:
+    is_there = _bucket(runner.config.step, rows) in runner.loaded_shape.decode_buckets
+    if not step_ms or step_ms > MOST_STEP_MS or not is_there:
         rows = 1
         costs = decode_costs(runner, rows, traffic.tokens)
         step_ms = 1e3 * roofline_of(*costs, facts, shape).total_s
     return Expected(predicted=predicted, rows=rows, tokens=traffic.tokens, step_ms=step_ms)
+
+
+def _bucket(shape: StepShape, rows: int) -> int:
+    """The rows that a decode step of so many computes when every program is there."""
+    return next(size for size in shape.decode_buckets if size >= rows)
 
 
 def compare(expected: Expected, *, meter: MemoryMeter, runner: Runner, steps: StepRunner) -> Beside:
@@ -94,7 +102,7 @@ def compare(expected: Expected, *, meter: MemoryMeter, runner: Runner, steps: St
     cache = runner.config.cache
     measured_s = decode_seconds(
         steps,
-        runner.config.step,
+        runner.loaded_shape,
         pages=cache.num_pages,
         page_tokens=cache.page_tokens,
         rows=expected.rows,

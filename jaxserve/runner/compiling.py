@@ -8,6 +8,8 @@ not know of.
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import jax
 
@@ -30,6 +32,8 @@ class CompileCounter:
         """Registers the listeners; use ``instance``, because they cannot be taken back."""
         self.compiles = 0
         """Programs handed to XLA or taken from the persistent cache."""
+        self.planned = 0
+        """Those of them that ``planned_compiles`` asked for."""
         self.cache_hits = 0
         self.cache_misses = 0
         self.strict = False
@@ -44,10 +48,17 @@ class CompileCounter:
                 cls._instance = cls()
             return cls._instance
 
+    @property
+    def unplanned(self) -> int:
+        """Compilations that nobody meant to happen after ready."""
+        return self.compiles - self.planned
+
     def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         if event == _COMPILE_EVENT:
-            self.compiles += 1
-            if self.strict:
+            with self._lock:  # Several threads compile, and a count that is lost is a false alarm.
+                self.compiles += 1
+                self.planned += _this_thread.plans
+            if self.strict and not _this_thread.plans:
                 raise CompileAfterReadyError(
                     "a program was compiled after ready (strict mode): call compiled programs "
                     "with the shapes they were compiled for; JAX_LOG_COMPILES=1 names the function"
@@ -56,3 +67,24 @@ class CompileCounter:
     def _on_event(self, event: str, **_: object) -> None:
         self.cache_hits += event == _CACHE_HIT_EVENT
         self.cache_misses += event == _CACHE_MISS_EVENT
+
+
+@contextmanager
+def planned_compiles() -> Generator[None]:
+    """Within the block what this thread compiles is meant to be, also after ready.
+
+    Programs of the grid may be made beside serving (``late.py``); any other compilation after ready
+    is still one that a request waits for.
+    """
+    before, _this_thread.plans = _this_thread.plans, True
+    try:
+        yield
+    finally:
+        _this_thread.plans = before
+
+
+class _ThisThread(threading.local):
+    plans = False
+
+
+_this_thread = _ThisThread()

@@ -12,6 +12,9 @@ from jaxserve.engine.step import StepShape
 from jaxserve.runner.cache import CacheShape
 from sharding.rules import ShardingRules
 
+FEW_ROWS, SHORT_TOKENS = 16, 64
+"""Sizes between the smallest and the largest that a server should not be without for long."""
+
 
 @dataclass(frozen=True, order=True)
 class ProgramKey:
@@ -65,3 +68,25 @@ class RunnerConfig:
         ):
             keys += [ProgramKey(tokens, kind, lines, tokens) for lines, tokens in buckets]
         return sorted(keys)
+
+    def first_keys(self) -> list[ProgramKey]:
+        """The few programs that every step can be made of, cheapest first.
+
+        The largest of each kind takes whatever may be planned. One row, a few rows and a short
+        prompt have a smaller one, so that the first requests do not wait for a step of padding.
+        """
+        rows, prefill = self.step.decode_buckets, _by_tokens(self.step.prefill_buckets)
+        few = [size for size in rows if size >= FEW_ROWS][:1]
+        short = [bucket for bucket in prefill if bucket[1] >= SHORT_TOKENS][:1]
+        first = {
+            "set_row": {(1, 0)},
+            "decode": {(size, 1) for size in (*rows[:1], *few, *rows[-1:])},
+            "prefill": {*short, *prefill[-1:]},
+            "score": {*_by_tokens(self.step.score_buckets)[-1:]},
+        }
+        return [key for key in self.program_keys() if (key.rows, key.tokens) in first[key.kind]]
+
+
+def _by_tokens(buckets: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Those that take the longest chunks last."""
+    return sorted(buckets, key=lambda bucket: (bucket[1], bucket[0]))

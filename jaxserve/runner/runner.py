@@ -1,18 +1,20 @@
 """One compiled program per bucket, and the dispatch to them.
 
-Programs are loaded from files, or lowered from abstract arrays and compiled, in parallel before the
-first request, small buckets first, and then called as compiled programs: an unexpected shape is an
-error that names the leaf, not a silent recompilation. What the programs compute is in
-``programs.py``; the files are in ``executables.py``.
+Programs are loaded from files, or lowered from abstract arrays and compiled, in parallel, small
+buckets first, before the first request or beside serving (``late.py``), and then called as compiled
+programs: an unexpected shape is an error that names the leaf, not a silent recompilation. What the
+programs compute is in ``programs.py``; the files are in ``executables.py``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxserve.engine.publish import StepHandle, StepResult
-from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, prompt_columns
+from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, StepShape, prompt_columns
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import (
     DeviceState,
@@ -30,7 +32,7 @@ from jaxserve.runner.cache import (
     state_specs,
     zero_state,
 )
-from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.compiling import CompileCounter, planned_compiles
 from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     ExecutableFolder,
@@ -144,6 +146,31 @@ class Runner:
         ]
         return [max(some) for some in kinds if some]
 
+    def first_keys(self) -> list[ProgramKey]:
+        """The programs that serving can begin with, cheapest first: few, and the largest."""
+        return sorted({*self._config.first_keys(), *self.largest_keys()})
+
+    def missing_keys(self) -> list[ProgramKey]:
+        """The programs of the grid that are not there yet, cheapest first."""
+        return self._missing(self.program_keys())
+
+    @property
+    def loaded_shape(self) -> StepShape:
+        """The shapes whose programs are there now. From any thread."""
+        step, there = self._config.step, self._compiled.copy()
+        return replace(
+            step,
+            decode_buckets=tuple(
+                rows for rows in step.decode_buckets if ("decode", rows, 1) in there
+            ),
+            prefill_buckets=tuple(
+                bucket for bucket in step.prefill_buckets if ("prefill", *bucket) in there
+            ),
+            score_buckets=tuple(
+                bucket for bucket in step.score_buckets if ("score", *bucket) in there
+            ),
+        )
+
     @property
     def param_shardings(self) -> Params:
         """Where every weight lives."""
@@ -165,30 +192,37 @@ class Runner:
 
     def compile(
         self, keys: Iterable[ProgramKey], *, workers: int | None = None
-    ) -> Iterable[ProgramKey]:
-        """Loads or compiles programs in parallel; yields each key as it is done."""
-        if self._executables is not None:
-            yield from self._in_parallel(self._load_one, self._missing(keys), workers)
-        yield from self._in_parallel(self._compile_one, self._missing(keys), workers)
+    ) -> Generator[ProgramKey]:
+        """Loads or compiles programs in parallel; yields each key as it is done.
+
+        A program is begun when a worker is free, so that closing the generator, and any error,
+        waits for those that have begun and for no other.
+        """
+        missing = self._missing(keys)
+        workers = workers or min(len(missing) or 1, os.cpu_count() or 1)
+        waiting, running = iter(missing), dict[Future[Any], ProgramKey]()
+        with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
+            while True:
+                for key in islice(waiting, workers - len(running)):
+                    running[pool.submit(self._make_one, key)] = key
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    key = running.pop(future)
+                    self._compiled[_name(key)] = future.result()
+                    yield key
 
     def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         return [key for key in keys if _name(key) not in self._compiled]
 
-    def _in_parallel(
-        self, make: Callable[[ProgramKey], Any], keys: list[ProgramKey], workers: int | None
-    ) -> Iterable[ProgramKey]:
-        """Yields the keys whose programs could be made, as they are."""
-        workers = workers or min(len(keys) or 1, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
-            futures = {pool.submit(make, key): key for key in keys}
-            for future in as_completed(futures):
-                if (program := future.result()) is not None:
-                    self._compiled[_name(futures[future])] = program
-                    yield futures[future]
+    def _make_one(self, key: ProgramKey) -> Any:
+        loaded = None if self._executables is None else self._load_one(key)
+        return self._compile_one(key) if loaded is None else loaded
 
     def memory_analyses(self) -> dict[tuple[str, int, int], Any]:
-        """What XLA says about the memory of every program compiled so far."""
-        analyses = {name: program.memory_analysis() for name, program in self._compiled.items()}
+        """What XLA says about the memory of every program compiled so far. From any thread."""
+        there = self._compiled.copy()  # Another thread may add to it.
+        analyses = {name: program.memory_analysis() for name, program in there.items()}
         return {name: analysis for name, analysis in analyses.items() if analysis is not None}
 
     def temporary_bytes(self) -> int:
@@ -208,7 +242,7 @@ class Runner:
     def make_ready(self, params: Params, *, strict: bool = False) -> None:
         """Takes the weights, allocates the device state and runs what has to be run once.
 
-        After this nothing is compiled and device memory does not grow.
+        After this no request waits for XLA, and device memory does not grow.
         """
         assert isinstance(self._mesh, Mesh), "an abstract mesh holds no arrays"
         self._params = params
@@ -224,7 +258,7 @@ class Runner:
         )
         self._compile_gathers()
         self._warm_up()
-        self._compiles_at_ready = self._counter.compiles
+        self._compiles_at_ready = self._counter.unplanned
         self._counter.strict = strict
 
     def _compile_gathers(self) -> None:
@@ -297,7 +331,8 @@ class Runner:
 
     def _compile_one(self, key: ProgramKey) -> Any:
         traced = self.trace(key)
-        with nullcontext() if self._executables is None else without_jax_cache():
+        stored = nullcontext() if self._executables is None else without_jax_cache()
+        with planned_compiles(), stored:
             compiled = traced.lower().compile(self.compiler_options)
         if self._executables is not None:
             targets = native_targets(traced.jaxpr)
@@ -416,10 +451,10 @@ class Runner:
 
     @property
     def compiles_after_ready(self) -> int:
-        """Compilations of the whole process since ``make_ready``."""
+        """Compilations of the whole process since ``make_ready``, but for programs of a grid."""
         if self._compiles_at_ready is None:
             return 0
-        return self._counter.compiles - self._compiles_at_ready
+        return self._counter.unplanned - self._compiles_at_ready
 
     @property
     def params(self) -> Params | None:

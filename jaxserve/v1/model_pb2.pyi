@@ -325,7 +325,9 @@ class GetStatsResponse(_message.Message):
     prefix_hit_rate: _builtins.float
     """Cached prompt tokens over prompt tokens looked up, 0 to 1, since the start."""
     compiles_after_ready: _builtins.int
-    """Programs compiled after the server was ready; anything but zero is a defect."""
+    """Programs compiled after the server was ready, but for those that follow by design; anything but
+    zero is a defect.
+    """
     padding_waste: _builtins.float
     """Padded token places over token places computed, 0 to 1, since the start."""
     prompt_tokens_total: _builtins.int

@@ -49,6 +49,7 @@ def service_config(model: str, cache_dir: Path, assets_dir: Path, **options: obj
         "step_tokens": 64,
         "page_tokens": 16,
         "kv_memory_bytes": 64 * 2**20,
+        "ready_with": "all",
         "strict_compile": True,
         **options,
     }
@@ -90,7 +91,7 @@ def engine_over(service: Service, **bounds: object) -> Iterator[Engine]:
     engine = Engine(
         service.runner,
         scheduler=replace(original.scheduler.config, **bounds),  # pyright: ignore[reportArgumentType]
-        shape=service.plan.step,
+        shape=service.runner.loaded_shape,
         limits=original.limits,
         end_ids=service.info.eos_token_ids,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from jaxserve.errors import (
     RequestFailedError,
     RequestNotFoundError,
 )
-from jaxserve.testing import ManualClock, counting_engine, expected_tokens
+from jaxserve.testing import CountingRunner, ManualClock, counting_engine, expected_tokens
 from tests.engine.driving import Reader, Recorder, lose_the_pool, make_request, run, submit, turn
 
 VOCAB = 259
@@ -115,6 +116,57 @@ def test_salts_keep_tenants_apart() -> None:
         cached.append(reader.started.cached_tokens)
 
     assert cached == [0, 0, 4]
+
+
+# -- other buckets -------------------------------------------------------------------------------
+
+
+def buckets_of(runner: CountingRunner) -> set[tuple[int, int]]:
+    """Buckets of the steps to come, as they come."""
+    seen = set[tuple[int, int]]()
+    runner.on_dispatch = lambda inputs: seen.update(call.bucket for call in inputs.calls)
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_steps_are_packed_into_other_buckets_while_requests_run(overlap: bool) -> None:
+    engine, runner = counting_engine(overlap=overlap)
+    whole = runner.shape
+    few = replace(whole, decode_buckets=(4,), prefill_buckets=whole.prefill_buckets[1:])
+    seen = buckets_of(runner)
+    engine.use_shape(few)
+    first = submit(engine, "a", PROMPT, max_tokens=20)
+    turn(engine, 6)
+    assert seen == {(4, 1), (4, 16)}
+
+    seen.clear()
+    engine.use_shape(whole)
+    second = submit(engine, "b", [1, 2], max_tokens=20)
+    run(engine)
+    assert seen == {(1, 1), (2, 1), (1, 16)}
+    assert first.tokens() == answer(PROMPT, 20)
+    assert second.tokens() == answer([1, 2], 20)
+
+
+def test_an_idle_engine_takes_other_buckets_up_before_the_next_request() -> None:
+    engine, runner = counting_engine()
+    seen = buckets_of(runner)
+    engine.use_shape(replace(runner.shape, decode_buckets=(4,)))
+    engine.run_once()
+    submit(engine, "a", PROMPT, max_tokens=3)
+    run(engine)
+    assert (4, 1) in seen
+    assert (1, 1) not in seen
+
+
+def test_buckets_that_something_does_not_fit_are_refused() -> None:
+    engine, runner = counting_engine()
+    with pytest.raises(ValueError, match="no decode bucket has max_rows = 4 rows"):
+        engine.use_shape(replace(runner.shape, decode_buckets=(1, 2)))
+    with pytest.raises(ValueError, match="longest score bucket has 0"):
+        engine.use_shape(replace(runner.shape, score_buckets=()))
+    submit(engine, "a", PROMPT, max_tokens=3)
+    run(engine)
 
 
 # -- endings -------------------------------------------------------------------------------------

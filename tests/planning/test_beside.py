@@ -131,6 +131,30 @@ def test_what_was_measured_leaves_no_trace(cache_dir: Path) -> None:
         assert service.engine.stats().compiles_after_ready == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ready_with", "timed"), [("all", 2), ("first", 1)])
+def test_one_row_is_timed_where_the_program_of_a_full_step_follows(
+    ready_with: str, timed: int, cache_dir: Path
+) -> None:
+    """Pages for two sequences of 256 tokens: their step is the bucket of four, which follows."""
+    settings = {"strict_compile": False, "ready_with": ready_with, **SETTINGS}
+    settings |= {"kv_memory_bytes": 48 * 8192}
+    config = service_config("dummy:tiny-llama", cache_dir, cache_dir, **settings)
+    with build(config, measure=True) as service:
+        beside = service.beside
+        assert beside is not None
+        assert (service.plan.page_tokens, service.info.pages_total) == (16, 47)
+        assert beside.predicted.sequences_expected == 2
+        assert (beside.step.rows, service.late is None) == (timed, ready_with == "all")
+        full_ms = beside.predicted.step_ms
+        assert full_ms is not None
+        assert (
+            beside.step.predicted_ms == full_ms
+            if timed == 2
+            else beside.step.predicted_ms < full_ms
+        )
+
+
 def check_table(beside: Beside) -> None:
     table = describe_beside(beside).splitlines()
     assert table[0].split() == ["predicted", "measured"]

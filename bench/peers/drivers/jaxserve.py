@@ -19,6 +19,8 @@ class Jaxserve:
     """A server of this child, with further flags of the command."""
 
     def __init__(self, flags: Sequence[str]) -> None:
+        # Nothing is compiled beside what is measured.
+        flags = ("--ready-with", "all", *flags)
         command = [sys.executable, "-m", "jaxserve", "launch", "--port", "0", *flags]
         self._process = server.start(command, stdout=subprocess.PIPE)
         self.process_id = self._process.pid
