@@ -312,6 +312,20 @@ JAXSERVE_INLINE Vec Exp(Vec x) {
   return Select(gone, Splat(0), p * Bits<Vec>(power));
 }
 
+#if defined(ISA_AVX512)
+// e^x within 1.1e-4 of it, which 8 bits do not show, and exactly 1 at 0: half the operations of Exp.
+// A minimax fit of 2^r for |r| <= 1/2; the last operation scales by a power of two, down to 0.
+JAXSERVE_INLINE Vec ShortExp(Vec x) {
+  const Vec t = x * Splat(1.44269504f);
+  const Vec whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec r = t - whole;
+  Vec p = Fma(Splat(5.500892e-02f), r, Splat(2.4221095e-01f));
+  p = Fma(p, r, Splat(6.932829e-01f));
+  p = Fma(p, r, Splat(1));
+  return _mm512_scalef_ps(p, whole);
+}
+#endif
+
 // The hyperbolic tangent, within 3e-7 of it. Near 0 a minimax fit of (tanh(x) - x) / x^3 in x^2.
 JAXSERVE_INLINE Vec Tanh(Vec x) {
   const Vec u = x * x;

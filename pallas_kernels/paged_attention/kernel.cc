@@ -254,12 +254,24 @@ void AddValues(const Tile& tile, const typename T::Storage* v, const Places& pla
 
 // -- softmax -------------------------------------------------------------------------------------
 
-// Turns one query's scores of a block into weights. It sees the keys first <= key < end of it. Of
-// kScaled pages, scores take in the keys' scales before, and weights those of the values after.
-template <bool kScaled>
+// How keys become weights. Of kScaled pages, scores take in the keys' scales before, and weights
+// those of the values after; kRounded weights are rounded to 8 bits next.
+enum class Weights { kPlain, kScaled, kRounded };
+
+template <Weights kWeights>
+JAXSERVE_INLINE Vec WeightOf(Vec below_top) {
+#if defined(ISA_AVX512)
+  if constexpr (kWeights == Weights::kRounded) return ShortExp(below_top);
+#endif
+  return Exp(below_top);
+}
+
+// Turns one query's scores of a block into weights. It sees the keys first <= key < end of it.
+template <Weights kWeights>
 void Weigh(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch, float* scores,
            float* maximum, float* total, float* weighted) {
   constexpr int kVecs = kBlockKeys / kLanes;
+  constexpr bool kScaled = kWeights == Weights::kScaled;
   if (first >= end) {
     for (int vec = 0; vec < kVecs; ++vec) StoreAs(scores + vec * kLanes, Splat(0));
     return;
@@ -288,11 +300,10 @@ void Weigh(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
 #pragma GCC unroll 16
   for (int vec = 0; vec < kVecs; ++vec) most = Select(score[vec] > most, score[vec], most);
   const float top = Max(most);
-  const float shrink = Exp(Splat(*maximum - top))[0];
   Vec sum = Splat(0);
 #pragma GCC unroll 16
   for (int vec = 0; vec < kVecs; ++vec) {
-    const Vec weight = Exp(score[vec] - Splat(top));
+    const Vec weight = WeightOf<kWeights>(score[vec] - Splat(top));
     sum += weight;
     if constexpr (kScaled) {
       StoreAs(scores + vec * kLanes, weight * LoadAs<Vec>(scratch.v_scale + vec * kLanes));
@@ -300,26 +311,28 @@ void Weigh(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
       StoreAs(scores + vec * kLanes, weight);
     }
   }
-  *maximum = top;
-  *total = *total * shrink + Sum(sum);
-  if (shrink != 1) {
+  if (top != *maximum) {
+    const float shrink = Exp(Splat(*maximum - top))[0];
+    *maximum = top;
+    *total *= shrink;
     for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
       StoreAs(weighted + d, LoadAs<Vec>(weighted + d) * Splat(shrink));
     }
   }
+  *total += Sum(sum);
 }
 
 // Weighs the keys from <= key < to of a block for query vector m.
-template <bool kScaled>
+template <Weights kWeights>
 void WeighBlock(const Tile& tile, int64_t m, int64_t block, int64_t from, int64_t to,
                 const Scratch& scratch, const Softmax& state) {
   const int64_t token = m / tile.group;
   int64_t sees_first = tile.KeyFirst(token);
   if (sees_first < from) sees_first = from;
   const int64_t sees_end = Least(tile.KeyEnd(token), to);
-  Weigh<kScaled>(tile, sees_first - block, sees_end - block, scratch,
-                 scratch.scores + m * kBlockKeys, state.maximum + m, state.total + m,
-                 state.weighted + m * tile.head_dim);
+  Weigh<kWeights>(tile, sees_first - block, sees_end - block, scratch,
+                  scratch.scores + m * kBlockKeys, state.maximum + m, state.total + m,
+                  state.weighted + m * tile.head_dim);
 }
 
 }  // namespace
@@ -360,7 +373,8 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
     Product<Widened<Float32>>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k,
                               kBlockKeys, scratch.scores, kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
-      WeighBlock<kScaled>(tile, m, block, from, to, scratch, state);
+      constexpr Weights kWeights = kScaled ? Weights::kScaled : Weights::kPlain;
+      WeighBlock<kWeights>(tile, m, block, from, to, scratch, state);
     }
     AddValues<T>(tile, v, places[turn], from - block, to - block, scratch, state.weighted);
   }

@@ -111,7 +111,7 @@ void AttendPairs(const Tile& tile, int64_t first, int64_t end, const Scratch& sc
                    kBlockKeys, false);
     for (int64_t m = 0; m < vectors; ++m) {
       float* scores = scratch.scores + m * kBlockKeys;
-      WeighBlock<false>(tile, m, block, from, to, scratch, state);
+      WeighBlock<Weights::kRounded>(tile, m, block, from, to, scratch, state);
       RoundPairs(scores, kBlockKeys, reinterpret_cast<uint32_t*>(scores));
     }
     PackValuePairs(v, places[turn], static_cast<const uint16_t*>(next.v), places[turn ^ 1],
