@@ -29,7 +29,7 @@ from tests.agreement.ways import ask_together, service_config
 pytestmark = pytest.mark.slow
 
 FIRST, ALL = 5, 7
-"""Without decode 4x1 and prefill 1x16."""
+"""Without decode 4x1 and prefill 16x16."""
 PATIENCE_S = 120.0
 
 
@@ -108,18 +108,18 @@ def test_answers_are_the_same_before_and_after_the_other_programs_come(
         )
         seen = note_buckets(service)
         before = ask_together(engine, batch("before"))
-        assert seen <= {("decode", 1, 1), ("decode", 8, 1), ("prefill", 1, 64)}
+        assert seen <= {("decode", 1, 1), ("decode", 8, 1), ("prefill", 16, 64)}
 
         gate.is_open.set()
         assert late.wait(PATIENCE_S)
-        assert [str(key) for key in gate.begun] == ["decode 4x1", "prefill 1x16"]
+        assert [str(key) for key in gate.begun] == ["decode 4x1", "prefill 16x16"]
         assert runner.missing_keys() == []
         assert runner.loaded_shape == service.plan.step
         assert f"all {ALL} programs are there, " in caplog.messages[-1]
         assert f"{ALL} programs compiled;" in describe_plan(service, ServerConfig())
         seen.clear()
         assert ask_together(engine, batch("after")) == before
-        assert {("decode", 4, 1), ("prefill", 1, 16)} <= seen
+        assert {("decode", 4, 1), ("prefill", 16, 16)} <= seen
 
         assert engine.stats().compiles_after_ready == 0
         with pytest.raises(CompileAfterReadyError, match="compiled after ready"):

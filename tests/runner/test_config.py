@@ -61,8 +61,8 @@ def test_the_first_programs_are_few_rows_a_short_prompt_and_the_largest_of_each_
         ("decode", 1, 1),
         ("decode", 16, 1),
         ("decode", 64, 1),
-        ("prefill", 1, 64),
-        ("prefill", 1, 256),
+        ("prefill", 16, 64),
+        ("prefill", 16, 256),
         ("score", 1, 256),
     }
     assert keys == sorted(keys)
