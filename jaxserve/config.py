@@ -287,8 +287,8 @@ def decode_buckets(max_rows: int, smallest: int) -> tuple[int, ...]:
 
 
 PROMPT_LINES = 16
-"""Prompts that one prefill call computes tokens of, at most. Each line costs a place in the head;
-more prompts take one more call."""
+"""Prompts of one step, in each data shard, at most: lines of a prefill call. Each costs a place in
+the head; more prompts wait for the next step."""
 
 
 def prefill_buckets(step_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 
 from jaxserve.config import ServeConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.runner.fingerprint import cores
 from jaxserve.runner.runner import Runner
 from jaxserve.sizing import tidy_store
 
 logger = logging.getLogger(__name__)
+
+INTERPRETER_ENDS = (
+    "cannot schedule new futures after interpreter shutdown",
+    "cannot schedule new futures after shutdown",
+    "can't start new thread at interpreter shutdown",
+    "can't register atexit after shutdown",
+)
+"""What thread pools say then; Python has no public flag for it."""
 
 
 class LatePrograms:
@@ -51,6 +59,11 @@ class LatePrograms:
         self._thread.join(timeout_s)
         return self._complete
 
+    @property
+    def busy(self) -> bool:
+        """Whether a program is being made."""
+        return self._thread.is_alive()
+
     def cancel(self) -> None:
         """Lets what has begun end, and begins no more. Does not wait."""
         self._cancelled.set()
@@ -66,8 +79,8 @@ class LatePrograms:
         try:
             self._make()
         except Exception as error:
-            if type(error) is RuntimeError and "shutdown" in str(error):
-                return  # No pool takes work any more: a script that closed nothing is ending.
+            if str(error) in INTERPRETER_ENDS:
+                return  # A script that closed nothing is ending.
             there = total - len(self._runner.missing_keys())
             logger.exception(
                 "a program cannot be made; serving goes on with %d of %d", there, total
@@ -79,8 +92,8 @@ class LatePrograms:
 
     def _make(self) -> None:
         runner = self._runner
-        # Half of the cores: the others have requests to serve.
-        workers = max(1, (os.cpu_count() or 1) // 2)
+        # Programs at a time: half of the cores have requests to serve.
+        workers = max(1, cores() // 2)
         making = runner.compile(runner.missing_keys(), workers=workers)
         with contextlib.closing(making):
             while not self._cancelled.is_set() and next(making, None) is not None:

@@ -453,7 +453,16 @@ def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:
 
 
 def is_ready_with_first(config: ServeConfig, plan: LaunchPlan) -> bool:
-    """Whether serving begins with the first programs, and the others are made beside it."""
+    """Whether serving begins with the first programs, and the others are made beside it.
+
+    Raises:
+        ConfigError: it is asked for where a program takes device memory when it first runs.
+    """
+    if config.ready_with == "first" and plan.platform != "cpu":
+        raise ConfigError(
+            f"ready_with is 'first' and the device {plan.platform}, which loads a program when it "
+            "first runs, beside requests; choose --ready-with auto or all"
+        )
     if config.ready_with != "auto":
         return config.ready_with == "first"
     # XLA times kernels while it compiles for a GPU, and would time them beside serving. Every host

@@ -45,6 +45,8 @@ class Ended:
     clean: bool
     """False when a thread hangs, or may hang because another host is gone: only ``os._exit`` is
     sure to end the process."""
+    compiling: bool = False
+    """Not clean only because a program is still being compiled, which nobody waits for any more."""
 
 
 class StopSignals:
@@ -132,7 +134,9 @@ def serve(
 
         # An engine that stops cancels what runs: the streams end, and the grace period with them.
         clean = shut_down(close, service.engine.stop, signals, grace_s + CLOSE_LIMIT_S)
-        return Ended(failure, clean and service.group is None)
+        late = service.late
+        compiling = not clean and failure is None and late is not None and late.busy
+        return Ended(failure, clean and service.group is None, compiling)
 
 
 def serve_follower(

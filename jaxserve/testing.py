@@ -352,7 +352,10 @@ class EngineSizes:
             table_width=-(-self.context_tokens // self.page_tokens),
             vocab_size=self.vocab_size,
             decode_buckets=tuple(sorted({1, half, self.max_rows})),
-            prefill_buckets=((self.max_chunks, self.step_tokens),),
+            prefill_buckets=tuple(
+                (self.max_chunks, tokens)
+                for tokens in sorted({max(1, self.step_tokens // 2), self.step_tokens})
+            ),
             score_buckets=((1, self.step_tokens),),
             data_shards=self.data_shards,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve import serve as serving
 from jaxserve.cli.launch import describe_plan
 from jaxserve.engine.publish import StepHandle
 from jaxserve.engine.request import Request, SamplingParams
@@ -29,7 +31,7 @@ from tests.agreement.ways import ask_together, service_config
 pytestmark = pytest.mark.slow
 
 FIRST, ALL = 5, 7
-"""Without decode 4x1 and prefill 16x16."""
+"""Without decode of 4 rows and prefill of 16 tokens."""
 PATIENCE_S = 120.0
 
 
@@ -112,7 +114,7 @@ def test_answers_are_the_same_before_and_after_the_other_programs_come(
 
         gate.is_open.set()
         assert late.wait(PATIENCE_S)
-        assert [str(key) for key in gate.begun] == ["decode 4x1", "prefill 16x16"]
+        assert [str(key) for key in gate.begun] == ["decode of 4 rows", "prefill of 16 tokens"]
         assert runner.missing_keys() == []
         assert runner.loaded_shape == service.plan.step
         assert f"all {ALL} programs are there, " in caplog.messages[-1]
@@ -183,6 +185,26 @@ def test_a_program_that_cannot_be_made_is_said_and_serving_goes_on(
         assert record.exc_info[1] is gate.error
         assert ask_together(service.engine, batch("after")) == before
         assert service.engine.health().serving
+
+
+def test_a_stop_does_not_wait_for_a_program_for_ever(
+    gate: Gate, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process can be left then: what was asked for is done, and that is not a failure."""
+    monkeypatch.setattr(serving, "CLOSE_LIMIT_S", 0.5)
+
+    def stop(service: Service, address: str) -> None:
+        assert gate.has_begun.wait(PATIENCE_S)
+        signal.raise_signal(signal.SIGTERM)
+
+    settings: dict[str, Any] = {"max_rows": 8, "context_tokens": 256, "ready_with": "first"}
+    ended = serving.serve(
+        service_config("dummy:tiny-llama", cache_dir, cache_dir, **settings),
+        ServerConfig(port=0, grace_s=0.1),
+        on_ready=stop,
+        before_ready=lambda number: pytest.fail(f"signal {number} before ready"),
+    )
+    assert ended == serving.Ended(None, clean=False, compiling=True)
 
 
 def test_nothing_is_late_where_the_first_programs_are_all(cache_dir: Path) -> None:

@@ -29,7 +29,8 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         "question", nargs="?", default=QUESTION, metavar="QUESTION", help="(default: %(default)s)"
     )
     add_sampling_flags(parser, max_tokens=128, temperature=0.0)
-    flags.add_engine_flags(parser, config_defaults(environment))
+    # The timing that it prints is to be that of a server with all its programs.
+    flags.add_engine_flags(parser, config_defaults(environment) | {"ready_with": "all"})
 
 
 def run(options: argparse.Namespace, environment: Environment) -> int:

@@ -38,7 +38,8 @@ EXAMPLES = """\
 """
 ONE_REQUEST = {"max_rows": 16, "prompt_logprobs": False}
 """Defaults for a single request: fewer programs to compile than a server needs. Of rows, 16 are as
-fast as one (``launch.BF16_CPU_ROWS``)."""
+fast as one (``launch.BF16_CPU_ROWS``). With nothing kept it answers when the first programs are
+there, and ends when the one that is being compiled then is."""
 
 
 def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None:

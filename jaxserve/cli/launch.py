@@ -102,6 +102,8 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
         sys.stderr = Tagged(sys.stderr, f"[host {hosts.host_id}] ")
     # After that: the log keeps the stream that it finds.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It says when all programs are there.
+    logging.getLogger("jaxserve.late").setLevel(logging.INFO)
     if hosts.hosts > 1:
         # What exchanges data between CPU hosts talks on standard output, which is for scripts.
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
@@ -122,6 +124,9 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
         )
     say("stopped" if ended.failure is None else f"error: {ended.failure}")
     status = 0 if ended.failure is None else 1
+    if ended.compiling:
+        say("a program was being compiled, which cannot be interrupted; leaving without it")
+        _exit_now(status)
     if not ended.clean:
         say("error: a thread does not end; leaving without it")
         _exit_now(status or 1)

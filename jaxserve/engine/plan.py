@@ -32,7 +32,7 @@ class SchedulerConfig:
 
     @property
     def longest_chunk(self) -> int:
-        """Tokens that one chunk may have."""
+        """Tokens that one chunk, and all of a step together, may have."""
         return min(self.step_tokens, self.chunk_tokens or self.step_tokens)
 
     def __post_init__(self) -> None:

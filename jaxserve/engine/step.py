@@ -317,8 +317,8 @@ type Prompts = tuple[str, tuple[int, int], list[list[Chunk]]]
 def _divide(plan: StepPlan, shape: StepShape) -> Iterator[Prompts]:
     """Deals the chunks of a step out to calls; a chunk may be cut where a call is full.
 
-    Its pieces stand in order, and one call writes all keys and values of a layer before it attends
-    to any. Prompts that are scored have calls of their own, and are not cut.
+    Its pieces are in calls that run in order. Prompts that are scored have calls of their own, and
+    are not cut.
     """
     scored, others = _by_shard(plan, shape, scores=True), _by_shard(plan, shape, scores=False)
     while any(scored):

@@ -32,8 +32,8 @@ class CompileCounter:
         """Registers the listeners; use ``instance``, because they cannot be taken back."""
         self.compiles = 0
         """Programs handed to XLA or taken from the persistent cache."""
-        self.planned = 0
-        """Those of them that ``planned_compiles`` asked for."""
+        self.unplanned = 0
+        """Those of them that nobody meant to happen after ready."""
         self.cache_hits = 0
         self.cache_misses = 0
         self.strict = False
@@ -48,16 +48,11 @@ class CompileCounter:
                 cls._instance = cls()
             return cls._instance
 
-    @property
-    def unplanned(self) -> int:
-        """Compilations that nobody meant to happen after ready."""
-        return self.compiles - self.planned
-
     def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         if event == _COMPILE_EVENT:
             with self._lock:  # Several threads compile, and a count that is lost is a false alarm.
                 self.compiles += 1
-                self.planned += _this_thread.plans
+                self.unplanned += not _this_thread.plans
             if self.strict and not _this_thread.plans:
                 raise CompileAfterReadyError(
                     "a program was compiled after ready (strict mode): call compiled programs "

@@ -29,8 +29,11 @@ class ProgramKey:
     tokens: int
 
     def __str__(self) -> str:
-        """Reads like ``decode 16x1``."""
-        return f"{self.kind} {self.rows}x{self.tokens}"
+        """Reads like ``decode of 16 rows`` or ``prefill of 256 tokens``."""
+        if self.kind == "set_row":
+            return self.kind
+        size = f"{self.rows} rows" if self.kind == "decode" else f"{self.tokens} tokens"
+        return f"{self.kind} of {size}"
 
     @property
     def file_name(self) -> str:
@@ -75,18 +78,13 @@ class RunnerConfig:
         The largest of each kind takes whatever may be planned. One row, a few rows and a short
         prompt have a smaller one, so that the first requests do not wait for a step of padding.
         """
-        rows, prefill = self.step.decode_buckets, _by_tokens(self.step.prefill_buckets)
+        rows, prefill = self.step.decode_buckets, self.step.prefill_buckets
         few = [size for size in rows if size >= FEW_ROWS][:1]
         short = [bucket for bucket in prefill if bucket[1] >= SHORT_TOKENS][:1]
         first = {
             "set_row": {(1, 0)},
             "decode": {(size, 1) for size in (*rows[:1], *few, *rows[-1:])},
             "prefill": {*short, *prefill[-1:]},
-            "score": {*_by_tokens(self.step.score_buckets)[-1:]},
+            "score": {*self.step.score_buckets[-1:]},
         }
         return [key for key in self.program_keys() if (key.rows, key.tokens) in first[key.kind]]
-
-
-def _by_tokens(buckets: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    """Those that take the longest chunks last."""
-    return sorted(buckets, key=lambda bucket: (bucket[1], bucket[0]))

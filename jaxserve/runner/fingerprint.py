@@ -72,7 +72,7 @@ def fingerprint(runner: Runner) -> dict[str, str]:
     }
     if devices[0].platform == "cpu":
         # XLA divides loops among as many threads as there are cores when it compiles.
-        parts |= {"CPU": cpu_facts(), "CPU cores": str(_cores())}
+        parts |= {"CPU": cpu_facts(), "CPU cores": str(cores())}
     settings = {
         name: str(value)
         for name, value in jax.config.values.items()
@@ -136,7 +136,8 @@ def cpu_facts() -> str:
     return f"{told.get('model name', 'unnamed')} {_digest(repr(facts).encode())}"
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -120,7 +120,9 @@ class StepPrograms:
         columns = COLUMNS + self.table_width
         lines = Lines(packed[:, :columns])
         tokens = packed[:, columns:].reshape(1, -1)[:, :count]
-        hidden, state = self._forward(params, state, lines, tokens, _first(lines))
+        # The places of one line are its own.
+        first = _first(lines) if packed.shape[0] > 1 else None
+        hidden, state = self._forward(params, state, lines, tokens, first)
         return hidden[0], state, lines
 
     def _forward(
@@ -131,7 +133,7 @@ class StepPrograms:
         tokens: Int[Array, "L T"],
         first: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "L T D"], DeviceState]:
-        """Runs one token of each line or, with ``first``, ragged tokens (``paged_attention``)."""
+        """Runs T tokens of each line or, with ``first``, ragged ones (``paged_attention``)."""
         start, length = lines.column(Column.START), lines.column(Column.LENGTH)
         table = lines.table
         config = self.model.config
@@ -160,7 +162,7 @@ class StepPrograms:
             return out, pools
 
         if first is None:
-            positions = start[:, None]
+            positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         else:
             places = places_of(first, length, tokens.shape[1])
             positions = (start[places.row] + jnp.where(places.is_real, places.token, 0))[None]

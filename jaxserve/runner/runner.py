@@ -137,8 +137,8 @@ class Runner:
         """The programs that need most beside their arguments: the largest of each kind.
 
         Those of prompts have the most places. That of decoding has the most rows, each of which
-        reads a block of its context: of SmolLM2's programs ``decode 64x1`` needs 88 MB,
-        ``score 1x512`` 25.
+        reads a block of its context: of SmolLM2's programs decode of 64 rows needs 88 MB, score
+        of 512 tokens 25.
         """
         keys = self.program_keys()
         kinds = [
@@ -148,7 +148,7 @@ class Runner:
 
     def first_keys(self) -> list[ProgramKey]:
         """The programs that serving can begin with, cheapest first: few, and the largest."""
-        return sorted({*self._config.first_keys(), *self.largest_keys()})
+        return self._config.first_keys()
 
     def missing_keys(self) -> list[ProgramKey]:
         """The programs of the grid that are not there yet, cheapest first."""

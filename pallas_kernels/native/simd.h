@@ -313,8 +313,9 @@ JAXSERVE_INLINE Vec Exp(Vec x) {
 }
 
 #if defined(ISA_AVX512)
-// e^x within 1.1e-4 of it, which 8 bits do not show, and exactly 1 at 0: half the operations of Exp.
-// A minimax fit of 2^r for |r| <= 1/2; the last operation scales by a power of two, down to 0.
+// e^x to 1.1e-4 of itself for x <= 0, which 8 bits do not show, and exactly 1 at 0: half the
+// operations of Exp. A minimax fit of 2^r for |r| <= 1/2; the last operation scales by a power of two,
+// down to 0, and makes 0 of minus infinity though r is NaN there.
 JAXSERVE_INLINE Vec ShortExp(Vec x) {
   const Vec t = x * Splat(1.44269504f);
   const Vec whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

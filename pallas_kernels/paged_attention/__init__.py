@@ -53,7 +53,7 @@ def paged_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
-    first: Int[Array, " B"] | None = None,
+    first: Int[Array, " F"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
@@ -118,7 +118,7 @@ def append(
     length: Int[Array, " B"],
     *,
     layer: int | Int[Array, ""],
-    first: Int[Array, " B"] | None = None,
+    first: Int[Array, " F"] | None = None,
     implementation: str = "auto",
 ) -> Pools:
     """Writes new keys and values of one layer into the pages of their rows.
@@ -209,7 +209,7 @@ def _check(
 
 
 def _check_places(
-    what: str, rows: int, table: Int[Array, "B W"], first: Int[Array, " B"] | None
+    what: str, rows: int, table: Int[Array, "B W"], first: Int[Array, " F"] | None
 ) -> None:
     """Refuses places that are neither each row's own nor shared by all."""
     wanted = table.shape[0] if first is None else 1
@@ -217,6 +217,11 @@ def _check_places(
         raise ValueError(
             f"{what} have {rows} rows of places and the table {table.shape[0]} rows; give as many "
             "as the table has, or one row of places for all of them, with first"
+        )
+    if first is not None and first.shape != table.shape[:1]:
+        raise ValueError(
+            f"first has the shape {list(first.shape)} and the table {table.shape[0]} rows; give "
+            "the place of each"
         )
 
 

@@ -155,7 +155,8 @@ void ClearPadding(const Attention& a) {
     std::fill_n(is_real.begin() + a.rows.First(row), a.rows.Length(row), true);
   }
   for (int64_t place = 0; place < a.rows.places(); ++place) {
-    if (!is_real[place]) std::memset(static_cast<char*>(a.out) + place * place_bytes, 0, place_bytes);
+    if (is_real[place]) continue;
+    std::memset(static_cast<char*>(a.out) + place * place_bytes, 0, place_bytes);
   }
 }
 
@@ -218,7 +219,8 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
 
 // -- shared parts --------------------------------------------------------------------------------
 
-// Neighbouring rows that decode, also in memory, and how many parts of their keys lie in the same pages.
+// Rows of one new token that follow each other in the table and among the places, and how many parts
+// of their keys lie in the same pages.
 struct Sharers {
   int64_t row;
   int64_t rows;

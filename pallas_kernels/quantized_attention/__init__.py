@@ -26,7 +26,7 @@ def quantized_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
-    first: Int[Array, " B"] | None = None,
+    first: Int[Array, " F"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     implementation: str = "auto",

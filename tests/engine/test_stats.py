@@ -34,8 +34,8 @@ def test_the_numbers_of_a_small_scene() -> None:
     assert (stats.prompt_tokens_total, stats.output_tokens_total) == (7, 2)
     assert (stats.requests_accepted_total, stats.requests_rejected_total) == (3, 0)
     assert stats.steps_total == 1
-    # 5 and 2 tokens in a bucket of 16, then two rows in a bucket of 2.
-    assert stats.padding_waste == pytest.approx(1 - 9 / 18)
+    # 5 and 2 tokens in a bucket of 8, then two rows in a bucket of 2.
+    assert stats.padding_waste == pytest.approx(1 - 9 / 10)
     assert stats.compiles_after_ready == runner.compiles_after_ready == 0
     assert set(stats.phase_seconds_total) == {"plan", "pack", "dispatch", "wait", "publish"}
     assert all(seconds > 0 for seconds in stats.phase_seconds_total.values())

@@ -200,6 +200,14 @@ void CheckRagged(const std::string& name, Attention a, size_t pool_bytes, Execut
   for (int32_t& place_of : first) place_of = 1 << 30;
   first[0] = -7;
   RunAttention(a, CurrentKernel(), executor);
+  if (a.k_scale == nullptr) {
+    const int64_t item = a.pool_number == Number::kFloat32 ? 4 : 2;
+    const Array<char> fresh(new char[places * a.pool.kv_heads * a.pool.head_dim * item]);
+    const Array<char> k(new char[pool_bytes]), v(new char[pool_bytes]);
+    std::memset(fresh.get(), 0, places * a.pool.kv_heads * a.pool.head_dim * item);
+    RunAppend(Append{a.pool, a.rows, a.layer, item, {k.get(), v.get()}, {fresh.get(), fresh.get()}},
+              executor);
+  }
 }
 
 void CheckCase(const std::string& line, std::istream& file, const std::vector<Pool*>& pools) {

@@ -99,6 +99,33 @@ def test_narrow_attention_errs_by_what_its_weights_are_rounded_by(case: Case, is
         assert (answer != exact).any()
 
 
+def test_narrow_weights_are_exponentials_to_a_ten_thousandth(isa: native.Isa):
+    """A key with value 1 beside one with value 0: the answer is 1 / (1 + the second's weight).
+
+    Sums take in weights before they are rounded, so their error alone is seen.
+    """
+    below = np.arange(80, dtype=np.float32) / 8  # Of the first key's score.
+    rows, head_dim, page_tokens = len(below), 16, 8
+    k = np.zeros((rows + 1, 1, page_tokens, head_dim), np.float32)
+    v = np.zeros_like(k)
+    k[1:, 0, 1, 0], v[1:, 0, 0] = -below, 1
+    answer = narrow(
+        jnp.ones((rows, 1, 1, head_dim), jnp.bfloat16).astype(jnp.float32),
+        Pools(k=jnp.asarray(k, jnp.bfloat16), v=jnp.asarray(v, jnp.bfloat16), pages=rows + 1),
+        jnp.arange(1, rows + 1, dtype=jnp.int32)[:, None],
+        jnp.ones(rows, jnp.int32),
+        jnp.ones(rows, jnp.int32),
+        layer=0,
+        scale=1.0,
+        implementation="native",
+    )
+    weight = 1 / np.asarray(answer, np.float64)[:, 0, 0, 0] - 1
+    np.testing.assert_allclose(weight, np.exp(-below.astype(np.float64)), rtol=1.2e-4, atol=4e-7)
+    assert weight[0] == 1
+    if isa >= native.Isa.AVX512BF16:
+        assert np.abs(weight * np.exp(below) - 1).max() > 5e-5, "the short exponential is not used"
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 24])
 def test_a_narrow_query_has_the_same_bits_in_any_chunk_and_company(chunk: int):
     case = replace(LONG, window=300)

@@ -324,6 +324,10 @@ def _same(inputs: Inputs) -> Inputs:
             "queries have 2 rows of places and the table 2 rows; .* or one row of places for all",
         ),
         (
+            _refused(lambda inputs: inputs._replace(q=inputs.q[:1]), first=jnp.zeros(1, jnp.int32)),
+            r"first has the shape \[1\] and the table 2 rows; give the place of each",
+        ),
+        (
             _refused(lambda inputs: inputs._replace(q=inputs.q[:1])),
             "queries have 1 rows of places and the table 2 rows; give as many as the table has",
         ),

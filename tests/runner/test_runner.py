@@ -27,6 +27,7 @@ from jaxserve.errors import CheckpointError
 from jaxserve.launch import Service
 from jaxserve.models.decoder import Model
 from jaxserve.runner.compiling import CompileAfterReadyError, CompileCounter
+from jaxserve.runner.runner import Runner
 from tests.agreement.ways import (
     GREEDY,
     ask_together,
@@ -172,14 +173,22 @@ def test_an_unexpected_shape_is_an_error_that_names_the_argument(service: Servic
         )
 
 
+@pytest.mark.parametrize("has_native", [True, False])
 @pytest.mark.parametrize(
     ("context_tokens", "kv_dtype"), [(256, "auto"), (512, "auto"), (256, "int8"), (512, "int8")]
 )
-def test_no_program_copies_the_pool(context_tokens: int, kv_dtype: str, cache_dir: Path) -> None:
-    """Donated pools are written in place, also where a row's whole context is one block."""
+def test_no_program_copies_the_pool(
+    context_tokens: int, kv_dtype: str, has_native: bool, cache_dir: Path
+) -> None:
+    """Donated pools are written in place, also where a row's whole context is one block; by the
+    native kernels, and by what other devices run."""
     bounds = {"context_tokens": context_tokens, "kv_dtype": kv_dtype, "strict_compile": False}
     with make_service(MODEL, cache_dir, cache_dir, **bounds) as service:
         runner = service.runner
+        if not has_native:
+            config = replace(runner.config, has_native=False)
+            runner = Runner(runner.model, config, runner.mesh)
+            list(runner.compile(runner.largest_keys()))
         cache = runner.config.cache
         pool_bytes = cache.page_bytes(service.plan.model) * cache.num_pages
         arrays = jax.tree.leaves(runner._abstract_state.pools)

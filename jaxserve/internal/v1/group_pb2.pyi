@@ -369,9 +369,9 @@ class ProgramCall(_message.Message):
     kind: _builtins.str
     """decode, prefill or score."""
     rows: _builtins.int
-    """Rows of the bucket, in each data shard."""
+    """Lines of the bucket, in each data shard."""
     tokens: _builtins.int
-    """Tokens per row of the bucket."""
+    """Tokens of the bucket: 1 for each line of decode, those of all lines for others."""
     heads: _builtins.bytes
     """int32, five for each line of the buffer: row counted through all data shards, start, length,
     whether it samples, whether stop tokens are suppressed.
@@ -381,7 +381,9 @@ class ProgramCall(_message.Message):
     changed_columns: _builtins.bytes
     """int32: those columns, a row for each changed line."""
     prompt_tokens: _builtins.bytes
-    """int32: prompt tokens, a row for each line; empty for decode."""
+    """int32: prompt tokens of each data shard, one behind the other, in equal parts for its lines; empty
+    for decode.
+    """
     def __init__(
         self,
         *,
