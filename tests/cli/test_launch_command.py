@@ -233,6 +233,16 @@ def test_a_thread_that_hangs_does_not_keep_the_process(
         shell("launch", shell.model)
 
 
+def test_a_program_that_is_being_compiled_does_not_keep_it_and_is_no_failure(
+    shell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = Ended(None, clean=False, compiling=True)
+    monkeypatch.setattr("jaxserve.serve.serve", lambda *_, **__: ended)
+    monkeypatch.setattr("os._exit", lambda status: pytest.fail(f"left with {status}", False))
+    with pytest.raises(pytest.fail.Exception, match="left with 0"):
+        shell("launch", shell.model)
+
+
 # -- a reader that has left ------------------------------------------------------------------------
 
 SERVE = """
@@ -246,8 +256,8 @@ def serve(*_, on_lost=None, **__):
     sys.stdin.readline()
     {end}
 
-def ended(failure):
-    return types.SimpleNamespace(failure=failure, clean=True)
+def ended(failure, clean=True, compiling=False):
+    return types.SimpleNamespace(failure=failure, clean=clean, compiling=compiling)
 
 jaxserve.serve = sys.modules["jaxserve.serve"] = types.SimpleNamespace(serve=serve)
 launch.report_environment = launch.ensure_asset = lambda *_: None
@@ -281,12 +291,21 @@ def left_alone(end: str, *flags: str) -> int:
     [
         ("return ended('the engine has ended: oops')", 1),
         ("return ended(None)", 0),
+        ("return ended(None, clean=False, compiling=True)", 0),
         ("raise errors.GroupError('host 1 was lost')", 1),
         ("raise errors.LaunchError('the port is taken')", 2),
         ("words.tell('ready'); words.tell('how to talk'); return ended(None)", 0),
         ("print('more', flush=True)", 1),
     ],
-    ids=["failed", "stopped", "an error", "a flag has to change", "ready", "something else"],
+    ids=[
+        "failed",
+        "stopped",
+        "compiling",
+        "an error",
+        "a flag has to change",
+        "ready",
+        "something else",
+    ],
 )
 @pytest.mark.parametrize("flags", [(), HOSTS], ids=["one host", "hosts"])
 def test_the_exit_status_is_the_same_when_nobody_reads(

@@ -186,11 +186,11 @@ def test_a_window_is_all_that_is_read_of_a_long_context() -> None:
 
 def test_the_first_token_comes_after_the_chunks_of_its_prompt() -> None:
     """1,000 tokens are chunks of 512 and 488, which is computed as 512. Both are limited by their
-    products: 2 for each weight of a matrix and place, the head for one place; attention in float32
+    products: 2 for each weight of a matrix and place, the head for 16 lines; attention in float32
     over 512 and 1,000 keys. On one device nothing is exchanged."""
     vocab, embed = 128_256, 4096
     matrices = 8_030_261_248 - 2 * vocab * embed - 65 * embed
-    products = 2 * 2 * (512 * matrices + vocab * embed)
+    products = 2 * 2 * (512 * matrices + 16 * vocab * embed)
     attention = 32 * 2 * 2 * 32 * 128 * 512 * (512 + 1000)
     seconds = (products / 989e12 + attention / 67e12) / 0.8
     assert planned("llama-3.1-8b", "h200").ttft_ms == pytest.approx(1e3 * seconds)
