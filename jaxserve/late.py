@@ -3,7 +3,8 @@
     ready with few ──> one more is made ──> Engine.use_shape ──> ... ──> all are there
                             └─ or cannot be: that is said, and serving goes on with what there is
 
-A program that is being compiled cannot be interrupted, so whoever closes waits for it.
+A program that is being compiled cannot be interrupted, so whoever closes waits for it; a server
+that is stopped waits no longer than for anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 
 from jaxserve.config import ServeConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.runner.fingerprint import cores
+from jaxserve.runner.compiling import cores
 from jaxserve.runner.runner import Runner
 from jaxserve.sizing import tidy_store
 

@@ -182,6 +182,33 @@ def resolve_sizes(
     )
 
 
+def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:
+    """Whether the engine dispatches a step before the one before it is read."""
+    if config.step_overlap != "auto":
+        return config.step_overlap == "on"
+    # Other hosts are told of a step while the one before it runs.
+    return plan.platform != "cpu" or plan.mesh.is_multi_process
+
+
+def is_ready_with_first(config: ServeConfig, plan: LaunchPlan) -> bool:
+    """Whether serving begins with the first programs, and the others are made beside it.
+
+    Raises:
+        ConfigError: it is asked for where a program takes device memory when it first runs.
+    """
+    if config.ready_with == "first" and plan.platform != "cpu":
+        raise ConfigError(
+            f"ready_with is 'first' and the device {plan.platform}, which loads a program when it "
+            "first runs, beside requests; choose --ready-with auto or all"
+        )
+    if config.ready_with != "auto":
+        return config.ready_with == "first"
+    # XLA times kernels while it compiles for a GPU, and would time them beside serving. Every host
+    # must have the programs of a step. A program that was to be compiled ahead is missed at launch.
+    may_follow = plan.platform == "cpu" and not plan.mesh.is_multi_process
+    return may_follow and config.executables is None
+
+
 def sharding_summary(plan: LaunchPlan) -> str:
     """One line on what is split, and what that pads or copies; empty on one device."""
     if plan.mesh.size == 1:

@@ -9,9 +9,16 @@ import pytest
 
 from jaxserve.config import GroupConfig, ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
-from jaxserve.launch import build, is_ready_with_first, overlaps_steps
+from jaxserve.launch import build
 from jaxserve.models.presets import preset
-from jaxserve.resolve import configure_jax, resolve, resolve_quantization, resolve_sizes
+from jaxserve.resolve import (
+    configure_jax,
+    is_ready_with_first,
+    overlaps_steps,
+    resolve,
+    resolve_quantization,
+    resolve_sizes,
+)
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import Format
 

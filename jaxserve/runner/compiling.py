@@ -7,6 +7,7 @@ not know of.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -62,6 +63,13 @@ class CompileCounter:
     def _on_event(self, event: str, **_: object) -> None:
         self.cache_hits += event == _CACHE_HIT_EVENT
         self.cache_misses += event == _CACHE_MISS_EVENT
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

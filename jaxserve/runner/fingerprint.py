@@ -8,7 +8,6 @@ programs can be traced from: what ``runner`` may import, which ``make layers`` c
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 
 import pallas_kernels
 import sharding
+from jaxserve.runner.compiling import cores
 from jaxserve.runner.runner import Runner
 from pallas_kernels import native
 
@@ -134,13 +134,6 @@ def cpu_facts() -> str:
     named = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part", "flags", "Features")
     facts = [told.get(name, "") for name in named]
     return f"{told.get('model name', 'unnamed')} {_digest(repr(facts).encode())}"
-
-
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _shapes(tree: Any) -> str:

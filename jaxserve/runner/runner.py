@@ -8,7 +8,6 @@ programs compute is in ``programs.py``; the files are in ``executables.py``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from jaxserve.runner.cache import (
     state_specs,
     zero_state,
 )
-from jaxserve.runner.compiling import CompileCounter, planned_compiles
+from jaxserve.runner.compiling import CompileCounter, cores, planned_compiles
 from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     ExecutableFolder,
@@ -199,7 +198,7 @@ class Runner:
         waits for those that have begun and for no other.
         """
         missing = self._missing(keys)
-        workers = workers or min(len(missing) or 1, os.cpu_count() or 1)
+        workers = workers or min(len(missing) or 1, cores())
         waiting, running = iter(missing), dict[Future[Any], ProgramKey]()
         with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve-compile") as pool:
             while True:

@@ -381,8 +381,8 @@ class ProgramCall(_message.Message):
     changed_columns: _builtins.bytes
     """int32: those columns, a row for each changed line."""
     prompt_tokens: _builtins.bytes
-    """int32: prompt tokens of each data shard, one behind the other, in equal parts for its lines; empty
-    for decode.
+    """int32: prompt tokens of each data shard, one behind the other, in equal parts for its lines;
+    empty for decode.
     """
     def __init__(
         self,
