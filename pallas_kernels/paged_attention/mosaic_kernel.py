@@ -1,0 +1,543 @@
+"""The GPU kernel of paged attention, for Hopper, in Mosaic.
+
+Thread blocks take turns at the units of a launch (``work.py``). In each, one warpgroup *fetches*:
+it follows the page table and has the hardware copy pages into a ring of shared memory, across the
+borders of units, so that the next unit's keys arrive while this one's are computed. The others
+*attend*, each for 64 rows of the tile of queries: two products on the tensor cores around a running
+softmax (Dao et al. 2022, FlashAttention; Shah et al. 2024, FlashAttention-3, for the division of
+labour). Pages of few bits are widened tile by tile in shared memory; the scale of a key's token
+multiplies its scores, and that of a value's token its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.paged_attention import work
+from pallas_kernels.paged_attention.work import LOG2E, NOTHING
+
+LINES = 64
+"""Rows of one warpgroup's product."""
+MASKED = -1e30
+FLOOR = -1e20
+"""Scores of invisible keys, and where the running maximum starts; see ``blocked.py``."""
+HAVE_REGISTERS = {1: (232, 40), 2: (240, 24)}
+"""Of each thread that attends, and that fetches, by warpgroups that attend."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is tiled; results do not depend on it beyond rounding."""
+
+    warpgroups: int
+    """That attend, 1 or 2; each takes 64 packed query rows."""
+    tile_keys: int
+    """Tokens of one turn of the loop: 64 or 128."""
+    stages: int
+    """Tiles of keys and values in the ring."""
+    query_stages: int
+    """Tiles of queries: 2 lets the next unit's arrive early."""
+    blocks: int
+    """Thread blocks, one for each multiprocessor."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is fixed when the kernel is traced."""
+
+    config: Config
+    units: int
+    out_lines: int
+    """Rows of each warpgroup's that are written, a multiple of 8."""
+    out_dtype: Any
+    group: int
+    scale: float
+    softcap: float
+    has_window: bool
+    one_query: bool
+    """Every row has one new token: one position for all of a tile."""
+    interpret: bool
+
+
+def attend(
+    launch: Launch,
+    q: Float[Array, "K P H"],
+    k: Array,
+    v: Array,
+    table: Int32[Array, "B W"],
+    units: Int32[Array, "U 8"],
+    numbers: Int32[Array, " 3"],
+    scales: tuple[Array, Array] | None,
+) -> tuple[Float[Array, "U K M H"], Float32[Array, "U K M"]]:
+    """Runs the units of a launch.
+
+    Args:
+        launch: what is fixed.
+        q: packed queries, with ``M`` rows of padding behind the last.
+        k: ``[LP K Z H]`` pages; of int8 or e4m3 with scales.
+        v: as ``k``.
+        table: pages of each row.
+        units: see ``work.py``.
+        numbers: real units; the layer's first page; the window.
+        scales: ``[LP K Z]`` of keys and of values.
+
+    Returns:
+        The answers of units, and log2 of what their weights summed to, in the order of their slots;
+        others are not written.
+    """
+    config = launch.config
+    kv_heads, _, head_dim = q.shape
+    heads, lines = launch.config.warpgroups, launch.out_lines
+    operands = [q, k, v, table, units, numbers, *(scales or ())]
+    body = _Body(
+        launch, q.dtype, head_dim, kv_heads, k.shape[2], table.shape[1], scales is not None
+    )
+    out, sums = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(
+                (launch.units, kv_heads, heads, lines, head_dim), launch.out_dtype
+            ),
+            jax.ShapeDtypeStruct((launch.units, kv_heads, heads, lines), jnp.float32),
+        ),
+        scratch_types=body.scratch(k.dtype),
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=heads + 1,
+        thread_name="warpgroup",
+        kernel_name="paged_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    shape = (launch.units, kv_heads, heads * lines)
+    return out.reshape(*shape, head_dim), sums.reshape(shape)
+
+
+def shared_bytes(config: Config, head_dim: int, pages: Any, compute: Any, out: Any) -> int:
+    """Shared memory that a config needs, but for a few hundred bytes of barriers."""
+    lines = config.warpgroups * LINES
+    bits = jax.dtypes.itemsize_bits
+    cell = bits(pages) * head_dim // 8
+    narrow = bits(pages) < 16
+    ring = config.stages * config.tile_keys * 2 * (cell + (2 if narrow else 0))
+    wide = 2 * config.tile_keys * head_dim * 2 if narrow else 0
+    queries = config.query_stages * lines * head_dim * bits(compute) // 8
+    return ring + wide + queries + lines * (head_dim * bits(out) // 8 + 4)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The kernel's function, with what it was made for."""
+
+    launch: Launch
+    dtype: Any
+    head_dim: int
+    kv_heads: int
+    page_tokens: int
+    table_width: int
+    has_scales: bool
+
+    def scratch(self, pages: Any) -> dict[str, Any]:
+        """Shared memory and barriers, by name."""
+        config, H = self.launch.config, self.head_dim
+        heads, stages, S = config.warpgroups, config.stages, config.tile_keys
+        ring = plgpu.SMEM((stages, S, H), pages, transforms=transforms(H, pages))
+        arrivals = max(S // self.page_tokens, 1) * (2 if self.has_scales else 1)
+        out = self.launch.out_dtype
+        made = {
+            "q_sm": plgpu.SMEM(
+                (config.query_stages, heads * LINES, H),
+                self.dtype,
+                transforms=transforms(H, self.dtype),
+            ),
+            "k_sm": ring,
+            "v_sm": ring,
+            "out_sm": plgpu.SMEM((heads, LINES, H), out, transforms=transforms(H, out)),
+            "sum_sm": plgpu.SMEM((heads, LINES), jnp.float32),
+            "q_here": plgpu.Barrier(num_barriers=config.query_stages),
+            "q_free": plgpu.Barrier(num_barriers=config.query_stages, num_arrivals=heads),
+            "k_here": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            "v_here": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            "free": plgpu.Barrier(num_barriers=stages, num_arrivals=heads),
+        }
+        if heads > 1:
+            made["clean"] = plgpu.Barrier(num_arrivals=heads)
+        if self.has_scales:
+            wide = plgpu.SMEM((S, H), self.dtype, transforms=transforms(H, self.dtype))
+            scale = plgpu.SMEM((stages, S), jnp.bfloat16)
+            made |= {"k_wide": wide, "v_wide": wide, "k_scale_sm": scale, "v_scale_sm": scale}
+        return made
+
+    def __call__(self, *refs: Any, **scratch: Any) -> None:
+        """Runs on one thread block: who am I, and what do I do."""
+        count = 6 + 2 * self.has_scales
+        names = ("q", "k", "v", "table", "units", "numbers", "k_scale", "v_scale")
+        memory = dict(zip(names, refs[:count], strict=False)) | scratch
+        memory |= {"out": refs[count], "sums": refs[count + 1]}
+        block = _Block(self, _Memory(**memory))
+        heads = self.launch.config.warpgroups
+        have, leave = HAVE_REGISTERS[heads]
+
+        @pl.when(lax.axis_index("warpgroup") == heads)
+        def _() -> None:
+            plgpu.set_max_registers(leave, action="decrease")
+            block.fetch()
+
+        @pl.when(lax.axis_index("warpgroup") < heads)
+        def _() -> None:
+            plgpu.set_max_registers(have, action="increase")
+            block.attend()
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Every ref of a thread block, by name."""
+
+    q: Any
+    k: Any
+    v: Any
+    table: Any
+    units: Any
+    numbers: Any
+    out: Any
+    sums: Any
+    q_sm: Any
+    k_sm: Any
+    v_sm: Any
+    out_sm: Any
+    sum_sm: Any
+    q_here: Any
+    q_free: Any
+    k_here: Any
+    v_here: Any
+    free: Any
+    clean: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+    k_scale_sm: Any = None
+    v_scale_sm: Any = None
+    k_wide: Any = None
+    v_wide: Any = None
+
+
+class _Block:
+    """One thread block's share of a launch."""
+
+    def __init__(self, body: _Body, memory: _Memory) -> None:
+        self.body, self.memory, self.launch = body, memory, body.launch
+        self.config = body.launch.config
+        self.number = lax.axis_index("block")
+        total = memory.numbers[0] * body.kv_heads
+        ahead = jnp.int32(self.config.blocks - 1)
+        self.units = lax.div(jnp.maximum(total - self.number + ahead, 0), self.config.blocks)
+        """So many units and key heads are this block's: its number, and every ``blocks``-th on."""
+
+    def _unit(self, i: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+        """The unit of this block's i-th turn, and its key head."""
+        turn = self.number + i * self.config.blocks
+        return lax.div(turn, self.body.kv_heads), lax.rem(turn, self.body.kv_heads)
+
+    def fetch(self) -> None:
+        """Copies queries and pages into the rings, as far ahead as they have room."""
+        memory, config = self.memory, self.config
+        stages, query_stages = config.stages, config.query_stages
+
+        def unit(i: Int32[Array, ""], fetched: Int32[Array, ""]) -> Int32[Array, ""]:
+            u, head = self._unit(i)
+            slot = lax.rem(i, query_stages)
+
+            @pl.when(i >= query_stages)
+            def _() -> None:
+                plgpu.barrier_wait(memory.q_free.at[slot])
+
+            begin = memory.units[u, work.FIRST_QUERY]
+            plgpu.copy_gmem_to_smem(
+                memory.q.at[head, pl.ds(begin, config.warpgroups * LINES)],
+                memory.q_sm.at[slot],
+                memory.q_here.at[slot],
+            )
+            row = memory.units[u, work.ROW]
+            begin, end = memory.units[u, work.FROM], memory.units[u, work.TO]
+
+            def tile(t: Int32[Array, ""], carry: _Fetching) -> _Fetching:
+                fetched, pages = carry
+                # The next pages' numbers are read now: that takes as long as a copy.
+                following = self._pages(row, jnp.minimum(t + 1, end - 1))
+                slot = lax.rem(fetched, stages)
+
+                @pl.when(fetched >= stages)
+                def _() -> None:
+                    plgpu.barrier_wait(memory.free.at[slot])
+
+                self._copy(head, t, pages, slot)
+                return fetched + 1, following
+
+            return lax.fori_loop(begin, end, tile, (fetched, self._pages(row, begin)))[0]
+
+        fetched = lax.fori_loop(0, self.units, unit, jnp.int32(0))
+        # A barrier is waited for as often as it comes about.
+        _drain(memory.free, fetched, stages)
+        _drain(memory.q_free, self.units, query_stages)
+
+    def _pages(self, row: Int32[Array, ""], t: Int32[Array, ""]) -> list[Int32[Array, ""]]:
+        """Reads which rows of the pool a tile of keys is in."""
+        page_tokens, width = self.body.page_tokens, self.body.table_width
+        first = lax.div(t * self.config.tile_keys, page_tokens)
+        count = max(self.config.tile_keys // page_tokens, 1)
+        base = self.memory.numbers[1]
+        entries = (jnp.minimum(first + j, width - 1) for j in range(count))
+        return [base + self.memory.table[row, entry] for entry in entries]
+
+    def _copy(
+        self,
+        head: Int32[Array, ""],
+        t: Int32[Array, ""],
+        pages: list[Int32[Array, ""]],
+        slot: Int32[Array, ""],
+    ) -> None:
+        """Starts the copies of a tile of keys and values, and of their scales."""
+        memory, tile_keys, page_tokens = self.memory, self.config.tile_keys, self.body.page_tokens
+        part = min(tile_keys, page_tokens)
+        within = lax.rem(t * tile_keys, page_tokens)
+        for j, page in enumerate(pages):
+            into = pl.ds(j * part, part)
+            for cells, scales, ring, scale_ring, here in (
+                (memory.k, memory.k_scale, memory.k_sm, memory.k_scale_sm, memory.k_here),
+                (memory.v, memory.v_scale, memory.v_sm, memory.v_scale_sm, memory.v_here),
+            ):
+                barrier = here.at[slot]
+                source = pl.ds(within, part)
+                plgpu.copy_gmem_to_smem(cells.at[page, head, source], ring.at[slot, into], barrier)
+                if scales is not None:
+                    plgpu.copy_gmem_to_smem(
+                        scales.at[page, head, source], scale_ring.at[slot, into], barrier
+                    )
+
+    def attend(self) -> None:
+        """Computes what has been fetched."""
+        memory, config = self.memory, self.config
+        me = lax.axis_index("warpgroup")
+
+        def unit(i: Int32[Array, ""], used: Int32[Array, ""]) -> Int32[Array, ""]:
+            u, head = self._unit(i)
+            slot = lax.rem(i, config.query_stages)
+            begin, end = memory.units[u, work.FROM], memory.units[u, work.TO]
+            see = self._visible(u, me)
+            plgpu.barrier_wait(memory.q_here.at[slot])
+            queries = memory.q_sm.at[slot, pl.ds(me * LINES, LINES)]
+
+            def tile(t: Int32[Array, ""], state: _Softmax) -> _Softmax:
+                return self._fold(
+                    queries, u, t, lax.rem(used + t - begin, config.stages), see, state
+                )
+
+            start = (
+                _spread(jnp.zeros((LINES, self.body.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+                _line(FLOOR),
+                _line(0.0),
+            )
+            state = lax.fori_loop(begin, end, tile, start)
+            if self.launch.interpret:
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(memory.q_free.at[slot])
+            self._put(u, head, me, state)
+            return used + end - begin
+
+        lax.fori_loop(0, self.units, unit, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _visible(self, u: Int32[Array, ""], me: Int32[Array, ""]) -> _Visible:
+        """Says what the lines of a tile see: positions from the first to before the second."""
+        memory, group = self.memory, self.launch.group
+        position = memory.units[u, work.START]
+        if self.launch.one_query:
+            before = position + 1
+        else:
+            line = plgpu.broadcasted_iota(
+                jnp.int32, (LINES,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+            )
+            before = position + lax.div(memory.units[u, work.QUERY] + me * LINES + line, group) + 1
+        return (before - memory.numbers[2] if self.launch.has_window else None), before
+
+    def _fold(
+        self,
+        queries: Any,
+        u: Int32[Array, ""],
+        t: Int32[Array, ""],
+        slot: Int32[Array, ""],
+        see: _Visible,
+        state: _Softmax,
+    ) -> _Softmax:
+        """Takes one more tile of keys and values into the running softmax."""
+        memory, launch, config = self.memory, self.launch, self.config
+        shape = (LINES, config.tile_keys)
+        acc, most, total = state
+
+        plgpu.barrier_wait(memory.k_here.at[slot])
+        keys = self._widened(memory.k_sm, memory.k_wide, slot)
+        scores = _product(None, queries, keys, shape, transposed=True, interpret=launch.interpret)
+        if self.body.has_scales:
+            scores = scores * _across(memory.k_scale_sm[slot].astype(jnp.float32), shape)
+        factor = launch.scale * LOG2E
+        if launch.softcap:
+            scores = jnp.tanh(scores * (launch.scale / launch.softcap))
+            factor = launch.softcap * LOG2E
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        key = key + t * config.tile_keys
+        is_seen = key < self._limit(see[1], shape)
+        if see[0] is not None:
+            is_seen = is_seen & (key >= self._limit(see[0], shape))
+        scores = jnp.where(is_seen, scores, MASKED)
+        now = jnp.maximum(most, scores.max(axis=1))
+        shrink = jnp.exp2((most - now) * factor)
+        weights = jnp.exp2((scores - _down(now, shape)) * factor)
+        total = total * shrink + weights.sum(axis=1)
+        acc = acc * _down(shrink, acc.shape)
+
+        plgpu.barrier_wait(memory.v_here.at[slot])
+        if self.body.has_scales:
+            # The scale of a cell that nobody sees may be NaN.
+            scale = _across(memory.v_scale_sm[slot].astype(jnp.float32), shape)
+            weights = jnp.where(is_seen, weights * scale, 0.0)
+        values = self._cleaned(self._widened(memory.v_sm, memory.v_wide, slot), slot, u, t)
+        acc = _product(
+            acc, weights.astype(self.body.dtype), values, acc.shape, interpret=launch.interpret
+        )
+        if launch.interpret:
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(memory.free.at[slot])
+        return acc, now, total
+
+    def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*M S"]:
+        return limit if self.launch.one_query else _down(limit, shape)
+
+    def _widened(self, ring: Any, wide: Any, slot: Int32[Array, ""]) -> Any:
+        """A tile of the ring as the tensor cores take it."""
+        if not self.body.has_scales:
+            return ring.at[slot]
+        wide[...] = ring[slot].astype(self.body.dtype)
+        plgpu.commit_smem()
+        return wide
+
+    def _cleaned(
+        self, tile: Any, slot: Int32[Array, ""], u: Int32[Array, ""], t: Int32[Array, ""]
+    ) -> Any:
+        """Zeroes the values of a tile that nobody sees: no weight of 0 silences a NaN."""
+        memory, config = self.memory, self.config
+        shape = (config.tile_keys, self.body.head_dim)
+        seen = memory.units[u, work.SEEN] - t * config.tile_keys
+        end = memory.units[u, work.END] - t * config.tile_keys
+
+        @pl.when((seen > 0) | (end < config.tile_keys))
+        def _() -> None:
+            @pl.when(lax.axis_index("warpgroup") == 0)
+            def _() -> None:
+                cells = _spread(tile[...], plgpu.Layout.WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                tile[...] = jnp.where((key >= seen) & (key < end), cells, jnp.zeros_like(cells))
+                plgpu.commit_smem()
+
+            if config.warpgroups > 1:
+                plgpu.barrier_arrive(memory.clean)
+                plgpu.barrier_wait(memory.clean)
+
+        return tile
+
+    def _put(
+        self, u: Int32[Array, ""], head: Int32[Array, ""], me: Int32[Array, ""], state: _Softmax
+    ) -> None:
+        """Starts the copy of an answer out of the block."""
+        memory, launch = self.memory, self.launch
+        acc, most, total = state
+        # What was put last must have been read before it is overwritten.
+        plgpu.wait_smem_to_gmem(0)
+        acc = acc / _down(jnp.maximum(total, 1e-30), acc.shape)
+        memory.out_sm[me] = acc.astype(launch.out_dtype)
+        factor = (launch.softcap or launch.scale) * LOG2E
+        sums = most * factor + jnp.log2(jnp.maximum(total, 1e-30))
+        memory.sum_sm[me] = jnp.where(total > 0, sums, NOTHING)
+        plgpu.commit_smem()
+        lines = pl.ds(0, launch.out_lines)
+        plgpu.copy_smem_to_gmem(memory.out_sm.at[me, lines], memory.out.at[u, head, me])
+        plgpu.copy_smem_to_gmem(memory.sum_sm.at[me, lines], memory.sums.at[u, head, me])
+
+
+type _Fetching = tuple[Int32[Array, ""], list[Int32[Array, ""]]]
+type _Softmax = tuple[Float32[Array, "M H"], Float32[Array, " M"], Float32[Array, " M"]]
+"""What has been weighed, not divided; the largest score; the sum of weights."""
+type _Visible = tuple[Int32[Array, "*M"] | None, Int32[Array, "*M"]]
+
+
+def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
+    """How a tile in shared memory is laid out for the tensor cores."""
+    bits = jax.dtypes.itemsize_bits(dtype)
+    swizzle = plgpu.find_swizzle(width * bits)
+    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def _product(
+    acc: Float32[Array, "M N"] | None,
+    a: Any,
+    b: Any,
+    shape: tuple[int, int],
+    *,
+    transposed: bool = False,
+    interpret: bool,
+) -> Float32[Array, "M N"]:
+    """Computes ``acc + a b``, or ``a b^T``, on the tensor cores.
+
+    The interpreter does not know accumulators that begin with something, operands in registers, nor
+    races with what the tensor cores read. It reads the operands as plain memory instead.
+    """
+    if interpret:
+        left = a if isinstance(a, jax.Array) else a[...]
+        right = b[...].astype(left.dtype)
+        right = right.T if transposed else right
+        product = jnp.dot(left, right, preferred_element_type=jnp.float32)
+        return product if acc is None else acc + product
+    right = b.transpose((1, 0)) if transposed else b
+
+    def multiply(into: Any) -> None:
+        plgpu.wgmma(into, a, right)
+
+    if acc is not None:
+        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+    def alone(into: Any) -> Array:
+        multiply(into)
+        return into[...]
+
+    return pl.run_scoped(alone, plgpu.ACC(shape, jnp.float32))
+
+
+def _spread(value: Array, layout: Any) -> Array:
+    return plgpu.layout_cast(value, layout)
+
+
+def _line(value: float) -> Float32[Array, " M"]:
+    """One number for each line of a product."""
+    return _spread(jnp.full((LINES,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def _down(line: Array, shape: tuple[int, int]) -> Array:
+    return lax.broadcast_in_dim(line, shape, [0])
+
+
+def _across(line: Array, shape: tuple[int, int]) -> Array:
+    return lax.broadcast_in_dim(line, shape, [1])
+
+
+def _drain(barrier: Any, count: Int32[Array, ""], stages: int) -> None:
+    """Waits for the arrivals that nobody has waited for."""
+
+    def one(i: Int32[Array, ""], _: None) -> None:
+        plgpu.barrier_wait(barrier.at[lax.rem(i, stages)])
+
+    lax.fori_loop(jnp.maximum(count - stages, 0), count, one, None)
