@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.paged_attention.mosaic_kernel import LINES, Config, Launch, attend, shared_bytes
 from pallas_kernels.paged_attention.pool import Pools
 from pallas_kernels.paged_attention.ragged import places_of
-from pallas_kernels.paged_attention.work import Shape, merge, most_units, plan_work
+from pallas_kernels.paged_attention.work import Shape, merge, most_units, pack, plan_work
 
-SHARED_BYTES = 232_448 - 2_048
+SHARED_BYTES = 232_448 - 4_096
 """Of one thread block on Hopper, less what barriers and alignment take."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
@@ -81,12 +81,8 @@ def paged_attention_mosaic(
     )
     rows = length.shape[0]
     units = most_units(shape, rows, places, None if first is not None else tokens)
-    first_B = jnp.arange(rows, dtype=jnp.int32) * tokens if first is None else first
-    work = plan_work(shape, units, first_B, start, length, window)
-    packed = q.reshape(places, kv_heads, group, head_dim).astype(compute).transpose(1, 0, 2, 3)
-    packed = packed.reshape(kv_heads, places * group, head_dim)
-    # A tile begins anywhere and is read whole.
-    packed = jnp.pad(packed, ((0, 0), (0, shape.tile_queries), (0, 0)))
+    packed, begin = pack(q.astype(compute), length, first, kv_heads, shape.tile_queries)
+    work = plan_work(shape, units, begin, start, length, window)
     has_window = not (isinstance(window, int) and window == 0)
     numbers = jnp.stack(
         [
@@ -141,7 +137,7 @@ def choose_config(
     has_scales = jnp.dtype(pages).itemsize == 1
     warpgroups = 1 if one_query or has_scales or head_dim > 128 else 2
     out = jnp.float32 if one_query else compute
-    for query_stages, stages in ((2, 6), (2, 5), (2, 4), (2, 3), (2, 2), (1, 2)):
+    for query_stages, stages in ((2, 6), (2, 5), (2, 4), (2, 3), (2, 2), (1, 2), (1, 1)):
         config = Config(
             warpgroups=warpgroups,
             tile_keys=64,

@@ -11,8 +11,9 @@ multiplies its scores, and that of a value's token its weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,12 @@ LINES = 64
 MASKED = -1e30
 FLOOR = -1e20
 """Scores of invisible keys, and where the running maximum starts; see ``blocked.py``."""
-HAVE_REGISTERS = {1: (232, 40), 2: (240, 24)}
+HAVE_REGISTERS = {1: (248, 40), 2: (240, 24)}
 """Of each thread that attends, and that fetches, by warpgroups that attend."""
+
+
+PART = 64
+"""Columns of a tile of cells that are in registers at once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def attend(
 
     Args:
         launch: what is fixed.
-        q: packed queries, with ``M`` rows of padding behind the last.
+        q: packed queries; a tile begins at a multiple of 8 and can be read whole.
         k: ``[LP K Z H]`` pages; of int8 or e4m3 with scales.
         v: as ``k``.
         table: pages of each row.
@@ -227,6 +232,17 @@ class _Memory:
     v_wide: Any = None
 
 
+class _Visible(NamedTuple):
+    """What the lines of a tile of queries see: keys from ``begin`` on, and before ``before``."""
+
+    begin: Int32[Array, "*M"] | None
+    before: Int32[Array, "*M"]
+    all_begin: Int32[Array, ""]
+    """From here on all lines see, as far as ``begin`` is concerned."""
+    all_before: Int32[Array, ""]
+    """Likewise, up to here."""
+
+
 class _Block:
     """One thread block's share of a launch."""
 
@@ -257,7 +273,7 @@ class _Block:
             def _() -> None:
                 plgpu.barrier_wait(memory.q_free.at[slot])
 
-            begin = memory.units[u, work.FIRST_QUERY]
+            begin = pl.multiple_of(memory.units[u, work.FIRST_QUERY], work.ALIGNED)
             plgpu.copy_gmem_to_smem(
                 memory.q.at[head, pl.ds(begin, config.warpgroups * LINES)],
                 memory.q_sm.at[slot],
@@ -305,7 +321,7 @@ class _Block:
         """Starts the copies of a tile of keys and values, and of their scales."""
         memory, tile_keys, page_tokens = self.memory, self.config.tile_keys, self.body.page_tokens
         part = min(tile_keys, page_tokens)
-        within = lax.rem(t * tile_keys, page_tokens)
+        within = pl.multiple_of(lax.rem(t * tile_keys, page_tokens), part)
         for j, page in enumerate(pages):
             into = pl.ds(j * part, part)
             for cells, scales, ring, scale_ring, here in (
@@ -331,7 +347,7 @@ class _Block:
             begin, end = memory.units[u, work.FROM], memory.units[u, work.TO]
             see = self._visible(u, me)
             plgpu.barrier_wait(memory.q_here.at[slot])
-            queries = memory.q_sm.at[slot, pl.ds(me * LINES, LINES)]
+            queries = memory.q_sm.at[slot, pl.ds(pl.multiple_of(me * LINES, LINES), LINES)]
 
             def tile(t: Int32[Array, ""], state: _Softmax) -> _Softmax:
                 return self._fold(
@@ -356,15 +372,22 @@ class _Block:
     def _visible(self, u: Int32[Array, ""], me: Int32[Array, ""]) -> _Visible:
         """Says what the lines of a tile see: positions from the first to before the second."""
         memory, group = self.memory, self.launch.group
-        position = memory.units[u, work.START]
+        first = memory.units[u, work.START] + 1
         if self.launch.one_query:
-            before = position + 1
+            before = all_before = first
+            most = first
         else:
+            query = memory.units[u, work.QUERY] + me * LINES
             line = plgpu.broadcasted_iota(
                 jnp.int32, (LINES,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
             )
-            before = position + lax.div(memory.units[u, work.QUERY] + me * LINES + line, group) + 1
-        return (before - memory.numbers[2] if self.launch.has_window else None), before
+            before = first + lax.div(query + line, group)
+            all_before = first + lax.div(query, group)
+            most = first + lax.div(query + LINES - 1, group)
+        if not self.launch.has_window:
+            return _Visible(None, before, jnp.int32(0), all_before)
+        window = memory.numbers[2]
+        return _Visible(before - window, before, most - window, all_before)
 
     def _fold(
         self,
@@ -389,12 +412,7 @@ class _Block:
         if launch.softcap:
             scores = jnp.tanh(scores * (launch.scale / launch.softcap))
             factor = launch.softcap * LOG2E
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        key = key + t * config.tile_keys
-        is_seen = key < self._limit(see[1], shape)
-        if see[0] is not None:
-            is_seen = is_seen & (key >= self._limit(see[0], shape))
-        scores = jnp.where(is_seen, scores, MASKED)
+        scores = self._masked(scores, u, t, see)
         now = jnp.maximum(most, scores.max(axis=1))
         shrink = jnp.exp2((most - now) * factor)
         weights = jnp.exp2((scores - _down(now, shape)) * factor)
@@ -403,17 +421,46 @@ class _Block:
 
         plgpu.barrier_wait(memory.v_here.at[slot])
         if self.body.has_scales:
-            # The scale of a cell that nobody sees may be NaN.
-            scale = _across(memory.v_scale_sm[slot].astype(jnp.float32), shape)
-            weights = jnp.where(is_seen, weights * scale, 0.0)
-        values = self._cleaned(self._widened(memory.v_sm, memory.v_wide, slot), slot, u, t)
-        acc = _product(
-            acc, weights.astype(self.body.dtype), values, acc.shape, interpret=launch.interpret
-        )
+            weights = weights * _across(self._clean_scale(slot, u, t), shape)
+        weights = weights.astype(self.body.dtype)
+        values = self._cleaned(self._widened(memory.v_sm, memory.v_wide, slot), u, t)
+        acc = _product(acc, weights, values, acc.shape, interpret=launch.interpret)
         if launch.interpret:
             plgpu.commit_smem()
         plgpu.barrier_arrive(memory.free.at[slot])
         return acc, now, total
+
+    def _clean_scale(
+        self, slot: Int32[Array, ""], u: Int32[Array, ""], t: Int32[Array, ""]
+    ) -> Float32[Array, " S"]:
+        """The scales of a tile of values; 0 for a cell that nobody sees, whose own may be NaN."""
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        scale = _spread(self.memory.v_scale_sm[slot].astype(jnp.float32), layout)
+        key = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=layout)
+        seen, end = self._span(u, t)
+        return jnp.where((key >= seen) & (key < end), scale, 0.0)
+
+    def _span(self, u: Int32[Array, ""], t: Int32[Array, ""]) -> tuple[Array, Array]:
+        """First key of a tile that any query of the unit sees, and one past the row's last."""
+        units, begin = self.memory.units, t * self.config.tile_keys
+        return units[u, work.SEEN] - begin, units[u, work.END] - begin
+
+    def _masked(
+        self, scores: Float32[Array, "M S"], u: Int32[Array, ""], t: Int32[Array, ""], see: _Visible
+    ) -> Float32[Array, "M S"]:
+        """Masks what the queries do not see; most tiles are seen by all of them."""
+
+        def mask(scores: Float32[Array, "M S"]) -> Float32[Array, "M S"]:
+            begin = t * self.config.tile_keys
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            is_seen = key < self._limit(see.before - begin, scores.shape)
+            if see.begin is not None:
+                is_seen = is_seen & (key >= self._limit(see.begin - begin, scores.shape))
+            return jnp.where(is_seen, scores, MASKED)
+
+        begin = t * self.config.tile_keys
+        is_edge = (begin + self.config.tile_keys > see.all_before) | (begin < see.all_begin)
+        return lax.cond(is_edge, mask, lambda scores: scores, scores)
 
     def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*M S"]:
         return limit if self.launch.one_query else _down(limit, shape)
@@ -422,26 +469,40 @@ class _Block:
         """A tile of the ring as the tensor cores take it."""
         if not self.body.has_scales:
             return ring.at[slot]
-        wide[...] = ring[slot].astype(self.body.dtype)
+
+        def widen(part: Any) -> None:
+            wide[:, part] = ring[slot, :, part].astype(self.body.dtype)
+
+        self._by_parts(widen)
         plgpu.commit_smem()
         return wide
 
-    def _cleaned(
-        self, tile: Any, slot: Int32[Array, ""], u: Int32[Array, ""], t: Int32[Array, ""]
-    ) -> Any:
+    def _by_parts(self, do: Callable[[Any], None]) -> None:
+        """Does something with the columns of a tile of cells, few at a time."""
+        head_dim = self.body.head_dim
+        width = PART if head_dim % PART == 0 else head_dim
+
+        def one(i: Int32[Array, ""], _: None) -> None:
+            do(pl.ds(pl.multiple_of(i * width, width), width))
+
+        lax.fori_loop(0, head_dim // width, one, None)
+
+    def _cleaned(self, tile: Any, u: Int32[Array, ""], t: Int32[Array, ""]) -> Any:
         """Zeroes the values of a tile that nobody sees: no weight of 0 silences a NaN."""
         memory, config = self.memory, self.config
-        shape = (config.tile_keys, self.body.head_dim)
-        seen = memory.units[u, work.SEEN] - t * config.tile_keys
-        end = memory.units[u, work.END] - t * config.tile_keys
+        seen, end = self._span(u, t)
+
+        def clean(part: Any) -> None:
+            cells = _spread(tile[:, part], plgpu.Layout.WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
+            is_seen = (key >= seen) & (key < end)
+            tile[:, part] = jnp.where(is_seen, cells, jnp.zeros_like(cells))
 
         @pl.when((seen > 0) | (end < config.tile_keys))
         def _() -> None:
             @pl.when(lax.axis_index("warpgroup") == 0)
             def _() -> None:
-                cells = _spread(tile[...], plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                tile[...] = jnp.where((key >= seen) & (key < end), cells, jnp.zeros_like(cells))
+                self._by_parts(clean)
                 plgpu.commit_smem()
 
             if config.warpgroups > 1:
@@ -458,7 +519,7 @@ class _Block:
         acc, most, total = state
         # What was put last must have been read before it is overwritten.
         plgpu.wait_smem_to_gmem(0)
-        acc = acc / _down(jnp.maximum(total, 1e-30), acc.shape)
+        acc = acc * _down(1 / jnp.maximum(total, 1e-30), acc.shape)
         memory.out_sm[me] = acc.astype(launch.out_dtype)
         factor = (launch.softcap or launch.scale) * LOG2E
         sums = most * factor + jnp.log2(jnp.maximum(total, 1e-30))
@@ -472,13 +533,13 @@ class _Block:
 type _Fetching = tuple[Int32[Array, ""], list[Int32[Array, ""]]]
 type _Softmax = tuple[Float32[Array, "M H"], Float32[Array, " M"], Float32[Array, " M"]]
 """What has been weighed, not divided; the largest score; the sum of weights."""
-type _Visible = tuple[Int32[Array, "*M"] | None, Int32[Array, "*M"]]
 
 
 def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """How a tile in shared memory is laid out for the tensor cores."""
     bits = jax.dtypes.itemsize_bits(dtype)
-    swizzle = plgpu.find_swizzle(width * bits)
+    # Parts are whole swizzles.
+    swizzle = plgpu.find_swizzle((PART if width % PART == 0 else width) * bits)
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
 
 
