@@ -23,6 +23,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.target import target
+
 LIBRARY = Path(__file__).with_name("_native.so")
 
 
@@ -38,9 +40,9 @@ class Isa(enum.IntEnum):
 
 
 def why_not() -> str | None:
-    """Why native kernels cannot run in this process; None when they can."""
-    if (backend := jax.default_backend()) != "cpu":
-        return f"native kernels run on a CPU, and JAX runs on {backend}"
+    """Why native kernels cannot run where this is traced for; None when they can."""
+    if (platform := target().platform) != "cpu":
+        return f"native kernels run on a CPU, and this program is for {platform}"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
