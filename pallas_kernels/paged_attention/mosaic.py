@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.mosaic_kernel import LINES, Config, Launch, attend, shared_bytes
+from pallas_kernels.mosaic import LINES
+from pallas_kernels.paged_attention.mosaic_kernel import Config, Launch, attend, shared_bytes
 from pallas_kernels.paged_attention.pool import Pools
 from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.work import Shape, merge, most_units, pack, plan_work
@@ -40,7 +41,6 @@ def paged_attention_mosaic(
     narrow: bool = False,
     sinks: Float[Array, " N"] | None = None,
     config: Config | None = None,
-    interpret: bool = False,
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
@@ -61,7 +61,6 @@ def paged_attention_mosaic(
         narrow: changes nothing.
         sinks: as there.
         config: how the kernel is tiled; None: as is best known.
-        interpret: for the interpreter of GPU kernels on a CPU.
     """
     compute = compute_dtype(q.dtype, pools.k.dtype)
     lines_of_places, tokens, q_heads, head_dim = q.shape
@@ -74,7 +73,7 @@ def paged_attention_mosaic(
     )
     shape = Shape(
         group=group,
-        tile_queries=config.warpgroups * LINES,
+        tile_queries=config.tiles * LINES,
         tile_keys=config.tile_keys,
         piece_tiles=-(-PIECE_TOKENS // config.tile_keys),
         most_pieces=MOST_PIECES if one_query else 1,
@@ -101,7 +100,6 @@ def paged_attention_mosaic(
         softcap=softcap,
         has_window=has_window,
         one_query=one_query,
-        interpret=interpret,
     )
     scales = (pools.k_scale, pools.v_scale) if pools.has_scales else None
     outs, sums = attend(launch, packed, pools.k, pools.v, table, work.units, numbers, scales)
@@ -135,11 +133,13 @@ def choose_config(
 ) -> Config:
     """Returns how to tile a launch: as deep a ring as shared memory holds."""
     has_scales = jnp.dtype(pages).itemsize == 1
-    warpgroups = 1 if one_query or has_scales or head_dim > 128 else 2
+    tiles = 1 if one_query or has_scales or head_dim > 128 else 2
+    columns = 2 if head_dim > 128 else 1
     out = jnp.float32 if one_query else compute
     for query_stages, stages in ((2, 6), (2, 5), (2, 4), (2, 3), (2, 2), (1, 2), (1, 1)):
         config = Config(
-            warpgroups=warpgroups,
+            tiles=tiles,
+            columns=columns,
             tile_keys=64,
             stages=stages,
             query_stages=query_stages,
