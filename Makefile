@@ -179,12 +179,27 @@ prove-hosts: $(STAMP) ## Every fault of a mesh of several hosts, with the second
 	JAXSERVE_PROVE_HOSTS=1 $(PYTEST) tests/hosts --timeout 1200 -s $(ARGS)
 
 # Pinned: a plugin that is not JAX's own version is refused. No --require-hashes: nothing of it ships.
-AOT := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
+AOT := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.0.88 \
+    nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm==13.5.37
+
+.aot/nvidia/cu13/bin/nvdisasm: | $(STAMP)
+	@rm -rf .aot
+	@$(BIN)/python -m pip install -q --no-deps --target .aot $(AOT)
+
+.PHONY: aot
+aot: .aot/nvidia/cu13/bin/nvdisasm ## Fetch what compiles for GPUs without one: 660 MB
 
 .PHONY: prove-aot
-prove-aot: $(STAMP) ## Plans compiled for an H200 that is not there; fetches 660 MB
-	@test -d .aot || $(BIN)/python -m pip install -q --no-deps --target .aot $(AOT)
+prove-aot: aot ## Plans compiled for an H200 that is not there
 	PYTHONPATH=.aot $(PYTEST) tests/planning/test_aot.py --timeout 1200 $(ARGS)
+
+.PHONY: prove-compile
+prove-compile: aot ## Every GPU kernel compiled for an H200 that is not there; ARGS=--record
+	PYTHONPATH=.aot $(BIN)/python -m bench.compiled $(ARGS)
+
+.PHONY: prove-kernels
+prove-kernels: $(STAMP) ## Every GPU kernel in the interpreter, races and planted faults included
+	$(PYTEST) tests/pallas_kernels -m prove --timeout 1800 -s $(ARGS)
 
 ##@ Upkeep
 

@@ -1,0 +1,156 @@
+"""The GPU kernels compile for an H200 that is not there, and their machine code is as declared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench.machine_code import faults_of, kernels_of, launches_of, table
+from jaxserve.planning import aot
+from jaxserve.planning.devices import device_facts
+from pallas_kernels.compiling import CompileCase, all_cases
+from sharding.mesh import MeshShape
+
+ROOT = Path(__file__).parents[2]
+FETCHED = ROOT / ".aot"
+"""Where the Makefile puts the wheels of the extra ``aot-gpu``."""
+
+CASE = CompileCase(
+    name="decode",
+    function=jnp.sin,
+    arguments=(jax.ShapeDtypeStruct((8,), jnp.float32),),
+    instructions=("HGMMA", "UTMALDG"),
+    most_launches=3,
+)
+KERNEL = {
+    "name": "attend",
+    "registers": 168,
+    "stack_bytes": 0,
+    "spill_bytes": 0,
+    "shared_bytes": 2048,
+    "instructions": {"HGMMA": 12, "UTMALDG": 2},
+}
+ROW: dict[str, Any] = {
+    "kernels": [KERNEL],
+    "launches": {"custom-call": 1, "fusion": 2},
+    "temporary_bytes": 100,
+    "aliased_bytes": 4096,
+}
+
+
+@pytest.mark.slow
+def test_every_declared_kernel_compiles_for_an_h200_as_it_should() -> None:
+    """In a process of its own: one that compiles for a GPU with dumps runs nothing on a CPU."""
+    path = os.pathsep.join([str(ROOT), *([str(FETCHED)] if FETCHED.is_dir() else [])])
+    reason = aot.why_not(device_facts("h200"), MeshShape())
+    if reason is not None and not FETCHED.is_dir():
+        pytest.skip(f"kernels were not compiled: {reason}; `make prove-compile` installs it")
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.compiled"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    print(ended.stdout)
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}"
+
+
+def test_cases_of_a_family_have_names_of_their_own() -> None:
+    for family, cases in all_cases().items():
+        names = [case.name for case in cases]
+        assert len(names) == len(set(names)), family
+
+
+def test_nothing_is_wrong_with_a_kernel_as_declared() -> None:
+    assert faults_of(CASE, ROW, 4096) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spill_bytes": 68}, "attend spills 68 bytes"),
+        ({"stack_bytes": 16}, "attend spills 0 bytes"),
+        ({"instructions": {"UTMALDG": 2}}, "no HGMMA is left"),
+        ({"instructions": {"HGMMA": 2}}, "no UTMALDG is left"),
+    ],
+)
+def test_a_worse_kernel_is_found(change: dict[str, Any], said: str) -> None:
+    row = ROW | {"kernels": [KERNEL | change]}
+    assert faults_of(CASE, row, 4096) == [said]
+
+
+def test_a_copied_pool_is_found() -> None:
+    assert faults_of(CASE, ROW | {"aliased_bytes": 0}, 4096) == [
+        "0 of 4096 donated bytes stay in place"
+    ]
+    assert faults_of(CASE, ROW | {"temporary_bytes": 4096}, 4096) == [
+        "4096 bytes of temporaries: is a pool copied?"
+    ]
+
+
+def test_more_launches_than_declared_are_found() -> None:
+    [said] = faults_of(replace(CASE, most_launches=2), ROW, 4096)
+    assert said == "launches {'custom-call': 1, 'fusion': 2}, and 2 in all are allowed"
+
+
+def test_a_program_without_a_kernel_is_found() -> None:
+    said = faults_of(replace(CASE, instructions=()), ROW | {"kernels": []}, 0)
+    assert said == ["there is no Mosaic kernel in it, or another case has the same"]
+
+
+def test_a_dump_is_read(tmp_path: Path) -> None:
+    (tmp_path / "attend_0.ptxas").write_text(
+        "ptxas info    : Compiling entry function 'attend_mosaic_gpu_kernel' for 'sm_90a'\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem\n"
+    )
+    (tmp_path / "attend_0.resources.txt").write_text("Resources(smem_scratch_bytes=105472, x=0)\n")
+    (tmp_path / "attend_0.sass_ctrl").write_text(
+        "   -:1:-:Y:01        /*0a80*/                   @UP1 UTMALDG.5D [UR16], [UR26]\n"
+        "   -:1:-:Y:01        /*0a90*/                   HGMMA.64x64x16.F32.BF16 R24, R4\n"
+        "   -:1:-:Y:01        /*0aa0*/                   HGMMA.64x64x16.F32.BF16 R24, R8\n"
+    )
+    assert kernels_of(tmp_path) == [
+        {
+            "name": "attend",
+            "registers": 168,
+            "stack_bytes": 8,
+            "spill_bytes": 28,
+            "shared_bytes": 105472,
+            "instructions": {"HGMMA": 2, "UTMALDG": 1},
+        }
+    ]
+
+
+def test_launches_are_counted_in_the_entry_only() -> None:
+    program = """
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %s = f32[8]{0} sine(%p)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %fusion = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %call = (f32[8]{0}, s8[16]{0}) custom-call(%fusion), custom_call_target="mosaic_gpu_v2"
+  %first = f32[8]{0} get-tuple-element(%call), index=0
+  ROOT %copy = f32[8]{0} copy(%first)
+}
+"""
+    assert launches_of(program) == {"copy": 1, "custom-call": 1, "fusion": 1}
+
+
+def test_the_table_has_a_line_for_each_kernel() -> None:
+    lines = table({"attention: decode": ROW}).splitlines()
+    assert lines[-1] == "| attention: decode | attend | 168 | 2 KiB | 12 HGMMA | 2 UTMALDG | 3 |"
