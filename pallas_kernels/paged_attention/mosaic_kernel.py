@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.mosaic import LINES, drain, product, release, tile
 from pallas_kernels.paged_attention import work
-from pallas_kernels.paged_attention.int8 import SCALE_DTYPE
+from pallas_kernels.paged_attention.formats import SCALE_DTYPE
 from pallas_kernels.paged_attention.work import LOG2E, NOTHING
 
 MASKED = -1e30
@@ -457,7 +457,7 @@ class _Block:
         is_edge = (begin + self.config.tile_keys > see.all_before) | (begin < see.all_begin)
         return lax.cond(is_edge, mask, lambda scores: scores, scores)
 
-    def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*M S"]:
+    def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*MS"]:
         return limit if self.launch.one_query else _down(limit, shape)
 
     def _span(self, at: _At) -> tuple[Array, Array]:

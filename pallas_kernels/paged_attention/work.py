@@ -188,7 +188,7 @@ def merge(
         is_real: whether anybody's; others are zeros.
         sinks: a logit per query head that joins the sum alone.
     """
-    packed_PG = token[:, None] * shape.group + jnp.arange(shape.group, dtype=jnp.int32)
+    packed_PG = token[:, None] * shape.group + jnp.arange(shape.group, dtype=jnp.int32)[None, :]
     tile_PG, line_PG = jnp.divmod(packed_PG, shape.tile_queries)
     pieces_P1 = work.pieces[row][:, None]
     slot_PG = work.offset[row][:, None] + tile_PG * pieces_P1
@@ -208,14 +208,14 @@ def merge(
         parts = [(out, total), *(one(piece) for piece in range(1, shape.most_pieces))]
         stacked_SPGK = jnp.stack([part[1] for part in parts])
         most_PGK = jnp.max(stacked_SPGK, axis=0)
-        weight_SPGK = jnp.exp2(stacked_SPGK - most_PGK)
+        weight_SPGK = jnp.exp2(stacked_SPGK - most_PGK[None])
         whole_PGK = jnp.sum(weight_SPGK, axis=0)
         out = sum(weight_SPGK[s][..., None] * part[0] for s, part in enumerate(parts))
         out, total = out / whole_PGK[..., None], most_PGK + jnp.log2(whole_PGK)
     kv_heads = outs.shape[1]
     if sinks is not None:
         sink_GK = sinks.astype(jnp.float32).reshape(kv_heads, shape.group).T * LOG2E
-        out = out / (1 + jnp.exp2(sink_GK - total))[..., None]
+        out = out / (1 + jnp.exp2(sink_GK[None] - total))[..., None]
     out_PNH = out.transpose(0, 2, 1, 3).reshape(len(row), -1, outs.shape[-1])
     return jnp.where(is_real[:, None, None], out_PNH, 0)
 
