@@ -270,7 +270,10 @@ def _in_parts(
     k: Float[Array, "R T K H"],
     v: Float[Array, "R T K H"],
     rope: Float[Array, "2 R T half"],
-    *rows: Int[Array, "*X"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
     layer: int | Int[Array, ""],
     first: Int[Array, " F"] | None = None,
 ) -> tuple[Float[Array, "R T N H"], Pools]:
@@ -279,7 +282,7 @@ def _in_parts(
         q, k = apply_rope(q, rope), apply_rope(k, rope)
     with jax.named_scope("append"):
         k, v = _as_held(pools, k, v)
-        return q, APPENDS[write](pools, k, v, *rows, layer=layer, first=first)
+        return q, APPENDS[write](pools, k, v, table, start, length, layer=layer, first=first)
 
 
 ROPE_APPENDS = {

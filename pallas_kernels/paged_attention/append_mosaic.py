@@ -249,7 +249,7 @@ class _Body:
 
 def _lines(ref: Any) -> Array:
     """Reads lines that lie one after the other, and so from few banks at once."""
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _up(count: int, multiple: int) -> int:
