@@ -128,9 +128,9 @@ def paged_attention_blocked(
     start_state = Softmax(zeros_BKQ + FLOOR, zeros_BKQ, zeros_BKQH)
     if sinks is not None:
         # As after a block whose one key has this score and the value zero.
-        sink_KQ = jnp.repeat(sinks.astype(jnp.float32), query_tokens).reshape(kv_heads, -1)
-        top_BKQ = zeros_BKQ + jnp.maximum(sink_KQ, FLOOR)
-        start_state = Softmax(top_BKQ, jnp.exp(sink_KQ - top_BKQ), zeros_BKQH)
+        sink_1KQ = jnp.repeat(sinks.astype(jnp.float32), query_tokens).reshape(1, kv_heads, -1)
+        top_BKQ = zeros_BKQ + jnp.maximum(sink_1KQ, FLOOR)
+        start_state = Softmax(top_BKQ, jnp.exp(sink_1KQ - top_BKQ), zeros_BKQH)
     state = jax.lax.fori_loop(first_block, end_block, block, start_state)
     # A query that saw no key has weighted 0: its answer is 0. Any other total is >= 1.
     out_BKQH = state.weighted / jnp.maximum(state.total, 1e-30)[..., None]

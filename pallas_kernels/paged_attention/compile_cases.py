@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compiling import CompileCase
-from pallas_kernels.paged_attention import FORMATS, abstract_pools, paged_attention
+from pallas_kernels.paged_attention import (
+    FORMATS,
+    Pools,
+    abstract_pools,
+    paged_attention,
+    rope_append,
+)
 
 LAYERS, PAGES, ROWS, WIDTH = 4, 512, 64, 64
 PLACES = 2048
@@ -30,19 +36,25 @@ def some(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def pools_of(kv_heads: int, page_tokens: int, head_dim: int, dtype: Any) -> Pools:
+    """Pools of several layers, of floats or of a format's numbers."""
+    return abstract_pools(
+        layers=LAYERS,
+        pages=PAGES,
+        kv_heads=kv_heads,
+        page_tokens=page_tokens,
+        head_dim=head_dim,
+        dtype=jnp.dtype(dtype),
+    )
+
+
 def attention(
     model: str, *, dtype: str = "bfloat16", page: int = 64, ragged: bool = False, **options: Any
 ) -> CompileCase:
     """Attention of a step: 64 rows with one query each, or ragged prompts of 2,048 tokens."""
     q_heads, kv_heads, head_dim = HEADS[model]
-    pools = abstract_pools(
-        layers=LAYERS,
-        pages=PAGES,
-        kv_heads=kv_heads,
-        page_tokens=page,
-        head_dim=head_dim,
-        dtype=FORMATS[dtype].dtype if dtype in FORMATS else jnp.dtype(dtype),
-    )
+    numbers = FORMATS[dtype].dtype if dtype in FORMATS else dtype
+    pools = pools_of(kv_heads, page, head_dim, numbers)
     q_dtype = jnp.bfloat16 if dtype in FORMATS else jnp.dtype(dtype)
     tokens = PLACES if ragged else 1
     q = some((1 if ragged else ROWS, tokens, q_heads, head_dim), q_dtype)
@@ -66,6 +78,63 @@ def _attend(fixed: dict[str, Any], *arrays: Any, is_ragged: bool) -> jax.Array:
     return paged_attention(q, pools, table, start, length, layer=layer, first=place, **fixed)
 
 
+def _append(
+    dtype: Any,
+    *,
+    rows: int = ROWS,
+    tokens: int = 1,
+    is_ragged: bool = False,
+    kv_heads: int = 8,
+    group: int = 4,
+    head_dim: int = 128,
+    page_tokens: int = 64,
+) -> CompileCase:
+    """Rope and append. The launches that are not the kernel's find cells, once for all layers."""
+    numbers = some((rows,), jnp.int32)
+    lines = 1 if is_ragged else rows
+    what = "ragged" if is_ragged else "decode"
+    return CompileCase(
+        name=f"append, {what}, {jnp.dtype(dtype).name} pages of {page_tokens}, "
+        f"{kv_heads} heads of {head_dim}, {group} queries each",
+        function=_append_projected,
+        arguments=(
+            pools_of(kv_heads, page_tokens, head_dim, dtype),
+            some((lines, tokens, kv_heads, group + 2, head_dim), jnp.bfloat16),
+            some((2, lines, tokens, head_dim // 2), jnp.float32),
+            some((rows, WIDTH), jnp.int32),
+            numbers,
+            numbers,
+            numbers if is_ragged else None,
+        ),
+        # Of one key head there is a line to copy, and no tile.
+        instructions=("UTMALDG", "UTMASTG" if kv_heads > 1 else "UBLKCP"),
+        donated=(0,),
+        most_launches=2,
+    )
+
+
+def _append_projected(
+    pools: Any, heads: Any, rope: Any, table: Any, start: Any, length: Any, first: Any
+) -> Any:
+    """Takes heads as a projection gives them: the split must cost nothing."""
+    rows, tokens, _, lines, head_dim = heads.shape
+    q, k, v = jnp.split(heads, (lines - 2, lines - 1), axis=3)
+    q, k, v = q.reshape(rows, tokens, -1, head_dim), k[:, :, :, 0], v[:, :, :, 0]
+    return rope_append(
+        pools,
+        q,
+        k,
+        v,
+        rope,
+        table,
+        start,
+        length,
+        layer=1,
+        first=first,
+        implementation="mosaic",
+    )
+
+
 CASES: tuple[CompileCase, ...] = (
     *(attention(model) for model in HEADS),
     *(attention("Llama-3-8B", page=page) for page in (16, 32, 128)),
@@ -80,4 +149,12 @@ CASES: tuple[CompileCase, ...] = (
     attention("Llama-3-8B", page=16, ragged=True),
     attention("Gemma-3", ragged=True, window=512),
     attention("Gemma-3", dtype="int8", ragged=True),
+    _append(jnp.bfloat16),
+    _append(jnp.int8),
+    _append(jnp.float8_e4m3fn),
+    _append(jnp.bfloat16, is_ragged=True, rows=8, tokens=2048),
+    _append(jnp.int8, is_ragged=True, rows=8, tokens=2048),
+    _append(jnp.int8, kv_heads=3, group=3, head_dim=64, page_tokens=16),
+    _append(jnp.bfloat16, kv_heads=1, group=4, head_dim=256, page_tokens=32),
+    _append(jnp.bfloat16, kv_heads=32, group=1, head_dim=96, page_tokens=32),
 )
