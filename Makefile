@@ -154,6 +154,10 @@ prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunk
 	@$(BIN)/python -m jaxserve.assets smollm2
 	$(ONE_DEVICE) JAXSERVE_AGREEMENT_MODEL=smollm2 $(PYTEST) tests/agreement/test_agreement.py --timeout 3600 -s $(ARGS)
 
+.PHONY: prove-kv
+prove-kv: $(STAMP) assets ## SmolLM2 over int8 pages as over bfloat16 ones; fp8 and int4 are measured
+	$(ONE_DEVICE) $(BIN)/python -m bench.kv_pages $(ARGS)
+
 .PHONY: prove-parity
 prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts
 	$(ONE_DEVICE) $(PYTEST) tests/agreement/test_references.py --timeout 3600 $(ARGS)

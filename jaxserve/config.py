@@ -14,7 +14,9 @@ from pathlib import Path
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_DTYPES = (*DTYPES, "int8")
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Short names of ``kv_dtype``, which becomes the long one."""
+KV_DTYPES = (*DTYPES, "int8", "fp8", "int4")
 STEP_OVERLAPS = ("auto", "on", "off")
 READY_WITHS = ("auto", "first", "all")
 LOAD_FORMATS = ("auto", "dummy")
@@ -40,8 +42,9 @@ class ServeConfig:
     """Of weight matrices: ``none``, ``int8``, ``int4``, or ``auto``, which on a CPU leaves the
     blocks of a GGUF file as they are stored and rounds nothing."""
     kv_dtype: str = "auto"
-    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8 keeps a
-    scale for each token and head, and is not exact: answers may part from those of floats."""
+    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8, fp8 and
+    int4 keep a scale for each token and head, and are not exact: answers may part from those of
+    floats. fp32, bf16 and fp16 are taken for float32, bfloat16 and float16."""
     load_format: str = "auto"
     """``dummy`` takes the checkpoint's config with random weights."""
     seed: int = 0
@@ -97,6 +100,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all problems together."""
+        object.__setattr__(self, "kv_dtype", DTYPE_ALIASES.get(self.kv_dtype, self.kv_dtype))
         problems = [text for ok, text in self._checks() if not ok]
         if problems:
             raise ConfigError("; ".join(problems))
@@ -187,6 +191,7 @@ class GroupConfig:
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all problems together."""
+        object.__setattr__(self, "kv_dtype", DTYPE_ALIASES.get(self.kv_dtype, self.kv_dtype))
         problems = [text for ok, text in self._checks() if not ok]
         if problems:
             raise ConfigError("; ".join(problems))

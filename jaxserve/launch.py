@@ -461,7 +461,7 @@ def _model_info(
         context_tokens=engine.limits.context_tokens,
         vocab_size=plan.model.vocab_size,
         dtype=plan.dtype.name,
-        kv_dtype=plan.kv_dtype.name,
+        kv_dtype=plan.kv_name,
         quantization=plan.quantization,
         parameters=plan.model.params,
         mesh=",".join(f"{name}={size}" for name, size in plan.mesh.shape.items()),

@@ -26,6 +26,7 @@ from jaxserve.runner.memory import host_free_bytes
 from jaxserve.weights.packed import Quantization
 from jaxserve.weights.source import DUMMY
 from pallas_kernels import native
+from pallas_kernels.paged_attention import FORMATS
 from pallas_kernels.quantized_matmul import Format
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.rules import ShardingRules
@@ -138,7 +139,8 @@ def resolve_sizes(
     """The part of ``resolve`` that asks for no device. Without ``formats`` no weight is quantized.
 
     Raises:
-        ConfigError: the context is longer than the model's.
+        ConfigError: the context is longer than the model's, or its heads cannot be held as they
+            should be.
     """
     dtype = _dtype(config, platform)
     context = config.context_tokens or model.context_tokens
@@ -167,7 +169,7 @@ def resolve_sizes(
         most_kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
     return Sizes(
         dtype=dtype,
-        kv_dtype=dtype if config.kv_dtype == "auto" else jnp.dtype(config.kv_dtype),
+        kv_dtype=_kv_dtype(config.kv_dtype, dtype, model),
         # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
@@ -246,6 +248,18 @@ def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
         return jnp.dtype(jnp.bfloat16)
     # XLA's float32 products are as fast as its bfloat16 ones there, and exact.
     return jnp.dtype(jnp.float32)
+
+
+def _kv_dtype(name: str, dtype: jnp.dtype, model: ModelConfig) -> jnp.dtype:
+    if name == "auto":
+        return dtype
+    if (format := FORMATS.get(name)) is None:
+        return jnp.dtype(name)
+    try:
+        format.check(model.head_dim)
+    except ValueError as error:
+        raise ConfigError(f"--kv-dtype {name}: {error}") from error
+    return format.dtype
 
 
 def _served_name(model: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jaxserve.config import (
+    DTYPE_ALIASES,
     DTYPES,
     KV_DTYPES,
     LOAD_FORMATS,
@@ -38,8 +39,12 @@ CHOICES = {
     "ready_with": READY_WITHS,
     "load_format": LOAD_FORMATS,
 }
+ALIASES = {"kv_dtype": DTYPE_ALIASES}
+"""Values that stand for others."""
 NAMES = {"kv_memory_bytes": "kv-memory"}
 """Flags whose name is not the field's."""
+OTHER_NAMES = {"kv_memory_fraction": ("--cache-max-entry-count",)}
+"""Flags that people know from elsewhere."""
 METAVARS = {
     "model": "MODEL",
     "mesh": "DxT",
@@ -194,8 +199,11 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
         )
         return
     read: Callable[[str], Any] = parse_bytes if name == "kv_memory_bytes" else kind
+    if name in ALIASES:
+        read = _reader(ALIASES[name])
     group.add_argument(
         flag,
+        *OTHER_NAMES.get(name, ()),
         dest=name,
         action=_StoreMesh if name == "mesh" else "store",
         type=read,
@@ -204,6 +212,11 @@ def _add_field(group: Any, cls: type, name: str, defaults: dict[str, Any]) -> No
         metavar=None if name in CHOICES else METAVARS.get(name, _metavar(name, kind)),
         help=text,
     )
+
+
+def _reader(aliases: dict[str, str]) -> Callable[[str], str]:
+    """Reads a value, or what stands for it."""
+    return lambda text: aliases.get(text, text)
 
 
 class _StoreMesh(argparse.Action):

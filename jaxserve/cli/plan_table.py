@@ -83,8 +83,28 @@ def _memory_rows(plan: Prediction) -> list[tuple[str, str, str]]:
             _mb(pages * budget.page_bytes),
             f"{pages:,} of {plan.page_tokens} tokens on each data shard",
         ),
-        ("cache per token", f"{plan.kv_bytes_per_token:,} B", sizes.kv_dtype.name),
+        ("cache per token", f"{plan.kv_bytes_per_token:,} B", sizes.kv_name),
+        *_token_rows(plan),
         *_sequence_rows(plan),
+    ]
+
+
+def _token_rows(plan: Prediction) -> list[tuple[str, str, str]]:
+    """What the pages hold, and what they would in other precisions."""
+    shards = plan.details.memory.runner.mesh_shape["data"]
+    step, width = plan.details.sizes.step, plan.details.sizes.step.table_width
+    most = shards * step.max_rows * width * plan.page_tokens
+    chosen = plan.details.sizes.kv_name
+    return [
+        (
+            f"  tokens in {name}",
+            f"{tokens:,}",
+            ", ".join(
+                (["as planned"] if name == chosen else [])
+                + ([f"all that {shards * step.max_rows} rows can use"] if tokens == most else [])
+            ),
+        )
+        for name, tokens in plan.kv_tokens.items()
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.errors import MemoryPlanError
@@ -17,11 +18,12 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model
 from jaxserve.planning.costs import peak_bytes, step_body
 from jaxserve.planning.devices import DeviceFacts
-from jaxserve.planning.sizes import Sizes
+from jaxserve.planning.sizes import Sizes, kv_name
 from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner
+from pallas_kernels.paged_attention import FORMATS, format_of
 from pallas_kernels.quantized_matmul import bytes_per_weight
 from sharding.mesh import AXES, MeshShape
 from sharding.placement import bytes_per_device
@@ -94,6 +96,29 @@ def budget_of(
         kv_bytes=sizes.kv_bytes,
         most_kv_bytes=sizes.most_kv_bytes,
     )
+
+
+def tokens_by_precision(memory: Memory, sizes: Sizes) -> dict[str, int]:
+    """Returns how many tokens the pages of one data shard would hold in each precision.
+
+    Temporaries are taken to be those of the precision that is planned.
+    """
+    runner = memory.runner
+    laid_out, tensor = runner.model.config, runner.mesh_shape["tensor"]
+    dtypes = [jnp.dtype(jnp.bfloat16), *(format.dtype for format in FORMATS.values())]
+    if sizes.kv_dtype not in dtypes:
+        dtypes.insert(0, sizes.kv_dtype)
+    tokens = {}
+    for dtype in dtypes:
+        format, pages = format_of(dtype), memory.pages
+        if format is not None and laid_out.head_dim % format.packed:
+            continue
+        if dtype != sizes.kv_dtype:
+            cache = replace(runner.config.cache, dtype=dtype)
+            budget = replace(memory.budget, page_bytes=cache.page_bytes(laid_out) // tensor)
+            pages, _ = _pages(budget, sizes)
+        tokens[kv_name(dtype)] = max(pages - 1, 0) * sizes.page_tokens
+    return tokens
 
 
 def free_bytes(facts: DeviceFacts, shape: MeshShape) -> int:

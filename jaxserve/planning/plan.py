@@ -21,6 +21,7 @@ from jaxserve.planning.memory import (
     nearest_fit,
     plan_device,
     short,
+    tokens_by_precision,
 )
 from jaxserve.planning.sizes import Sizes
 from jaxserve.planning.speed import Roofline, decode_costs, prompt_seconds, roofline_of
@@ -59,6 +60,9 @@ class Prediction:
     """The formats of quantized weights, such as ``int4+int8``; ``none``."""
     kv_bytes_per_token: int
     """Over the devices of one data shard, padding and copies included."""
+    kv_tokens: dict[str, int]
+    """Tokens that the pages of all data shards hold in each precision of ``--kv-dtype``, in this
+    memory beside these weights; 0 where not one sequence of full context fits."""
     page_tokens: int
     pages_per_data_shard: int
     """The null page included; 0 when it does not fit."""
@@ -181,6 +185,10 @@ def _prediction(
         weight_bytes_per_device=memory.budget.weight_bytes,
         quantization=sizes.quantization or "none",
         kv_bytes_per_token=memory.runner.config.cache.token_bytes(memory.runner.model.config),
+        kv_tokens={
+            name: shape.data * tokens
+            for name, tokens in tokens_by_precision(memory, sizes).items()
+        },
         page_tokens=sizes.page_tokens,
         pages_per_data_shard=memory.pages,
         sequences_guaranteed=memory.rows(sizes.context_tokens) * shape.data,

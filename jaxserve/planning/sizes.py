@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jaxserve.engine.step import StepShape
+from pallas_kernels.paged_attention import format_of
 from pallas_kernels.quantized_matmul import Format
 
 
@@ -36,6 +37,17 @@ class Sizes:
     """What the fraction may come to."""
 
     @property
+    def kv_name(self) -> str:
+        """What people call the precision of cached keys and values, such as ``fp8``."""
+        return kv_name(self.kv_dtype)
+
+    @property
     def quantization(self) -> str:
         """The formats that there are, such as ``int4+int8``; empty when no weight is quantized."""
         return "+".join(sorted(set(self.formats.values())))
+
+
+def kv_name(dtype: jnp.dtype) -> str:
+    """What ``--kv-dtype`` calls a dtype."""
+    format = format_of(dtype)
+    return jnp.dtype(dtype).name if format is None else format.name

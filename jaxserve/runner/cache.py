@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig
-from pallas_kernels.paged_attention import SCALE_DTYPE, Pools, cell_bytes, pool_shape
+from pallas_kernels.paged_attention import Pools, abstract_pools, cell_bytes
 from sharding.rules import ShardingRules
 from sharding.specs import partition_specs
 
@@ -54,7 +54,7 @@ class CacheShape:
     max_rows: int
     """Of each data shard."""
     dtype: jnp.dtype
-    """Of keys and values; those of int8 have scales beside them."""
+    """Of keys and values: a float's, or that of a ``Format``, which has scales beside them."""
     data_shards: int = 1
 
     def page_bytes(self, config: ModelConfig) -> int:
@@ -72,22 +72,17 @@ class CacheShape:
 
 def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
     """The state's shapes and dtypes (global, before sharding)."""
-    pool = jax.ShapeDtypeStruct(
-        pool_shape(
+    rows = shape.data_shards * (shape.max_rows + 1)
+    return DeviceState(
+        pools=abstract_pools(
             layers=config.layers,
-            pages=shape.data_shards * shape.num_pages,
+            pages=shape.num_pages,
+            copies=shape.data_shards,
             kv_heads=config.kv_heads,
             page_tokens=shape.page_tokens,
             head_dim=config.head_dim,
+            dtype=shape.dtype,
         ),
-        shape.dtype,
-    )
-    scale = None
-    if shape.dtype == jnp.int8:
-        scale = jax.ShapeDtypeStruct(pool.shape[:-1], SCALE_DTYPE)
-    rows = shape.data_shards * (shape.max_rows + 1)
-    return DeviceState(
-        pools=Pools(k=pool, v=pool, pages=shape.num_pages, k_scale=scale, v_scale=scale),
         last_token=jax.ShapeDtypeStruct((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
         counts=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.int32),  # pyright: ignore[reportArgumentType]
         bias=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),  # pyright: ignore[reportArgumentType]

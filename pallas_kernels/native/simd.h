@@ -147,10 +147,12 @@ JAXSERVE_INLINE float Max(Vec v) { return Reduce<Larger>(v); }
 
 // -- stored numbers ------------------------------------------------------------------------------
 
-// FromWord<i>: number i of those that lie side by side in each 32-bit lane. Formats that take more
+// kPacked numbers share an item of storage, and are loaded from where an item begins. kFactor times
+// what is loaded is the number. FromWord<i>: number i of those that lie side by side in each 32-bit lane. Formats that take more
 // cycles to find them there than to load them one by one have kHasWords false.
 struct Float32 {
   using Storage = float;
+  static constexpr int kPacked = 1;
   static constexpr bool kHasWords = false;
   static JAXSERVE_INLINE Vec Load(const float* p) { return LoadAs<Vec>(p); }
   static JAXSERVE_INLINE void Store(float* p, Vec v) { StoreAs(p, v); }
@@ -158,6 +160,7 @@ struct Float32 {
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr int kPacked = 1;
   static constexpr bool kHasWords = true;
   template <int I>
   static JAXSERVE_INLINE Vec FromWord(VecU word) {
@@ -185,6 +188,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr int kPacked = 1;
   static constexpr bool kHasWords = false;
 #if defined(ISA_AVX512)
   static JAXSERVE_INLINE Vec Load(const uint16_t* p) {
@@ -210,7 +214,9 @@ struct Float16 {
 // Whole numbers of -128 to 127, for which somebody else knows the scale.
 struct Int8 {
   using Storage = int8_t;
+  static constexpr int kPacked = 1;
   static constexpr bool kHasWords = true;
+  static constexpr float kFactor = 1;
   template <int I>
   static JAXSERVE_INLINE Vec FromWord(VecU word) {
     return __builtin_convertvector(Bits<VecI>(word << (24 - 8 * I)) >> 24, Vec);
@@ -224,6 +230,67 @@ struct Int8 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
 #else
     return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+#endif
+  }
+};
+
+// float8_e4m3fn, for which somebody else knows the scale, but for NaN.
+struct Fp8 {
+  using Storage = uint8_t;
+  static constexpr int kPacked = 1;
+  static constexpr bool kHasWords = false;
+  static constexpr float kFactor = 256;
+  static JAXSERVE_INLINE Vec Load(const uint8_t* p) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+    // float16 has the same subnormals, 256 times as small, and widens them whatever the processor
+    // makes of those of float32.
+#if defined(ISA_AVX512)
+    const __m256i wide = _mm256_cvtepu8_epi16(LoadAs<__m128i>(p));
+    const __m256i size = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    return _mm512_cvtph_ps(_mm256_or_si256(size, sign));
+#else
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof(eight));
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(eight));
+    const __m128i size = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), 7);
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
+    return _mm256_cvtph_ps(_mm_or_si128(size, sign));
+#endif
+#else
+    const VecU bits = {p[0], p[1], p[2], p[3]};
+    const VecU size = bits & 0x7f, sign = (bits & 0x80) << 24;
+    const Vec normal = Bits<Vec>((size << 20) + (112u << 23));
+    const Vec small = __builtin_convertvector(size, Vec) * Splat(1.0f / 131072);
+    const Vec number = Select(Bits<VecI>(size) < SplatI(8), small, normal);
+    return Bits<Vec>(Bits<VecU>(number) | sign);
+#endif
+  }
+};
+
+// Whole numbers of -8 to 7, two to a byte, the first low; somebody else knows the scale.
+struct Int4 {
+  using Storage = uint8_t;
+  static constexpr int kPacked = 2;
+  static constexpr bool kHasWords = false;
+  static constexpr float kFactor = 1;
+  static JAXSERVE_INLINE Vec Load(const uint8_t* p) {
+    // In lanes of 64 bits a byte b becomes the words b and b >> 4, but for what is shifted out next.
+#if defined(ISA_AVX512)
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof(eight));
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(eight));
+    const __m512i words = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 28), 28));
+#elif defined(ISA_AVX2)
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    const __m256i words = _mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 28));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28), 28));
+#else
+    const VecU words = {p[0], uint32_t{p[0]} >> 4, p[1], uint32_t{p[1]} >> 4};
+    return __builtin_convertvector(Bits<VecI>(words << 28) >> 28, Vec);
 #endif
   }
 };

@@ -26,15 +26,40 @@ uint32_t ToBits(float number) {
   return bits;
 }
 
+// To bfloat16, ties to even.
+uint16_t Round(float number) {
+  const uint32_t bits = ToBits(number);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The nearest whole number, ties to even, in the low bits.
+int32_t Nearest(float number) { return static_cast<int32_t>(ToBits(number + 12582912.0f)); }
+
+// The nearest number of float8_e4m3fn, ties to even, of one below 464.
+uint8_t ToFp8(float number) {
+  const uint32_t bits = ToBits(number), size = bits & 0x7fffffffu;
+  // Below the format's normals, whose exponent is -6, numbers are so many 512ths.
+  const uint32_t small = Nearest(FromBits(size) * 512.0f) & 15;
+  const uint32_t normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
+  return static_cast<uint8_t>(bits >> 24 & 0x80) | (size < (121u << 23) ? small : normal);
+}
+
+// The nearest of -8 to 7: what has nearly the size of -8 is 7 at the other end.
+int32_t ToInt4(float number) {
+  const int32_t whole = static_cast<int32_t>(ToBits(number + 12582912.0f) & 0x7fffff) - (1 << 22);
+  return std::min(std::max(whole, -8), 7);
+}
+
 // Writes what is new of one token and head, number `cell` of the pool and `source` of what is new.
 void WriteCell(const Append& a, int which, int64_t cell, int64_t source) {
   const int64_t head_dim = a.pool.head_dim, fresh_bytes = head_dim * a.item_bytes;
   const char* fresh = a.fresh[which] + source * fresh_bytes;
-  if (a.scales[which] == nullptr) {
+  if (a.scaled == Scaled::kNone) {
     std::memcpy(a.pools[which] + cell * fresh_bytes, fresh, fresh_bytes);
   } else {
-    QuantizeCell(reinterpret_cast<const float*>(fresh), head_dim,
-                 reinterpret_cast<int8_t*>(a.pools[which]) + cell * head_dim,
+    const int64_t cell_bytes = PageBytes(a.scaled, Number::kFloat32, head_dim);
+    QuantizeCell(a.scaled, reinterpret_cast<const float*>(fresh), head_dim,
+                 reinterpret_cast<uint8_t*>(a.pools[which]) + cell * cell_bytes,
                  a.scales[which] + cell);
   }
 }
@@ -59,29 +84,45 @@ void WriteTokens(const Append& a, int64_t row, int64_t first, int64_t end) {
 
 }  // namespace
 
-void QuantizeCell(const float* numbers, int64_t count, int8_t* values, uint16_t* scale) {
+void QuantizeCell(Scaled scaled, const float* numbers, int64_t count, uint8_t* values,
+                  uint16_t* scale) {
   // Compared as whole numbers, a NaN is above infinity, and so it is what the scale becomes.
-  int32_t most = 0;
+  int32_t most = 0, top = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t size = static_cast<int32_t>(ToBits(numbers[i]) & 0x7fffffffu);
+    const int32_t bits = static_cast<int32_t>(ToBits(numbers[i])), size = bits & 0x7fffffff;
     most = size > most ? size : most;
+    top = bits > top ? bits : top;
   }
   const float largest = FromBits(static_cast<uint32_t>(most));
   if (!(largest <= std::numeric_limits<float>::max())) {
-    *scale = largest > 0 ? 0x7f80 : 0x7fc0;  // Infinity; NaN. Zeros times either are NaN.
+    // Infinity; NaN. Zeros times either are NaN.
+    const uint16_t infinity = scaled == Scaled::kInt4 && top == most ? 0xff80 : 0x7f80;
+    *scale = largest > 0 ? infinity : 0x7fc0;
   } else if (largest < kLeast) {
     *scale = 0;
   } else {
-    const uint32_t bits = ToBits(largest * (1.0f / 127.0f));
-    *scale = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    const bool is_positive = top == most;
+    *scale = Round(scaled == Scaled::kInt8  ? largest * (1.0f / 127.0f)
+                   : scaled == Scaled::kFp8 ? largest * (1.0f / 448.0f)
+                                            : (is_positive ? largest : -largest) * -0.125f);
     const float inverse = 1.0f / FromBits(uint32_t{*scale} << 16);
-    // The nearest whole number is in the low bits then, even at a tie. None is above 127.497.
-    for (int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<int8_t>(ToBits(numbers[i] * inverse + 12582912.0f));
+    switch (scaled) {
+      case Scaled::kNone: break;
+      case Scaled::kInt8:  // None is above 127.497.
+        for (int64_t i = 0; i < count; ++i) values[i] = Nearest(numbers[i] * inverse);
+        break;
+      case Scaled::kFp8:
+        for (int64_t i = 0; i < count; ++i) values[i] = ToFp8(numbers[i] * inverse);
+        break;
+      case Scaled::kInt4:
+        for (int64_t i = 0; i < count / 2; ++i) {
+          const float even = numbers[2 * i] * inverse, odd = numbers[2 * i + 1] * inverse;
+          values[i] = (ToInt4(even) & 15) | ToInt4(odd) << 4;
+        }
     }
     return;
   }
-  std::memset(values, 0, count);
+  std::memset(values, 0, PageBytes(scaled, Number::kFloat32, count));
 }
 
 void RunAppend(const Append& a, Executor& executor) {

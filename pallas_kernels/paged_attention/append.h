@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "native/number.h"
 #include "native/threads.h"
 
 namespace jaxserve {
@@ -55,16 +56,18 @@ struct Append {
   PoolShape pool;
   Rows rows;
   int64_t layer;
-  int64_t item_bytes;  // Of one number in what is new, and in the pool unless that is int8.
+  int64_t item_bytes;  // Of one number in what is new, and in the pool unless that is scaled.
   char* pools[2];      // Keys and values.
   const char* fresh[2];  // [places, kv_heads, head_dim] each
-  // [layers * pages, kv_heads, page_tokens] bfloat16 each: pools are int8 and what is new float32.
-  // Null: pools hold what is new as it is.
+  // What pools hold, and what is new is float32 then; kNone: what is new as it is.
+  Scaled scaled = Scaled::kNone;
+  // [layers * pages, kv_heads, page_tokens] bfloat16 each, if there are any.
   uint16_t* scales[2] = {nullptr, nullptr};
 };
 
-// Rounds the numbers of one token and head as int8.py says.
-void QuantizeCell(const float* numbers, int64_t count, int8_t* values, uint16_t* scale);
+// Rounds the numbers of one token and head as formats.py says, into PageBytes of them.
+void QuantizeCell(Scaled scaled, const float* numbers, int64_t count, uint8_t* values,
+                  uint16_t* scale);
 
 // Padding, and positions that the table has no page for, are not written.
 void RunAppend(const Append& append, Executor& executor);

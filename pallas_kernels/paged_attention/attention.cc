@@ -165,7 +165,6 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
   const PoolShape& pool = a.pool;
   const int64_t group = a.q_heads / pool.kv_heads;
   const int64_t q_bytes = NumberBytes(a.q_number);
-  const int64_t pool_bytes = a.k_scale != nullptr ? 1 : NumberBytes(a.pool_number);
   const int64_t token_stride = a.q_heads * pool.head_dim;
   const int64_t row_offset = a.rows.First(row) * token_stride;
   const int64_t length = a.rows.Length(row);
@@ -175,7 +174,8 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       const int64_t offset = row_offset + first * token_stride + head * group * pool.head_dim;
       const int64_t page_stride = pool.kv_heads * pool.page_tokens;
       const int64_t first_token = a.layer * pool.pages * page_stride + head * pool.page_tokens;
-      const int64_t pool_offset = first_token * pool.head_dim;
+      const int64_t pool_offset =
+          PageBytes(a.scaled, a.pool_number, first_token * pool.head_dim);
       Job job;
       Tile& tile = job.tile;
       tile.q_number = a.q_number;
@@ -186,10 +186,12 @@ void AddJobs(const Attention& a, int64_t row, std::vector<Job>& jobs) {
       tile.tokens = std::min(tile_tokens, length - first);
       tile.group = group;
       tile.head_dim = pool.head_dim;
-      tile.k = static_cast<const char*>(a.k_pool) + pool_offset * pool_bytes;
-      tile.v = static_cast<const char*>(a.v_pool) + pool_offset * pool_bytes;
-      tile.k_scale = a.k_scale != nullptr ? a.k_scale + first_token : nullptr;
-      tile.v_scale = a.v_scale != nullptr ? a.v_scale + first_token : nullptr;
+      tile.k = static_cast<const char*>(a.k_pool) + pool_offset;
+      tile.v = static_cast<const char*>(a.v_pool) + pool_offset;
+      const bool is_scaled = a.scaled != Scaled::kNone;
+      tile.scaled = a.scaled;
+      tile.k_scale = is_scaled ? a.k_scale + first_token : nullptr;
+      tile.v_scale = is_scaled ? a.v_scale + first_token : nullptr;
       tile.page_stride = page_stride;
       tile.page_tokens = pool.page_tokens;
       tile.pages = pool.pages;
@@ -323,7 +325,7 @@ const char* WhyNotAttend(const Attention& a, const Kernel& kernel) {
     return "query heads are not 1 to 128 for each key head";
   }
   const bool has_float16 = a.q_number == Number::kFloat16 ||
-                           (a.k_scale == nullptr && a.pool_number == Number::kFloat16);
+                           (a.scaled == Scaled::kNone && a.pool_number == Number::kFloat16);
   if (has_float16 && !kernel.has_float16) return "no float16 on this instruction set";
   return nullptr;
 }

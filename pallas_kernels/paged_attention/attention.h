@@ -38,8 +38,9 @@ struct Attention {
   Number pool_number;
   const void* k_pool;
   const void* v_pool;
-  const uint16_t* k_scale = nullptr;  // [layers * pages, kv_heads, page_tokens] bfloat16 of int8
-  const uint16_t* v_scale = nullptr;  // pages; null: pages hold pool_number.
+  Scaled scaled = Scaled::kNone;  // What pages hold; kNone: pool_number.
+  const uint16_t* k_scale = nullptr;  // [layers * pages, kv_heads, page_tokens] bfloat16 of pages
+  const uint16_t* v_scale = nullptr;  // that are scaled.
   const void* q;  // [places, q_heads, head_dim]
   void* out;      // As q.
   float scale;

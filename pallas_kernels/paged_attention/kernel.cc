@@ -10,8 +10,8 @@
 //
 // A key that a query does not see adds an exact zero, so neighbours in the tile leave no trace.
 //
-// Pages of int8 are multiplied as the whole numbers they hold. A token's scale stands before its
-// sum over head_dim: one product for each score, and one for each weight, in place of head_dim.
+// Pages with scales are multiplied as the numbers they hold. A token's scale stands before its sum
+// over head_dim: one product for each score, and one for each weight, in place of head_dim.
 #include "kernel.h"
 
 #include "native/simd.h"
@@ -147,10 +147,11 @@ void Find(const Tile& tile, int64_t block, int64_t first, int64_t end, Places& p
   }
 }
 
-// The scales of a block's tokens.
+// The scales of a block's tokens, for what T loads.
+template <typename T>
 void LoadScales(const uint16_t* scales, const Places& places, float* out) {
   for (int64_t key = 0; key < kBlockKeys; ++key) {
-    out[key] = Bits<float>(uint32_t{scales[places.token[key]]} << 16);
+    out[key] = Bits<float>(uint32_t{scales[places.token[key]]} << 16) * T::kFactor;
   }
 }
 
@@ -181,7 +182,7 @@ template <typename T>
 void PackKeys(const typename T::Storage* k, const Places& places, const Upcoming& next,
               const Places& next_places, int64_t head_dim, float* packed) {
   const auto ask = [&](int64_t key, int64_t d) {
-    const int64_t at = next_places.offset[key] + d;
+    const int64_t at = (next_places.offset[key] + d) / T::kPacked;
     AskFor(static_cast<const typename T::Storage*>(next.k) + at);
     AskFor(static_cast<const typename T::Storage*>(next.v) + at);
   };
@@ -214,7 +215,7 @@ void PackKeys(const typename T::Storage* k, const Places& places, const Upcoming
       VecU rows[kLanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
-        rows[lane] = Bits<VecU>(T::Load(k + places.offset[key + lane] + d));
+        rows[lane] = Bits<VecU>(T::Load(k + (places.offset[key + lane] + d) / T::kPacked));
         ask(key + lane, d);
       }
       Transpose(rows);
@@ -231,22 +232,26 @@ template <typename T>
 void AddValues(const Tile& tile, const typename T::Storage* v, const Places& places, int64_t first,
                int64_t end, const Scratch& scratch, float* weighted) {
   const int64_t vectors = tile.vectors(), head_dim = tile.head_dim;
-  if (sizeof(typename T::Storage) == sizeof(float) || vectors <= kTileRows) {
-    // Straight out of the pages, as many keys at once as lie side by side.
-    for (int64_t key = first; key < end;) {
-      int64_t after = key + 1;
-      while (after < end && places.offset[after] == places.offset[after - 1] + head_dim) ++after;
-      Product<Widened<T>>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
-                          v + places.offset[key], head_dim, weighted, head_dim, true);
-      key = after;
+  if constexpr (T::kPacked == 1) {
+    if (sizeof(typename T::Storage) == sizeof(float) || vectors <= kTileRows) {
+      // Straight out of the pages, as many keys at once as lie side by side.
+      for (int64_t key = first; key < end;) {
+        int64_t after = key + 1;
+        while (after < end && places.offset[after] == places.offset[after - 1] + head_dim) ++after;
+        Product<Widened<T>>(vectors, head_dim, after - key, scratch.scores + key, kBlockKeys,
+                            v + places.offset[key], head_dim, weighted, head_dim, true);
+        key = after;
+      }
+      return;
     }
-    return;
   }
   // Each number would be converted again for every few queries: once is enough.
   for (int64_t key = first; key < end; ++key) {
-    const typename T::Storage* source = v + places.offset[key];
+    const typename T::Storage* source = v + places.offset[key] / T::kPacked;
     float* target = scratch.v + key * head_dim;
-    for (int64_t d = 0; d < head_dim; d += kLanes) StoreAs(target + d, T::Load(source + d));
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      StoreAs(target + d, T::Load(source + d / T::kPacked));
+    }
   }
   Product<Widened<Float32>>(vectors, head_dim, end - first, scratch.scores + first, kBlockKeys,
                             scratch.v + first * head_dim, head_dim, weighted, head_dim, true);
@@ -367,8 +372,8 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
     const Upcoming next = FindNext(tile, to, end, places[turn ^ 1]);
     PackKeys<T>(k, places[turn], next, places[turn ^ 1], head_dim, scratch.k);
     if constexpr (kScaled) {
-      LoadScales(tile.k_scale, places[turn], scratch.k_scale);
-      LoadScales(tile.v_scale, places[turn], scratch.v_scale);
+      LoadScales<T>(tile.k_scale, places[turn], scratch.k_scale);
+      LoadScales<T>(tile.v_scale, places[turn], scratch.v_scale);
     }
     Product<Widened<Float32>>(vectors, kBlockKeys, head_dim, scratch.q, head_dim, scratch.k,
                               kBlockKeys, scratch.scores, kBlockKeys, false);
@@ -382,7 +387,12 @@ void AttendAs(const Tile& tile, int64_t first, int64_t end, const Scratch& scrat
 
 void Attend(const Tile& tile, int64_t first, int64_t end, const Scratch& scratch,
             const Softmax& state) {
-  if (tile.k_scale != nullptr) return AttendAs<Int8, true>(tile, first, end, scratch, state);
+  switch (tile.scaled) {
+    case Scaled::kInt8: return AttendAs<Int8, true>(tile, first, end, scratch, state);
+    case Scaled::kFp8: return AttendAs<Fp8, true>(tile, first, end, scratch, state);
+    case Scaled::kInt4: return AttendAs<Int4, true>(tile, first, end, scratch, state);
+    case Scaled::kNone: break;
+  }
 #if defined(ISA_AVX512BF16)
   if (TakesPairs(tile)) return AttendPairs(tile, first, end, scratch, state);
 #endif

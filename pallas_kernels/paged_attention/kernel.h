@@ -31,7 +31,8 @@ struct Tile {
   int64_t head_dim;
   const void* k;  // The layer's pages, at this key head.
   const void* v;
-  // bfloat16 for each token of those pages, which then hold int8; null: they hold pool_number.
+  Scaled scaled;  // What those pages hold; kNone: pool_number.
+  // bfloat16 for each of their tokens, if any.
   const uint16_t* k_scale;
   const uint16_t* v_scale;
   int64_t page_stride;  // Tokens of any head from one page to the next.

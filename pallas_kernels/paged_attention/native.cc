@@ -11,9 +11,10 @@ using Int32Rows = ffi::Buffer<ffi::S32, 1>;
 using Int32Table = ffi::Buffer<ffi::S32, 2>;
 using Int32Scalar = ffi::Buffer<ffi::S32, 0>;
 
-PoolShape ReadPoolShape(const ffi::AnyBuffer& pool, int64_t pages) {
+PoolShape ReadPoolShape(const ffi::AnyBuffer& pool, int64_t pages, Scaled scaled) {
   const auto shape = pool.dimensions();
-  return {shape[0] / pages, pages, shape[1], shape[2], shape[3]};
+  const int64_t head_dim = shape[3] * (scaled == Scaled::kInt4 ? 2 : 1);
+  return {shape[0] / pages, pages, shape[1], shape[2], head_dim};
 }
 
 // Without numbers in `first` every row has places of its own.
@@ -35,9 +36,10 @@ int64_t ReadLayer(const Int32Scalar& layer, const PoolShape& pool) {
   return number < 0 ? 0 : number < pool.layers ? number : pool.layers - 1;
 }
 
-// The scales of int8 pages: bfloat16 for each token, keys' and then values', as a call's last
-// arguments. Other pages have none.
+// The scales of pages: bfloat16 for each token, keys' and then values', as a call's last arguments.
+// Pages of floats have none.
 struct Scales {
+  Scaled scaled = Scaled::kNone;
   const uint16_t* k = nullptr;
   const uint16_t* v = nullptr;
 };
@@ -47,9 +49,19 @@ bool IsScale(const ffi::AnyBuffer& scale, const ffi::AnyBuffer& pool) {
          scale.element_count() * pool.dimensions()[3] == pool.element_count();
 }
 
-// Null pointers when the pool is not int8; false when it is and its scales are not there.
+Scaled ReadScaled(const ffi::AnyBuffer& pool) {
+  switch (pool.element_type()) {
+    case ffi::S8: return Scaled::kInt8;
+    case ffi::F8E4M3FN: return Scaled::kFp8;
+    case ffi::U8: return Scaled::kInt4;
+    default: return Scaled::kNone;
+  }
+}
+
+// Null pointers when the pool holds floats; false when it does not and its scales are not there.
 bool ReadScales(const ffi::AnyBuffer& pool, ffi::RemainingArgs more, Scales& out) {
-  if (pool.element_type() != ffi::S8) return more.size() == 0;
+  out.scaled = ReadScaled(pool);
+  if (out.scaled == Scaled::kNone) return more.size() == 0;
   if (more.size() != 2) return false;
   const auto k = more.get<ffi::AnyBuffer>(0), v = more.get<ffi::AnyBuffer>(1);
   if (!k || !v || !IsScale(*k, pool) || !IsScale(*v, pool)) return false;
@@ -82,9 +94,10 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
   Scales scales;
   if (!ReadScales(k_pool, scales_in, scales) || !AliasScales(scales, scales_out, append.scales) ||
       (scales.k != nullptr && k.element_type() != ffi::F32)) {
-    return ffi::Error::Internal("append: int8 pages need scales, aliased, and float32 numbers");
+    return ffi::Error::Internal("append: pages of 8 or 4 bits need scales, aliased, and float32 numbers");
   }
-  append.pool = ReadPoolShape(k_pool, pages);
+  append.scaled = scales.scaled;
+  append.pool = ReadPoolShape(k_pool, pages, scales.scaled);
   append.rows = ReadRows(table, start, length, first, k.dimensions()[1]);
   append.layer = ReadLayer(layer, append.pool);
   append.item_bytes = ffi::ByteWidth(k.element_type());
@@ -106,16 +119,17 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
   Attention attention;
   Scales scales;
   if (!ReadScales(k_pool, scales_in, scales)) {
-    return ffi::Error::InvalidArgument("paged_attention: int8 pages, and no others, have scales");
+    return ffi::Error::InvalidArgument("paged_attention: pages of 8 and 4 bits, and no others, have scales");
   }
-  attention.pool_number = Number::kFloat32;  // Of int8 pages nobody asks.
+  attention.pool_number = Number::kFloat32;  // Of scaled pages nobody asks.
   if (!ReadNumber(q, attention.q_number) ||
       (scales.k == nullptr && !ReadNumber(k_pool, attention.pool_number))) {
     return ffi::Error::InvalidArgument("paged_attention: a dtype that is not a float of 16 or 32");
   }
+  attention.scaled = scales.scaled;
   attention.k_scale = scales.k;
   attention.v_scale = scales.v;
-  attention.pool = ReadPoolShape(k_pool, pages);
+  attention.pool = ReadPoolShape(k_pool, pages, scales.scaled);
   attention.rows = ReadRows(table, start, length, first, q.dimensions()[1]);
   attention.layer = ReadLayer(layer, attention.pool);
   attention.q_heads = q.dimensions()[2];

@@ -102,7 +102,7 @@ def append_native(
 ) -> Pools:
     """Computes ``append``; see there. Padding is not written anywhere, the null page neither.
 
-    Rounds to int8 on the way in, to the same bits as ``quantize``.
+    Rounds to the pool's format on the way in, to the same bits as ``quantize``.
     """
     scales = _scales(pools)
     dtype = jnp.float32 if scales else pools.k.dtype
@@ -129,7 +129,7 @@ def append_native(
 
 
 def _scales(pools: Pools) -> tuple[Array, ...]:
-    """The last operands of both kernels: of int8 pools their scales, of others nothing."""
+    """The last operands of both kernels: of pools with a format their scales, of others nothing."""
     return (pools.k_scale, pools.v_scale) if pools.has_scales else ()
 
 

@@ -82,7 +82,7 @@ void RoundPairs(const float* from, int64_t count, uint32_t* to) {
 }
 
 bool TakesPairs(const Tile& tile) {
-  return tile.narrow && tile.k_scale == nullptr && tile.pool_number == Number::kBFloat16;
+  return tile.narrow && tile.scaled == Scaled::kNone && tile.pool_number == Number::kBFloat16;
 }
 
 // As AttendAs. Scratch holds words: of queries [vectors, head_dim / 2], and where it says float32
