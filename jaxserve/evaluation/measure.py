@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from jaxserve.config import ServeConfig
 from jaxserve.engine.request import SamplingParams
 from jaxserve.engine.step import ProgramCall
-from jaxserve.errors import ConfigError, LaunchError
+from jaxserve.errors import ConfigError, LaunchError, RequestFailedError
 from jaxserve.evaluation.result import Against, Evaluation, Outcome
 from jaxserve.evaluation.settings import Setting
 from jaxserve.evaluation.texts import Windows, cut, start_tokens
@@ -148,6 +148,12 @@ def measure(
             start_s = time.perf_counter()
             nats, kept = list[float](), list[Hidden]()
             for number, (cost, hidden) in enumerate(_score(service, windows)):
+                if not math.isfinite(cost):
+                    raise RequestFailedError(
+                        f"{each.setting.name}, window {number + 1}",
+                        "the log-probability of a token is not a finite number; the weights, or "
+                        "this setting's arithmetic, are damaged",
+                    )
                 nats.append(cost)
                 if against is None:
                     kept.append(hidden)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxserve.errors import ConfigError
-from jaxserve.frontend.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def diverge(
     q_normaliser, q_best = _summary(other, other_logits, starts, base_hidden.shape[0])
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
-        p_logits, ids = base_logits(start)
+        p_logits, _ = base_logits(start)
         q_logits, _ = other_logits(start)
         counts = jnp.isfinite(p_logits)
         log_p = jnp.where(counts, p_logits, 0.0) - p_normaliser[:, None]
