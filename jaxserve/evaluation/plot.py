@@ -17,6 +17,8 @@ WIDTH, ROW, TOP, BOTTOM = 940, 34, 84, 62
 LEFT, PANEL, GAP = 150, 330, 90
 BLUE, ORANGE, GREY, INK = "#3b6fb6", "#d9822b", "#d7dbe0", "#22262b"
 MOST_TICKS = 6
+LABEL = 62
+"""Pixels that the widest label takes."""
 
 
 def svg(evaluation: Evaluation) -> str:
@@ -83,11 +85,12 @@ def _ratios(compared: Sequence[Against], x: int) -> list[str]:
 
 def _divergences(compared: Sequence[Against], x: int) -> list[str]:
     found = [value for each in compared for value in (each.kl_mean, each.kl_p99) if value > 0]
-    low = math.floor(math.log10(min(found)) - 0.3) if found else -6
-    high = math.ceil(math.log10(max(found)) + 0.3) if found else 0
-    axis = _Axis(x, low, high)
-    step = -(-(high - low) // MOST_TICKS)
-    ticks = [(float(power), f"1e{power}") for power in range(low, high + 1, step)]
+    lowest = math.floor(math.log10(min(found)) - 0.3) if found else -6
+    highest = math.ceil(math.log10(max(found)) + 0.3) if found else 0
+    low = float(lowest)
+    axis = _Axis(x, low, float(highest))
+    step = -(-(highest - lowest) // MOST_TICKS)
+    ticks = [(float(power), f"1e{power}") for power in range(lowest, highest + 1, step)]
     parts = _panel("mean KL of the next token, nats", axis, len(compared), ticks)
     log = _log10_from(low)
     for row, each in _rows(compared):
@@ -97,8 +100,10 @@ def _divergences(compared: Sequence[Against], x: int) -> list[str]:
         p99 = axis.at(log(each.kl_p99))
         if each.kl_p99 > 0:
             parts.append(f'<circle cx="{p99:.1f}" cy="{_middle(row)}" r="3.5" fill="{INK}"/>')
-        label = f"{each.kl_mean:.2g}"
-        parts.append(_text(max(p99, axis.at(whisker[1])) + 8, _middle(row) + 4, label, size=11))
+        end = axis.at(whisker[1]) + 7
+        if end - 7 < p99 < end + LABEL:
+            end = p99 + 7
+        parts.append(_text(end, _middle(row) + 4, f"{each.kl_mean:.2g}", size=11))
     return parts
 
 
@@ -154,7 +159,13 @@ def _middle(row: int) -> int:
 
 
 def _text(
-    x: float, y: float, text: str, anchor: str = "start", *, size: int = 13, weight: str = "normal"
+    x: float | int,
+    y: float | int,
+    text: str,
+    anchor: str = "start",
+    *,
+    size: int = 13,
+    weight: str = "normal",
 ) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '

@@ -95,7 +95,7 @@ def _parse(text: str) -> Setting:
     if not has_flags:
         if name not in NAMED:
             close = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.6)
-            meant = f"; did you mean {close[0]}?" if close else ""
+            meant = f"; did you mean {close[0]}?" if close else "."
             raise ConfigError(
                 f"there is no setting {name!r}{meant} Choose from {', '.join(known_names())}, or "
                 "write NAME=FLAG:VALUE+FLAG:VALUE"

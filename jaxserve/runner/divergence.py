@@ -41,12 +41,8 @@ class Head:
     def of(cls, runner: Runner) -> Head:
         """Takes the head of a runner that is ready."""
         assert runner.params is not None, "make_ready comes first"
-        model = runner.programs.model
-        return cls(
-            runner.programs,
-            model.head_weight(runner.params),
-            model.head_weight(runner.param_specs),
-        )
+        weight = runner.programs.model.head_weight(runner.params)
+        return cls(runner.programs, weight, jax.tree.map(lambda array: array.sharding.spec, weight))
 
 
 class Divergence:

@@ -128,11 +128,6 @@ class Runner:
         return self._programs
 
     @property
-    def param_specs(self) -> Any:
-        """Which mesh axis each axis of a weight lives on: specs in the shape of ``Params``."""
-        return self._param_specs
-
-    @property
     def config(self) -> RunnerConfig:
         """What is compiled."""
         return self._config
