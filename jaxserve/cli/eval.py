@@ -27,7 +27,7 @@ EXAMPLES = """\
   jaxserve eval smollm2 --text book.txt
   jaxserve eval smollm2 --text *.txt --settings float32,bf16,kv-int8,w4a16 --plot cost.svg
   jaxserve eval ./checkpoint --text book.txt \\
-      --settings unquantized,pages=kv-dtype:int8+page-tokens:64,theirs=model:./their-awq
+      --settings unquantized,small=kv-dtype:int8+page-tokens:16,theirs=model:./other.gguf
 """
 MACHINE_FLAGS = [name for name in flags.MACHINE_FLAGS if name not in ("quantization", "kv_dtype")]
 """Of launch; the others are what settings are made of."""

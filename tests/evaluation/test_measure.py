@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve import LLM
 from jaxserve.config import ServeConfig
+from jaxserve.convert import open_model
 from jaxserve.errors import ConfigError, RequestFailedError
 from jaxserve.evaluation import measure as module
 from jaxserve.evaluation.measure import evaluate, measure, prepare
@@ -21,6 +21,7 @@ from jaxserve.evaluation.settings import Setting, parse_settings
 from jaxserve.evaluation.texts import Windows
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.runner.compiling import CompileCounter
+from jaxserve.runner.dense import DenseForward
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +52,13 @@ def config(model: str | Path, cache_dir: Path, **options: Any) -> ServeConfig:
     return ServeConfig(model=str(model), **places, **{**shared, **options})
 
 
-def windows_of(prompts: Sequence[Sequence[int]]) -> Windows:
+def windows_of(prompts: Sequence[Sequence[int]] | np.ndarray) -> Windows:
     return Windows([list(map(int, prompt)) for prompt in prompts], 0, 0, 0)
 
 
-def run(asked: ServeConfig, settings: str, prompts: Sequence[Sequence[int]]) -> list[Outcome]:
+def run(
+    asked: ServeConfig, settings: str, prompts: Sequence[Sequence[int]] | np.ndarray
+) -> list[Outcome]:
     windows = windows_of(prompts)
     parsed = parse_settings(settings)
     return measure([prepare(asked, each, len(prompts[0])) for each in parsed], windows)
@@ -79,10 +82,8 @@ def test_kl_and_perplexity_are_those_of_full_logits(
     """The base's logits are what transformers gave; the other's are one dense pass."""
     recorded = np.load(TINY / "llama" / "reference.npz")
     prompt = recorded["prompt_1"][:count].tolist()
-    with LLM(
-        str(tiny("qwen2")), device="cpu", dtype="float32", cache_dir=cache_dir, progress=False
-    ) as llm:
-        other = log_softmax(llm.logits(prompt))[:-1]
+    with open_model(config(tiny("qwen2"), cache_dir)) as opened:
+        other = log_softmax(DenseForward(opened.model)(opened.load(), prompt))[:-1]
     base = log_softmax(recorded["logits_1"])[: count - 1]
     targets = prompt[1:]
 
