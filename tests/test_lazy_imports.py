@@ -30,6 +30,8 @@ for arguments in (
     ["generate", "x", "--server", "127.0.0.1:1"],
     ["plan", "--help"],
     ["plan", "x", "--device", "nothing"],
+    ["eval", "x", "--text", "./nothing"],
+    ["eval", "x", "--text", "pyproject.toml", "--settings", "nothing"],
 ):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):

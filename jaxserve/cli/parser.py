@@ -14,6 +14,7 @@ from jaxserve.cli import (
     compile,
     convert,
     demo,
+    eval,
     generate,
     launch,
     plan,
@@ -24,7 +25,7 @@ from jaxserve.cli import (
 from jaxserve.cli import environment as env
 from jaxserve.cli.environment import Environment
 
-COMMANDS = (launch, chat, generate, plan, compile, convert, stats, tokenize, demo, version)
+COMMANDS = (launch, chat, generate, plan, eval, compile, convert, stats, tokenize, demo, version)
 
 EPILOG = f"""\
 examples:

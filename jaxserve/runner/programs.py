@@ -1,6 +1,6 @@
 """The pure functions that get compiled: one decode, one prefill and one scoring step.
 
-Each takes (params, state, result, packed) and gives (state, result[, scores]). ``state`` is
+Each takes (params, state, result, packed) and gives (state, result[, scores, hidden]). ``state`` is
 donated. ``result`` holds the newest sample of every row; the calls of one step hand it on, so
 that the host reads one array however many programs a step ran. Everything is written for the
 local shard: the runner wraps these in one ``shard_map``.
@@ -8,6 +8,7 @@ local shard: the runner wraps these in one ``shard_map``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,9 +23,11 @@ from jaxserve.runner.cache import DeviceState
 from jaxserve.runner.sampling import Lines, bits, choose, merge_top
 from jaxserve.runner.vocab import VocabShard
 from pallas_kernels.paged_attention import Pools, paged_attention, places_of, rope_append
-from pallas_kernels.quantized_matmul import Products
+from pallas_kernels.quantized_matmul import Matrix, Products
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
+ChunkLogits = Callable[[Array], tuple[Array, Array]]
+"""From the start of a chunk to its logits ``[T, X]`` and their token ids ``[X]``."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,17 @@ class StepPrograms:
         packed: Int[Array, "B X"],
         *,
         tokens: int,
-    ) -> tuple[DeviceState, Int[Array, "R C"], Int[Array, "T C"]]:
-        """``prefill`` for one line that also scores the token after each place."""
+    ) -> tuple[DeviceState, Int[Array, "R C"], Int[Array, "T C"], Float[Array, "T D"]]:
+        """``prefill`` for one line that also scores the token after each place.
+
+        What the head saw comes along, for ``divergence``: serving leaves it on the device.
+        """
         hidden, state, lines = self._prompt(params, state, packed, tokens)
         targets = packed[0, COLUMNS + self.table_width + 1 :]
         with jax.named_scope("score"):
             scores = self._score(params, hidden, targets)
         state, result = self._sample(params, state, result, lines, _last(hidden, lines))
-        return state, result, scores
+        return state, result, scores, hidden
 
     def set_row(
         self,
@@ -110,6 +116,29 @@ class StepPrograms:
             counts=state.counts.at[row[0]].set(counts),
             bias=state.bias.at[row[0]].set(bias),
         )
+
+    def chunked_logits(
+        self, head: Matrix, hidden: Float[Array, "T D"]
+    ) -> tuple[Int[Array, " N"], ChunkLogits]:
+        """Returns where chunks of this shard's vocabulary start, and what computes one of them.
+
+        That gives float32 logits, and the token ids that they are of. Logits are minus infinity
+        where an earlier chunk had the token already, and where there is none.
+        """
+        vocab, here = self.vocab, head.shape[0]
+        size = min(SCORE_VOCAB_CHUNK, here)
+        all_ids = vocab.ids(here)
+
+        def chunk_logits(start: Array) -> tuple[Array, Array]:
+            # The last chunk starts early enough to be whole; what it repeats is masked.
+            begin = jnp.minimum(start, here - size)
+            rows = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, begin, size), head)
+            logits = self.model.partial_logits(rows, hidden, products=self.products)
+            ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
+            new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)
+            return jnp.where(new[None], logits, -jnp.inf), ids
+
+        return jnp.arange(0, here, size, dtype=jnp.int32), chunk_logits
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -225,18 +254,7 @@ class StepPrograms:
         """
         vocab, head = self.vocab, self.model.head_weight(params)
         here = head.shape[0]
-        size = min(SCORE_VOCAB_CHUNK, here)
-        all_ids = vocab.ids(here)
-        starts = jnp.arange(0, here, size, dtype=jnp.int32)
-
-        def chunk_logits(start: Array) -> tuple[Array, Array]:
-            # The last chunk starts early enough to be whole; what it repeats is masked.
-            begin = jnp.minimum(start, here - size)
-            rows = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, begin, size), head)
-            logits = self.model.partial_logits(rows, hidden, products=self.products)
-            ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
-            new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)
-            return jnp.where(new[None], logits, -jnp.inf), ids
+        starts, chunk_logits = self.chunked_logits(head, hidden)
 
         place = vocab.local(targets, here)
         own = self.model.target_logits(params, hidden, jnp.minimum(place, here - 1))
@@ -248,7 +266,7 @@ class StepPrograms:
             normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=-1))
             above = (logits > own[:, None]) & (ids[None] != targets[:, None])
             rank = rank + jnp.sum(above, axis=-1, dtype=jnp.int32)
-            best, where = lax.top_k(logits, min(MAX_LOGPROBS, size))
+            best, where = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
             values = jnp.concatenate([top, best], axis=1)
             names = jnp.concatenate([top_ids, ids[where]], axis=1)
             top, order = lax.top_k(values, MAX_LOGPROBS)

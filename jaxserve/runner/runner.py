@@ -8,7 +8,7 @@ programs compute is in ``programs.py``; the files are in ``executables.py``.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +23,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxserve.engine.publish import StepHandle, StepResult
-from jaxserve.engine.step import RESULT_COLUMNS, StepInputs, StepShape, prompt_columns
+from jaxserve.engine.step import (
+    RESULT_COLUMNS,
+    ProgramCall,
+    StepInputs,
+    StepShape,
+    prompt_columns,
+)
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import (
     DeviceState,
@@ -103,6 +109,9 @@ class Runner:
         self._blank: Array | None = None
         self._counter = CompileCounter.instance()
         self._compiles_at_ready: int | None = None
+        self.on_scored: Callable[[ProgramCall, Array], None] | None = None
+        """Called with each scoring call and its hidden states ``[shards * T, D]``, which are still
+        being computed; on the thread that dispatches."""
         self._gathers: dict[tuple[int, ...], Any] = {}
         """Programs that bring data shards of other hosts here, by shape; empty on one host."""
 
@@ -112,6 +121,11 @@ class Runner:
     def model(self) -> Model:
         """What is computed, laid out for the mesh."""
         return self._model
+
+    @property
+    def programs(self) -> StepPrograms:
+        """The functions that are compiled."""
+        return self._programs
 
     @property
     def config(self) -> RunnerConfig:
@@ -324,7 +338,7 @@ class Runner:
             arguments, results = (state, leaf, leaf, leaf), state
         else:
             arguments = (self._weights(key)[0], state, leaf, leaf)
-            results = (state, leaf, leaf) if key.kind == "score" else (state, leaf)
+            results = (state, leaf, *((leaf, leaf) if key.kind == "score" else ()))
         signature = Signature(arguments, results, list(self._mesh.devices.flat))
         return self._executables.load(key.file_name, signature)
 
@@ -358,7 +372,7 @@ class Runner:
         result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
         outputs = (self._state_specs, by_row)
         if key.kind == "score":
-            outputs += (by_row,)
+            outputs += (by_row, by_row)
         mapped = jax.shard_map(
             function,
             mesh=self._mesh,
@@ -436,8 +450,10 @@ class Runner:
         result = self._blank
         scores: list[Array | None] = []
         for call in inputs.calls:
-            result, score = self._call((call.kind, *call.bucket), result, call.buffer)
-            scores.append(None if score is None else self._gather(score))
+            result, *more = self._call((call.kind, *call.bucket), result, call.buffer)
+            scores.append(self._gather(more[0]) if more else None)
+            if more and self.on_scored is not None:
+                self.on_scored(call, more[1])
         return _Handle(self._gather(result), scores, self._config.step.data_shards)
 
     def reset(self) -> None:
@@ -478,12 +494,13 @@ class Runner:
 
     def _call(
         self, name: tuple[str, int, int], result: Array, buffer: np.ndarray
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, ...]:
+        """Runs a program; returns its result and, of ``score``, scores and hidden states."""
         program = self._compiled[name]
         params = self._unstacked if self._is_unrolled(*name[:2]) else self._params
         outputs = program(params, self._state, result, buffer)
         self._state = outputs[0]
-        return outputs[1], outputs[2] if name[0] == "score" else None
+        return outputs[1:]
 
     def _set_row(self, row: int, counts: np.ndarray, bias: np.ndarray) -> None:
         step = self._config.step
