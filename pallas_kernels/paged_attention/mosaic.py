@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import LINES, SHARED_BYTES, cores, decline_elsewhere
-from pallas_kernels.paged_attention.mosaic_kernel import Config, Launch, attend, shared_bytes
+from pallas_kernels.paged_attention.mosaic_kernel import attend
+from pallas_kernels.paged_attention.mosaic_launch import Config, Launch, shared_bytes
 from pallas_kernels.paged_attention.pool import Pools
 from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.work import Shape, merge, most_units, pack, plan_work
@@ -90,7 +91,7 @@ def paged_attention_mosaic(
     has_window = not (isinstance(window, int) and window == 0)
     numbers = jnp.stack(
         [
-            work.count,
+            work.real,
             jnp.asarray(layer, jnp.int32) * pools.pages,
             jnp.where(window == 0, ALL_KEYS, window),
         ]
@@ -105,6 +106,12 @@ def paged_attention_mosaic(
         softcap=softcap,
         has_window=has_window,
         one_query=one_query,
+        dtype=compute,
+        pages=k.dtype,
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        page_tokens=pools.page_tokens,
+        table_width=table.shape[1],
     )
     scales = (pools.k_scale, pools.v_scale) if pools.has_scales else None
     outs, sums = attend(launch, packed, k, v, table, work.units, numbers, scales)

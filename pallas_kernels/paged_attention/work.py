@@ -50,8 +50,8 @@ class Work(NamedTuple):
     """Every unit of a launch, and where each row's are."""
 
     units: Int32[Array, "U 8"]
-    count: Int32[Array, ""]
-    """Real units; they are the first."""
+    real: Int32[Array, ""]
+    """So many units are real; they are the first."""
     pieces: Int32[Array, " B"]
     """Of each tile of a row."""
     offset: Int32[Array, " B"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import FORMATS, Pools, mosaic, mosaic_kernel, paged_attention
+from pallas_kernels.paged_attention import (
+    FORMATS,
+    Pools,
+    mosaic_block,
+    mosaic_kernel,
+    paged_attention,
+)
 from pallas_kernels.paged_attention.cases import (
     INTERPRETED,
     LAYER,
@@ -195,8 +202,8 @@ FAULTS = (
     ),
     Fault(
         "wrong head",
-        "return lax.div(turn, self.body.kv_heads), lax.rem(turn, self.body.kv_heads)",
-        "return lax.div(turn, self.body.kv_heads), jnp.int32(0)",
+        "return lax.div(turn, self.launch.kv_heads), lax.rem(turn, self.launch.kv_heads)",
+        "return lax.div(turn, self.launch.kv_heads), jnp.int32(0)",
     ),
     Fault("group off", "lax.div(query + line, group)", "lax.div(query + line + 1, group)"),
 )
@@ -224,9 +231,9 @@ FAULTS_OF_SCALES = (
 )
 
 
-def checking(monkeypatch: pytest.MonkeyPatch, cases: list[tuple[str, str | None]]) -> Any:
+def checking(monkeypatch: pytest.MonkeyPatch, cases: Sequence[tuple[str, str | None]]) -> Any:
     def check(module: ModuleType) -> None:
-        monkeypatch.setattr(mosaic, "attend", module.attend)
+        monkeypatch.setattr(mosaic_kernel, "Block", module.Block)
         for name, format in cases:
             expect_reference(BY_NAME[name], "bfloat16", format, seed=7)
 
@@ -236,20 +243,20 @@ def checking(monkeypatch: pytest.MonkeyPatch, cases: list[tuple[str, str | None]
 @pytest.mark.prove
 def test_every_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch):
     cases = [("ragged-128-page64-window", None), ("decode-64-page16-window", None)]
-    assert_caught(mosaic_kernel, FAULTS, checking(monkeypatch, cases))
+    assert_caught(mosaic_block, FAULTS, checking(monkeypatch, cases))
 
 
 @pytest.mark.prove
 def test_every_planted_fault_of_scales_is_caught(monkeypatch: pytest.MonkeyPatch):
     cases = [("decode-256-page32-window", "int8"), ("decode-64-page16-window", "int4")]
-    assert_caught(mosaic_kernel, FAULTS_OF_SCALES, checking(monkeypatch, cases))
+    assert_caught(mosaic_block, FAULTS_OF_SCALES, checking(monkeypatch, cases))
 
 
 def test_a_planted_race_and_a_planted_off_by_one_are_caught(monkeypatch: pytest.MonkeyPatch):
     faults = [
         fault for fault in FAULTS if fault.name in ("missing wait for keys", "mask off by one")
     ]
-    assert_caught(mosaic_kernel, faults, checking(monkeypatch, [("decode-64-page16-window", None)]))
+    assert_caught(mosaic_block, faults, checking(monkeypatch, [("decode-64-page16-window", None)]))
 
 
 # -- refusals --------------------------------------------------------------------------------------
