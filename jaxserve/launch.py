@@ -81,6 +81,7 @@ SHARED_FLAGS = (
     "dtype",
     "quantization",
     "kv_dtype",
+    "kernels",
     "load_format",
     "seed",
     "context_tokens",

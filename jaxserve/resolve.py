@@ -26,6 +26,7 @@ from jaxserve.runner.memory import host_free_bytes
 from jaxserve.weights.packed import Quantization
 from jaxserve.weights.source import DUMMY
 from pallas_kernels import native
+from pallas_kernels.families import parse_choices
 from pallas_kernels.paged_attention import FORMATS
 from pallas_kernels.quantized_matmul import Format
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
@@ -174,6 +175,7 @@ def resolve_sizes(
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
         formats=formats or {},
+        kernels=_kernels(config.kernels),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,
@@ -182,6 +184,13 @@ def resolve_sizes(
         kv_fraction=config.kv_memory_fraction or KV_FRACTION,
         most_kv_bytes=most_kv_bytes,
     )
+
+
+def _kernels(text: str) -> dict[str, str]:
+    try:
+        return parse_choices(text)
+    except ValueError as error:
+        raise ConfigError(f"kernels is {text!r}: {error}") from error
 
 
 def overlaps_steps(config: ServeConfig, plan: LaunchPlan) -> bool:

@@ -141,6 +141,7 @@ def make_runner(plan: LaunchPlan, model: Model, num_pages: int) -> Runner:
         cache=cache,
         dtype=plan.dtype,
         activations=plan.activations,
+        kernels=plan.kernels,
         unrolled_rows=plan.unrolled_rows,
     )
     return Runner(model, runner_config, plan.mesh)
@@ -206,6 +207,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan, model: Model) -> str:
         config.kv_memory_bytes,
         config.kv_memory_fraction,
         plan.unrolled_rows,
+        plan.kernels,
         native.build_name(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

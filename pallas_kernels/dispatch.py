@@ -8,9 +8,47 @@ order in which implementations are tried, belongs to the kernel family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 AUTO = "auto"
+
+
+@dataclass
+class Choices:
+    """What was chosen while programs were traced."""
+
+    taken: dict[str, list[str]] = field(default_factory=dict)
+    """Implementations of each family, in the order in which they were first taken."""
+    declined: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of each family, the reason of every implementation that declined, the first time."""
+
+
+_choices: ContextVar[Choices | None] = ContextVar("choices", default=None)
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default={})
+
+
+@contextmanager
+def recorded() -> Iterator[Choices]:
+    """Keeps what ``dispatch`` chooses in here, on this thread."""
+    choices = Choices()
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+@contextmanager
+def forced(names: Mapping[str, str]) -> Iterator[None]:
+    """Takes these implementations, by family, where callers leave the choice to ``dispatch``."""
+    token = _forced.set(names)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def dispatch[R](
@@ -38,6 +76,8 @@ def dispatch[R](
         ExceptionGroup: Every candidate declined; it holds each one's reason.
     """
     if choice == AUTO:
+        choice = _forced.get().get(family, AUTO)
+    if choice == AUTO:
         candidates = implementations
     elif choice in implementations:
         candidates = {choice: implementations[choice]}
@@ -47,12 +87,19 @@ def dispatch[R](
             f"choose {AUTO!r} or one of {', '.join(map(repr, implementations))}"
         )
     declined: list[NotImplementedError] = []
+    choices = _choices.get() or Choices()
     for name, implementation in candidates.items():
         try:
-            return implementation(*args, **kwargs)
+            result = implementation(*args, **kwargs)
         except NotImplementedError as reason:
             reason.add_note(f"said by {family} implementation {name!r}")
             declined.append(reason)
+            choices.declined.setdefault(family, {}).setdefault(name, str(reason))
+        else:
+            taken = choices.taken.setdefault(family, [])
+            if name not in taken:
+                taken.append(name)
+            return result
     raise ExceptionGroup(
         f"no implementation of {family} accepts these arguments (tried {', '.join(candidates)})",
         declined,

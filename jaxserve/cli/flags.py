@@ -49,6 +49,7 @@ METAVARS = {
     "model": "MODEL",
     "mesh": "DxT",
     "device": "DEVICE",
+    "kernels": "FAMILY=NAME",
     "kv_memory_bytes": "BYTES",
     "kv_memory_fraction": "F",
     "served_name": "NAME",
@@ -56,7 +57,7 @@ METAVARS = {
     "coordinator": "HOST:PORT",
 }
 MODEL_FLAGS = ("served_name", "load_format", "seed", "chat_template", "offline")
-MACHINE_FLAGS = ("mesh", "device", "dtype", "quantization", "kv_dtype")
+MACHINE_FLAGS = ("mesh", "device", "dtype", "quantization", "kv_dtype", "kernels")
 MEMORY_FLAGS = (
     "context_tokens",
     "max_rows",

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -343,6 +343,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
         f"digest {info.model_digest[:12]}",
         f"{_programs(service.runner)}; {info.pages_total} pages of {info.page_tokens} tokens",
         *_quantized(plan.formats),
+        f"kernels: {_kernels(service.runner.kernels())}",
         "settings other than the defaults, which stand in brackets:",
     ]
     for config in (service.config, server_config):
@@ -357,6 +358,13 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
     else:
         lines += [f"no plan: no facts are known of {plan.mesh.devices.flat[0].device_kind}"]
     return "\n".join(lines)
+
+
+def _kernels(made_of: Mapping[str, Sequence[str]]) -> str:
+    """What each op is computed by, such as ``paged_attention native``."""
+    if not made_of:
+        return "unknown, programs were loaded without notes of them"
+    return ", ".join(f"{family} {' and '.join(names)}" for family, names in made_of.items())
 
 
 def _leave_early(progress: Progress) -> Callable[[int], NoReturn]:

@@ -228,6 +228,7 @@ def _make_runner(
         dtype=sizes.dtype,
         activations=sizes.activations,
         unrolled_rows=sizes.unrolled_rows,
+        kernels=sizes.kernels,
         has_native=facts.platform == "cpu",
     )
     abstract = AbstractMesh((shape.data, shape.tensor), AXES)

@@ -24,6 +24,8 @@ class Sizes:
     """Of what goes from layer to layer."""
     formats: dict[str, Format]
     """Of the weights that are held quantized, by name."""
+    kernels: dict[str, str]
+    """Implementations that were asked for, by family."""
     unrolled_rows: int
     """Decode programs of at most so many rows do not loop over the layers; see ``RunnerConfig``."""
     context_tokens: int

@@ -57,6 +57,9 @@ class RunnerConfig:
     and eight times to load."""
     has_native: bool = True
     """Programs may call native kernels, where this machine has them; see ``StepPrograms``."""
+    kernels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Implementations that programs must be made of, by family of kernels; others are the best that
+    accept."""
     rules: ShardingRules = field(default_factory=ShardingRules)
     compiler_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """For XLA, beside those that the platform gets anyway; ``bench.gpu`` tries some."""

@@ -39,6 +39,8 @@ STORE_BYTES = 2**30
 FORMAT = 1
 KEY_FILE = "key.json"
 SUFFIX = ".xla"
+KERNELS = "kernels"
+"""The kind of note that says what a program consists of."""
 
 type Key = Mapping[str, str]
 """The parts of a key by name, as ``fingerprint.py`` makes them."""
@@ -173,6 +175,9 @@ class ExecutableFolder:
             partial.mkdir(parents=True)
             for name in names:
                 shutil.copyfile(self.path / f"{name}{SUFFIX}", partial / f"{name}{SUFFIX}")
+                note = f"{name}.{KERNELS}.json"
+                with suppress(FileNotFoundError):  # Failing to write one was harmless.
+                    shutil.copyfile(self.path / note, partial / note)
             shutil.copyfile(self.path / KEY_FILE, partial / KEY_FILE)
             check_new(out)
             partial.rename(out)

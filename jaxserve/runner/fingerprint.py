@@ -66,6 +66,7 @@ def fingerprint(runner: Runner) -> dict[str, str]:
         "XLA flags": _digest(xla_client.CompileOptions().SerializeAsString()),
         "compiler options": str(runner.compiler_options),
         "native kernels": native.why_not() or native.build_name(),
+        "kernels": str(sorted(runner.config.kernels.items())),
         "source code": source_digest(),
         "weights' formats": str(sorted(runner.model.formats.items())),
         "weights' shapes": _digest(_shapes(runner.abstract_params).encode()),

@@ -40,12 +40,14 @@ from jaxserve.runner.cache import (
 from jaxserve.runner.compiling import CompileCounter, cores, planned_compiles
 from jaxserve.runner.config import ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
+    KERNELS,
     ExecutableFolder,
     Signature,
     native_targets,
     without_jax_cache,
 )
 from jaxserve.runner.programs import StepPrograms
+from pallas_kernels.dispatch import forced, recorded
 from sharding.placement import unstack_in_place
 from sharding.specs import check_divisible, named_shardings, partition_specs
 
@@ -102,6 +104,8 @@ class Runner:
         self._by_row = partition_specs(("batch",), config.rules)
         check_divisible(self._abstract_state, self._state_specs, mesh)
         self._compiled: dict[tuple[str, int, int], Any] = {}
+        self._made_of: dict[tuple[str, int, int], dict[str, list[str]]] = {}
+        """Of each program that was traced, or whose tracing is noted beside its file."""
         self._executables: ExecutableFolder | None = None
         self._params: Params | None = None
         self._unstacked: Params | None = None
@@ -340,6 +344,8 @@ class Runner:
             arguments = (self._weights(key)[0], state, leaf, leaf)
             results = (state, leaf, *((leaf, leaf) if key.kind == "score" else ()))
         signature = Signature(arguments, results, list(self._mesh.devices.flat))
+        if isinstance(noted := self._executables.note(key.file_name, KERNELS), dict):
+            self._made_of[_name(key)] = noted
         return self._executables.load(key.file_name, signature)
 
     def _compile_one(self, key: ProgramKey) -> Any:
@@ -350,7 +356,17 @@ class Runner:
         if self._executables is not None:
             targets = native_targets(traced.jaxpr)
             self._executables.save(key.file_name, compiled, targets)
+            self._executables.write_note(key.file_name, KERNELS, self._made_of[_name(key)])
         return compiled
+
+    def kernels(self) -> dict[str, list[str]]:
+        """What programs made so far consist of: implementations by family of kernels."""
+        together: dict[str, list[str]] = {}
+        for made_of in self._made_of.copy().values():  # Another thread may add to it.
+            for family, names in made_of.items():
+                have = together.setdefault(family, [])
+                have += [name for name in names if name not in have]
+        return together
 
     def trace(self, key: ProgramKey) -> Any:
         """Traces one program from abstract arrays.
@@ -358,6 +374,12 @@ class Runner:
         Returns:
             JAX's ``Traced``: what it computes stands in its ``jaxpr``.
         """
+        with forced(self._config.kernels), recorded() as choices:
+            traced = self._trace(key)
+        self._made_of[_name(key)] = choices.taken
+        return traced
+
+    def _trace(self, key: ProgramKey) -> Any:
         step = self._config.step
         if key.kind == "set_row":
             return self._trace_set_row()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, forced, recorded
+from pallas_kernels.families import FAMILIES, parse_choices
 
 
 def _wants_pairs(*numbers: int) -> str:
@@ -59,3 +60,45 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         ValueError, match="add has no implementation 'mosaic'; choose 'auto' or one"
     ):
         dispatch("add", ADDERS, "mosaic", 1, 2)
+
+
+def test_what_was_chosen_is_recorded_with_the_reasons_of_the_others():
+    with recorded() as choices:
+        dispatch("add", ADDERS, "auto", 1, 2)
+        dispatch("add", ADDERS, "auto", 1, 2, 3)
+        dispatch("add", ADDERS, "auto", 3, 4)
+    dispatch("multiply", ADDERS, "auto", 1, 2)
+    assert choices.taken == {"add": ["pairs", "positive"]}
+    assert choices.declined == {"add": {"pairs": "takes 2 numbers, got 3"}}
+
+
+def test_a_forced_implementation_is_taken_where_the_choice_is_free():
+    with forced({"add": "positive"}):
+        assert dispatch("add", ADDERS, "auto", 1, 2) == "positive"
+        assert dispatch("add", ADDERS, "pairs", 1, 2) == "pairs"
+        with pytest.raises(ExceptionGroup, match="tried positive"):
+            dispatch("add", ADDERS, "auto", 1, 2, 3, 4)
+    assert dispatch("add", ADDERS, "auto", 1, 2) == "pairs"
+
+
+def test_choices_are_read_by_family():
+    assert parse_choices("auto") == parse_choices("") == {}
+    text = "paged_attention=reference,quantized_matmul=xla"
+    assert parse_choices(text) == {"paged_attention": "reference", "quantized_matmul": "xla"}
+    assert all(FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("attention=xla", "'attention=xla' chooses for no family; give FAMILY=NAME with a family"),
+        (
+            "paged_attention",
+            "'paged_attention' names no implementation; paged_attention has mosaic",
+        ),
+        ("paged_attention=fast", "'paged_attention=fast' names no implementation"),
+    ],
+)
+def test_a_choice_of_what_there_is_not_is_refused(text: str, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        parse_choices(text)
