@@ -234,15 +234,20 @@ class Model:
         matrices = {name: stack for name, stack in stacks.items() if name.startswith("w_")}
         vectors = {name: stack for name, stack in stacks.items() if name not in matrices}
 
-        def turn(carry: tuple[Array, Any], layer: tuple[Any, Array, Array]) -> tuple[Any, None]:
-            mine, number, window = layer
-            here = {name: LayerOf(stack, number) for name, stack in matrices.items()}
-            return run(*carry, mine | here, number, window), None
+        windows = self.config.windows
+        window_L = jnp.asarray(windows, jnp.int32)
 
-        windows = jnp.asarray(self.config.windows, jnp.int32)
-        numbers = jnp.arange(len(self.config.windows), dtype=jnp.int32)
-        carry, _ = jax.lax.scan(turn, (x, cache), (vectors, numbers, windows))
-        return carry
+        # The number of the layer is counted and not read from an array: XLA sees where a matrix
+        # begins in its stack only so, and otherwise copies it before it multiplies.
+        def turn(carry: tuple[Any, Any, Array], mine: Any) -> tuple[Any, None]:
+            x, cache, number = carry
+            here = {name: LayerOf(stack, number) for name, stack in matrices.items()}
+            window = windows[0] if len(set(windows)) == 1 else window_L[number]
+            x, cache = run(x, cache, mine | here, number, window)
+            return (x, cache, number + 1), None
+
+        (x, cache, _), _ = jax.lax.scan(turn, (x, cache, jnp.int32(0)), vectors)
+        return x, cache
 
     def head_weight(self, params: Params) -> Matrix:
         """Returns the matrix that turns hidden states into logits: the embedding when tied."""
