@@ -62,11 +62,11 @@ def compile_case(case: CompileCase, mesh: Mesh) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         jitted = jax.jit(case.function, donate_argnums=case.donated)
         compiled = jitted.lower(*arguments).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     row = {
         "seconds": round(time.monotonic() - began, 1),
         "kernels": kernels_of(DUMP),
-        "launches": launches_of(compiled.as_text()),
+        "launches": launches_of(compiled.as_text() or ""),
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
     }

@@ -147,10 +147,11 @@ def _layers(dtype: Any) -> CompileCase:
     ) -> tuple[Any, Any]:
         def layer(carry: tuple[Any, Any], number: Any) -> tuple[Any, None]:
             pools, q = carry
-            split = (x + q[:, :, :1] for x in jnp.split(heads, (32, 40), axis=2))
-            rows = (table, start, length)
+            # Each layer's heads depend on what the one before gave.
+            q, k, v = (x + q[:, :, :1] for x in jnp.split(heads, (32, 40), axis=2))
+            rows: tuple[Any, ...] = (table, start, length)
             by: Any = {"layer": number, "implementation": "mosaic"}
-            q, pools = rope_append(pools, *split, rope, *rows, **by)
+            q, pools = rope_append(pools, q, k, v, rope, *rows, **by)
             return (pools, paged_attention(q, pools, *rows, scale=128**-0.5, **by)), None
 
         numbers = jnp.arange(LAYERS, dtype=jnp.int32)

@@ -213,7 +213,8 @@ def test_a_planted_race_and_a_wrong_slot_are_caught() -> None:
 def test_parts_are_chosen_on_a_cpu_and_their_padding_is_harmless() -> None:
     """Against cells written one by one."""
     given = draw(BY_NAME[RAGGED], "bfloat16")
-    *arrays, first = given
+    arrays: tuple[Any, ...] = given[:-1]
+    first = given.first
     assert first is not None
     q, pools = rope_append(*arrays, layer=LAYER, first=first)
     k = np.array(as_float(given.pools.k))
