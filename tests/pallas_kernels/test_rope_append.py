@@ -16,12 +16,14 @@ import pytest
 
 from pallas_kernels.paged_attention import (
     FORMATS,
+    Format,
     Pools,
     abstract_pools,
     append_mosaic,
     rope_append,
 )
 from pallas_kernels.paged_attention.cases import APPENDED, LAYER, Case, share_places
+from pallas_kernels.paged_attention.formats import quantize
 from pallas_kernels.quantized_attention.reference import quantized
 
 from .interpreting import Fault, assert_caught, interpret, interpreted
@@ -134,6 +136,14 @@ def test_odd_numbers_are_rounded_as_by_the_parts(pages: str) -> None:
     k = given.k.at[0, :8, :, 5].set(odd[:, None]).at[1, :, :, :].set(0)
     v = given.v.at[0, :8, 0, 0].set(odd).at[1, :4, :, :].set(1e-38)
     expect_definition(given._replace(k=k, v=v))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_nan_shows_however_many_numbers_are_rounded_at_once(format: Format) -> None:
+    """XLA's maximum of these passed it over."""
+    numbers = jnp.ones((2, 16, 2, 64)).at[0, 7, :, 5].set(jnp.nan)
+    _, scale = quantize(numbers, format)
+    np.testing.assert_array_equal(jnp.argwhere(jnp.isnan(scale)), [[0, 7, 0], [0, 7, 1]])
 
 
 @pytest.mark.prove
