@@ -8,7 +8,7 @@ things; what stands in for them is here, so that kernels read as if it did not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,9 @@ def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """Says how a tile of rows of this width lies in shared memory for the tensor cores."""
     bits = jax.dtypes.itemsize_bits(dtype)
     swizzle = plgpu.find_swizzle(width * bits)
-    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+    # As Any: pyright takes these dataclasses for abstract.
+    tiled, swizzled = cast(Any, plgpu.TilingTransform), cast(Any, plgpu.SwizzleTransform)
+    return tiled((8, 8 * swizzle // bits)), swizzled(swizzle)
 
 
 def tile(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -110,13 +112,14 @@ def product(
         plgpu.wgmma(into, a, right)
 
     if acc is not None:
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        summed: Any = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
+        return summed
 
     def from_nothing(into: Any) -> Array:
         multiply(into)
         return into[...]
 
-    return pl.run_scoped(from_nothing, plgpu.ACC(shape, dtype))
+    return pl.run_scoped(from_nothing, plgpu.WGMMAAccumulatorRef(shape, dtype))
 
 
 def rounded(numbers: Array, dtype: Any) -> Array:

@@ -135,6 +135,44 @@ def _append_projected(
     )
 
 
+def _layers(dtype: Any) -> CompileCase:
+    """A loop over layers, each of which appends to the pools and attends over them.
+
+    The pools go round the loop; a copy of one would be a temporary as large.
+    """
+    rows = some((ROWS,), jnp.int32)
+
+    def step(
+        pools: Any, heads: Any, rope: Any, table: Any, start: Any, length: Any
+    ) -> tuple[Any, Any]:
+        def layer(carry: tuple[Any, Any], number: Any) -> tuple[Any, None]:
+            pools, q = carry
+            # Each layer's heads depend on what the one before gave.
+            q, k, v = (x + q[:, :, :1] for x in jnp.split(heads, (32, 40), axis=2))
+            rows: tuple[Any, ...] = (table, start, length)
+            by: Any = {"layer": number, "implementation": "mosaic"}
+            q, pools = rope_append(pools, q, k, v, rope, *rows, **by)
+            return (pools, paged_attention(q, pools, *rows, scale=128**-0.5, **by)), None
+
+        numbers = jnp.arange(LAYERS, dtype=jnp.int32)
+        return jax.lax.scan(layer, (pools, heads[:, :, :32]), numbers)[0]
+
+    return CompileCase(
+        name=f"append and attention, in a loop over layers, {jnp.dtype(dtype).name} pages of 64",
+        function=step,
+        arguments=(
+            pools_of(8, 64, 128, dtype),
+            some((ROWS, 1, 48, 128), jnp.bfloat16),
+            some((2, ROWS, 1, 64), jnp.float32),
+            some((ROWS, WIDTH), jnp.int32),
+            rows,
+            rows,
+        ),
+        instructions=("HGMMA", "UTMALDG", "UTMASTG"),
+        donated=(0,),
+    )
+
+
 CASES: tuple[CompileCase, ...] = (
     *(attention(model) for model in HEADS),
     *(attention("Llama-3-8B", page=page) for page in (16, 32, 128)),
@@ -149,6 +187,8 @@ CASES: tuple[CompileCase, ...] = (
     attention("Llama-3-8B", page=16, ragged=True),
     attention("Gemma-3", ragged=True, window=512),
     attention("Gemma-3", dtype="int8", ragged=True),
+    _layers(jnp.bfloat16),
+    _layers(jnp.int8),
     _append(jnp.bfloat16),
     _append(jnp.int8),
     _append(jnp.float8_e4m3fn),

@@ -118,7 +118,9 @@ def quantize(
     """
     format.check(numbers.shape[-1])
     exact = numbers.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(exact), axis=-1)
+    # On CPUs XLA's maximum of many numbers may pass a NaN over.
+    has_nan = jnp.any(jnp.isnan(exact), axis=-1)
+    largest = jnp.where(has_nan, jnp.nan, jnp.max(jnp.abs(exact), axis=-1))
     extreme = largest
     if format is INT4:
         top = jnp.max(exact, axis=-1)

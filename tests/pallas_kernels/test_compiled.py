@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import pytest
 
 from bench.machine_code import faults_of, kernels_of, launches_of, table
-from jaxserve.planning import aot
-from jaxserve.planning.devices import device_facts
 from pallas_kernels.compiling import CompileCase, all_cases
-from sharding.mesh import MeshShape
 
 ROOT = Path(__file__).parents[2]
 FETCHED = ROOT / ".aot"
 """Where the Makefile puts the wheels of the extra ``aot-gpu``."""
+NOT_INSTALLED = 3
+"""The exit status of bench/compiled.py, which must not be imported here, without them."""
 
 CASE = CompileCase(
     name="decode",
@@ -47,22 +46,22 @@ ROW: dict[str, Any] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_declared_kernel_compiles_for_an_h200_as_it_should() -> None:
     """In a process of its own: one that compiles for a GPU with dumps runs nothing on a CPU."""
     path = os.pathsep.join([str(ROOT), *([str(FETCHED)] if FETCHED.is_dir() else [])])
-    reason = aot.why_not(device_facts("h200"), MeshShape())
-    if reason is not None and not FETCHED.is_dir():
-        pytest.skip(f"kernels were not compiled: {reason}; `make prove-compile` installs it")
     ended = subprocess.run(
         [sys.executable, "-m", "bench.compiled"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1180,
         check=False,
     )
     print(ended.stdout)
+    if ended.returncode == NOT_INSTALLED:
+        pytest.skip(f"no kernel was compiled: {ended.stderr.strip()}")
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}"
 
 

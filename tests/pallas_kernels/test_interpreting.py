@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,7 +65,7 @@ def test_a_fault_must_name_a_text_that_occurs_once() -> None:
 
 def test_kernels_decline_where_they_cannot_run() -> None:
     with pytest.raises(NotImplementedError, match="this program is for cpu"):
-        ring_kernel.sum_of_blocks(np.zeros((8, 64), np.float32))
+        ring_kernel.sum_of_blocks(jnp.zeros((8, 64)))
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", platform="gpu", num_cores=108)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -16,12 +16,14 @@ import pytest
 
 from pallas_kernels.paged_attention import (
     FORMATS,
+    Format,
     Pools,
     abstract_pools,
     append_mosaic,
     rope_append,
 )
 from pallas_kernels.paged_attention.cases import APPENDED, LAYER, Case, share_places
+from pallas_kernels.paged_attention.formats import quantize
 from pallas_kernels.quantized_attention.reference import quantized
 
 from .interpreting import Fault, assert_caught, interpret, interpreted
@@ -136,6 +138,14 @@ def test_odd_numbers_are_rounded_as_by_the_parts(pages: str) -> None:
     expect_definition(given._replace(k=k, v=v))
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_nan_shows_however_many_numbers_are_rounded_at_once(format: Format) -> None:
+    """XLA's maximum of these passed it over."""
+    numbers = jnp.ones((2, 16, 2, 64)).at[0, 7, :, 5].set(jnp.nan)
+    _, scale = quantize(numbers, format)
+    np.testing.assert_array_equal(jnp.argwhere(jnp.isnan(scale)), [[0, 7, 0], [0, 7, 1]])
+
+
 @pytest.mark.prove
 def test_a_position_without_an_entry_in_the_table_is_written_nowhere() -> None:
     given = draw(BY_NAME[DECODE], "bfloat16")
@@ -213,7 +223,8 @@ def test_a_planted_race_and_a_wrong_slot_are_caught() -> None:
 def test_parts_are_chosen_on_a_cpu_and_their_padding_is_harmless() -> None:
     """Against cells written one by one."""
     given = draw(BY_NAME[RAGGED], "bfloat16")
-    *arrays, first = given
+    arrays: tuple[Any, ...] = given[:-1]
+    first = given.first
     assert first is not None
     q, pools = rope_append(*arrays, layer=LAYER, first=first)
     k = np.array(as_float(given.pools.k))
