@@ -1,14 +1,14 @@
 """Measures what pages of fewer bits change: likeliest tokens, perplexity and greedy answers.
 
-    python -m bench.kv_pages [--model smollm2] [--formats bf16,int8,fp8,int4] [--out FILE] [TEXT ...]
+    python -m bench.kv_pages [--model smollm2] [--formats bf16,int8,fp8,int4] [--out FILE] TEXT ...
 
 Prompts are pieces of the texts, one behind the other; without texts, of the pinned English ones in
 turn. Each is scored by itself through the engine that serves, token after token of the text as it
 stands (teacher-forced), so that pages, chunks and kernels are those of service; everything is
 compared with pages of the first format. Weights are floats unless flags say otherwise: products
-that round activations to int8 turn any difference into one of their own size. Then each prompt is answered greedily. The exit status is 1
-when int8 misses its gate: the same likeliest token at ``LEAST_SAME`` of the places, and a
-perplexity within ``MOST_PERPLEXITY``.
+that round activations to int8 turn any difference into one of their own size. Then each prompt is
+answered greedily. The exit status is 1 when int8 misses its gate: the same likeliest token at
+``LEAST_SAME`` of the places, and a perplexity within ``MOST_PERPLEXITY``.
 """
 
 from __future__ import annotations

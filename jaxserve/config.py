@@ -42,9 +42,9 @@ class ServeConfig:
     """Of weight matrices: ``none``, ``int8``, ``int4``, or ``auto``, which on a CPU leaves the
     blocks of a GGUF file as they are stored and rounds nothing."""
     kv_dtype: str = "auto"
-    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8, fp8 and
-    int4 keep a scale for each token and head, and are not exact: answers may part from those of
-    floats. fp32, bf16 and fp16 are taken for float32, bfloat16 and float16."""
+    """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8, fp8
+    and int4 keep a scale for each token and head, and are not exact: answers may part from those
+    of floats. fp32, bf16 and fp16 are taken for float32, bfloat16 and float16."""
     kernels: str = "auto"
     """Which implementation computes what: ``FAMILY=NAME``, several with commas between them. auto:
     the best that takes the device, the shapes and the dtypes. A launch says what it has."""

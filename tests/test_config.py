@@ -43,7 +43,7 @@ def config(**changes: object) -> ServeConfig:
         ({"quantization": "int2"}, "quantization is 'int2'; choose one of auto, none, int8, int4"),
         (
             {"kv_dtype": "int3"},
-            "kv_dtype is 'int3'; choose one of auto, float32, bfloat16, float16, int8",
+            "kv_dtype is 'int3'; choose one of auto, float32, bfloat16, float16, int8, fp8, int4",
         ),
         ({"load_format": "pickle"}, "load_format is 'pickle'; choose one of auto, dummy"),
         ({"step_overlap": "yes"}, "step_overlap is 'yes'; choose one of auto, on, off"),
@@ -210,6 +210,15 @@ def test_a_plan_leaves_nothing_open() -> None:
             ("float32", "bfloat16", "float32"),
         ),
         ({"kv_dtype": "int8"}, (True, True), ("bfloat16", "int8", "bfloat16")),
+        ({"kv_dtype": "fp8"}, (True, True), ("bfloat16", "fp8", "bfloat16")),
+        ({"kv_dtype": "int4"}, (True, True), ("bfloat16", "int4", "bfloat16")),
+        ({"kv_dtype": "bf16"}, (False, False), ("float32", "bfloat16", "float32")),
+        ({"kv_dtype": "fp16"}, (False, False), ("float32", "float16", "float32")),
+        (
+            {"dtype": "bfloat16", "kv_dtype": "fp32"},
+            (True, True),
+            ("bfloat16", "float32", "bfloat16"),
+        ),
     ],
 )
 def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
@@ -225,7 +234,18 @@ def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     plan = resolve(config(device="cpu", **asked), TINY)
     if dict(asked).get("dtype") == "float32" and has_native:
         assert plan.unrolled_rows == 0
-    assert (plan.dtype.name, plan.kv_dtype.name, plan.activations.name) == got
+    assert (plan.dtype.name, plan.kv_name, plan.activations.name) == got
+
+
+def test_a_short_name_of_the_caches_precision_becomes_the_long_one() -> None:
+    assert config(kv_dtype="bf16") == config(kv_dtype="bfloat16")
+
+
+def test_heads_that_no_byte_divides_are_refused() -> None:
+    odd = replace(TINY, head_dim=15)
+    assert resolve(config(device="cpu", kv_dtype="int8"), odd).kv_name == "int8"
+    with pytest.raises(ConfigError, match="--kv-dtype int4: head_dim is 15, and pages of int4"):
+        resolve(config(device="cpu", kv_dtype="int4"), odd)
 
 
 def test_auto_leaves_weights_quantized_only_where_a_kernel_reads_them_so(

@@ -41,7 +41,7 @@ BOUNDS: dict[str, object] = {
     "kv_memory_bytes": (64 if MODEL.startswith("dummy:") else 256) * 2**20,
 }
 """Room for 16 rows of the longest prompt with its answer, whichever the model. With the pool of
-``service_config``, the tiny model's programs serve ``test_int8_pages.py``, too."""
+``service_config``, the tiny model's programs serve ``test_kv_pages.py``, too."""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 KEYS = [
     *("fits", "model", "mesh", "device", "params", "weight_bytes_per_device"),
-    *("quantization", "kv_bytes_per_token", "page_tokens", "pages_per_data_shard"),
+    *("quantization", "kv_bytes_per_token", "kv_tokens", "page_tokens", "pages_per_data_shard"),
     "sequences_guaranteed",
     *("sequences_expected", "temp_bytes_per_device", "temp_source", "flops_per_step"),
     *("hbm_bytes_per_step", "collective_bytes", "step_ms", "limit", "tokens_per_s_per_user"),

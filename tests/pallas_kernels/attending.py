@@ -127,7 +127,12 @@ def make_mesh(shape: tuple[int, int]) -> Mesh:
 
 
 def expect_dense(
-    case: Case, inputs: Inputs, k_pool: np.ndarray, v_pool: np.ndarray, answer: np.ndarray
+    case: Case,
+    inputs: Inputs,
+    k_pool: np.ndarray,
+    v_pool: np.ndarray,
+    answer: np.ndarray,
+    sinks: np.ndarray | None = None,
 ) -> None:
     """Compares with an oracle that shares no line with the kernels: numpy, one sequence, no pages.
 
@@ -145,9 +150,8 @@ def expect_dense(
         )
         q_SNH = np.zeros((end, case.q_heads, case.head_dim))
         q_SNH[row.start :] = q[b, : row.length]
-        expected = dense_attention(
-            q_SNH, k_SKH, v_SKH, scale=case.scale, window=case.window, softcap=case.softcap
-        )[row.start :]
+        options = {"scale": case.scale, "window": case.window, "softcap": case.softcap}
+        expected = dense_attention(q_SNH, k_SKH, v_SKH, **options, sinks=sinks)[row.start :]
         np.testing.assert_allclose(answer[b, : row.length], expected, rtol=1e-5, atol=1e-5)
         assert not answer[b, row.length :].any(), "padding answers zero"
 

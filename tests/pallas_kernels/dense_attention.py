@@ -13,6 +13,7 @@ def dense_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Attends query by query and head by head in float64; slow, and hard to get wrong."""
     tokens, q_heads, head_dim = q_TNH.shape
@@ -26,6 +27,8 @@ def dense_attention(
             scores_S = k_SH @ q_TNH[t, n].astype(np.float64) * scale
             if softcap:
                 scores_S = softcap * np.tanh(scores_S / softcap)
-            weights_S = np.exp(scores_S - scores_S.max())
-            out[t, n] = weights_S @ v_SH / weights_S.sum()
+            top = scores_S.max()
+            weights_S = np.exp(scores_S - top)
+            sink = 0 if sinks is None else np.exp(np.float64(sinks[n]) - top)
+            out[t, n] = weights_S @ v_SH / (weights_S.sum() + sink)
     return out

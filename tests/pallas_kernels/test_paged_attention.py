@@ -39,7 +39,7 @@ from .attending import (
     make_mesh,
 )
 from .dense_attention import dense_attention
-from .native_here import usable
+from .native_here import needs_native, usable
 
 attend = partial(attending.attend, jax.jit(paged_attention, static_argnames=STATIC))
 
@@ -285,6 +285,70 @@ def _specs(heads: Any, pools: Pools) -> Inputs:
     return Inputs(heads, pools, rows, rows, rows)
 
 
+# -- sinks ---------------------------------------------------------------------------------------
+
+
+def _sinks(case: Case) -> np.ndarray:
+    """Far below the scores, among them and far above."""
+    return np.linspace(-30, 30, case.q_heads).astype(np.float32)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_sink_takes_its_share_of_every_softmax_and_gives_nothing(case: Case, implementation: str):
+    inputs = case.arrays(seed=12, dtype=np.float32)
+    sinks = _sinks(case)
+    answer = paged_attention(
+        *inputs,
+        layer=jnp.int32(LAYER),
+        scale=case.scale,
+        window=case.window,
+        softcap=case.softcap,
+        sinks=jnp.asarray(sinks),
+        implementation=implementation,
+    )
+    pools = [np.asarray(pool) for pool in (inputs.pools.k, inputs.pools.v)]
+    expect_dense(case, inputs, *pools, np.asarray(answer), sinks=sinks)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+def test_ragged_rows_have_sinks_too(implementation: str):
+    case = BY_NAME["smollm2-chunk"]
+    options = {"layer": LAYER, "scale": case.scale, "sinks": jnp.asarray(_sinks(case))}
+    options["implementation"] = implementation
+
+    def answers(case: Case, inputs: Inputs, name: str, first: jax.Array | None = None):
+        return np.asarray(paged_attention(*inputs, **options, first=first))
+
+    inputs = case.arrays(seed=13, dtype=np.float32)
+    expect_ragged_rows_to_answer_alike(answers, case, inputs, implementation, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+def test_a_sink_of_minus_infinity_is_none_and_padding_stays_zero(implementation: str):
+    case = replace(BY_NAME["tiny"], rows=(Row(20, 4), Row(0, 0)))
+    inputs = case.arrays(seed=14, dtype=np.float32)
+    options = {"layer": LAYER, "scale": case.scale, "implementation": implementation}
+    none = jnp.full(case.q_heads, -jnp.inf)
+    with_sinks, without = (
+        np.asarray(paged_attention(*inputs, **options, sinks=sinks)) for sinks in (none, None)
+    )
+    np.testing.assert_allclose(with_sinks, without, rtol=0, atol=1e-6)
+    large = np.asarray(paged_attention(*inputs, **options, sinks=none.at[:].set(9.0)))
+    assert not large[1].any()
+
+
+@needs_native
+def test_native_attention_declines_sinks():
+    case = BY_NAME["tiny"]
+    inputs, sinks = case.arrays(seed=0, dtype=np.float32), jnp.zeros(case.q_heads)
+    options = {"layer": LAYER, "scale": case.scale, "sinks": sinks}
+    with pytest.raises(ExceptionGroup) as declined:
+        paged_attention(*inputs, **options, implementation="native")
+    assert "attention sinks are not written for the CPU" in str(declined.value.exceptions[0])
+    assert paged_attention(*inputs, **options).shape == inputs.q.shape
+
+
 def _refused(change: Callable[[Inputs], Inputs], **options: object) -> Callable[[], object]:
     case = BY_NAME["tiny"]
     inputs = change(case.arrays(seed=0, dtype=np.float32))
@@ -309,6 +373,10 @@ def _same(inputs: Inputs) -> Inputs:
         (
             _refused(_with_pools(k=jnp.zeros(4, jnp.int8), v=jnp.zeros(4, jnp.int8))),
             "the pool is int8; choose one of float32, bfloat16, float16",
+        ),
+        (
+            _refused(_same, sinks=jnp.zeros(2)),
+            r"sinks have the shape \[2\] and there are 4 query heads; give a logit for each",
         ),
         (_refused(_with_pools(pages=5)), "12 rows, not a multiple of its 5 pages"),
         (

@@ -60,6 +60,31 @@ def test_int8_pages_take_a_byte_for_each_number_and_two_for_each_scale(tensor: i
         assert plan.flops_per_step == floats.flops_per_step
 
 
+def test_the_plan_says_what_each_precision_would_hold() -> None:
+    """On two data shards; what is planned is what a plan of another precision predicts of it."""
+    plans = {
+        name: planned("llama-3.1-8b", "h200", "2x1", kv_dtype=name)
+        for name in ("bf16", "int8", "fp8", "int4", "fp32")
+    }
+    tokens = plans["bf16"].kv_tokens
+    assert list(tokens) == ["bfloat16", "int8", "fp8", "int4"]
+    assert list(plans["fp32"].kv_tokens) == ["float32", "bfloat16", "int8", "fp8", "int4"]
+    for name, plan in plans.items():
+        assert plan.kv_tokens.items() >= tokens.items(), name
+        of_pages = 2 * (plan.pages_per_data_shard - 1) * plan.page_tokens
+        assert plan.kv_tokens[plan.details.sizes.kv_name] == of_pages
+    # A token takes 131,072 bytes, 66,560 and 33,792; counts are rounded down to four bits.
+    assert tokens["int8"] == tokens["fp8"]
+    assert 1.7 < tokens["int8"] / tokens["bfloat16"] < 2.2
+    assert 3.4 < tokens["int4"] / tokens["bfloat16"] < 4.4
+
+
+def test_what_does_not_fit_holds_no_token() -> None:
+    plan = planned("llama-3.3-70b", "h200", kv_dtype="bf16")
+    assert not plan.fits
+    assert set(plan.kv_tokens.values()) == {0}
+
+
 @pytest.mark.parametrize(("mesh", "expected"), [("1x1", 427_264), ("1x2", 214_272)])
 def test_the_weights_of_a_tiny_model_can_be_added_up_by_hand(mesh: str, expected: int) -> None:
     """Embedding 512 x 64; per layer 64 x 128, 64 x 64, 256 x 64, 64 x 128 and two norms of 64; a

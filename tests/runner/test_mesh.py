@@ -34,9 +34,11 @@ CASES = [
     # Pools and rows of their own for each half.
     ("tiny-llama", "2x1"),
     ("tiny-llama", "2x4"),
-    # Pages of int8: a token's scales are on the shards of their heads.
+    # Pages with scales: a token's are on the shards of their heads.
     ("tiny-llama", "1x2", "int8"),
     ("tiny-llama", "2x1", "int8"),
+    ("tiny-llama", "1x2", "fp8"),
+    ("tiny-llama", "1x2", "int4"),
 ]
 """Model, mesh, and pages other than float32."""
 SETTINGS: dict[str, object] = {"max_rows": 8, "step_tokens": 32, "context_tokens": 256}
@@ -83,7 +85,7 @@ def test_a_mesh_answers_what_one_device_answers(
     service: Service, alone: Callable[[str, str], list[list[int]]]
 ) -> None:
     name = service.plan.name.removeprefix("dummy:")
-    assert answers(service) == alone(name, service.plan.kv_dtype.name)
+    assert answers(service) == alone(name, service.plan.kv_name)
 
 
 def test_dense_logits_are_those_of_one_device(service: Service) -> None:

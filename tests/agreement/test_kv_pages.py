@@ -1,10 +1,11 @@
-"""Pages of int8: every way of asking gives one answer, and it is close to that of pages of floats.
+"""Pages of each precision: every way of asking gives one answer, close to that of float32 pages.
 
 A token's keys and values are rounded by themselves when they are written, so that what a page holds
 depends neither on what stood beside the token in its step nor on who computed the page. Rounding is
 a cliff, though: where two programs differ in a last bit of float32, a number on its edge falls to
-another side, which moves it by a 127th of the token's largest. Native products have the same bits
-in every program; plain XLA's do not, so there only the same steps are held to each other.
+another side, which moves it by as much as an eighth of the token's largest. Native products have
+the same bits in every program; plain XLA's do not, so there only the same steps are held to each
+other.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxserve.engine.request import Request, SamplingParams, StartedEvent
+from jaxserve.engine.request import Event, Request, SamplingParams, StartedEvent
+from jaxserve.engine.stream import ThreadWaker
 from jaxserve.launch import Service
 from jaxserve.runner.compiling import CompileCounter
 from tests.agreement.ways import (
+    PATIENCE_S,
     PROMPTS,
     STYLES,
     ask_alone,
@@ -29,23 +32,36 @@ from tests.agreement.ways import (
     make_service,
     prompts,
     requests,
+    tokens_of,
 )
 from tests.pallas_kernels.native_here import needs_native
 
 pytestmark = pytest.mark.slow
 MODEL = "dummy:tiny-llama"
-BOUNDS: dict[str, object] = {"context_tokens": 256, "kv_dtype": "int8"}
+BOUNDS: dict[str, object] = {"context_tokens": 256}
+STORED = {
+    "bfloat16": ("bfloat16", None, 256),
+    "int8": ("int8", "bfloat16", 144),
+    "fp8": ("float8_e4m3fn", "bfloat16", 144),
+    "int4": ("uint8", "bfloat16", 80),
+}
+"""What holds numbers and scales, and the bytes of a token: keys and values of 2 layers and 2 heads
+of 16, and a scale of 2 bytes."""
 
 
-@pytest.fixture(scope="module")
-def service(cache_dir: Path) -> Iterator[Service]:
-    with make_service(MODEL, cache_dir, cache_dir, **BOUNDS) as ready:
+@pytest.fixture(scope="module", params=STORED)
+def service(request: pytest.FixtureRequest, cache_dir: Path) -> Iterator[Service]:
+    CompileCounter.instance().strict = False
+    options = {**BOUNDS, "kv_dtype": request.param}
+    with make_service(MODEL, cache_dir, cache_dir, **options) as ready:
         yield ready
 
 
-@pytest.fixture(scope="module", params=sorted(STYLES))
-def batch(request: pytest.FixtureRequest, service: Service) -> list[Request]:
-    return requests(service.plan.model.vocab_size, STYLES[request.param])
+@pytest.fixture(scope="module")
+def batch(service: Service) -> list[Request]:
+    """Every other prompt greedily, the others with every filter and penalty."""
+    styles = [requests(service.plan.model.vocab_size, STYLES[name]) for name in sorted(STYLES)]
+    return [styles[number % 2][number] for number in range(PROMPTS)]
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +80,23 @@ def differing(left: list[list[int]], right: list[list[int]]) -> list[str]:
     ]
 
 
-def test_the_pool_is_int8_with_scales(service: Service) -> None:
-    """2 layers, 2 heads of 16 and a scale of 2 bytes, keys and values: 144 bytes a token."""
+def test_the_pool_holds_what_was_asked_for(service: Service) -> None:
     state = service.runner._state
     assert state is not None
     pools = state.pools
-    assert (pools.k.dtype.name, pools.k_scale.dtype.name) == ("int8", "bfloat16")
-    assert pools.k_scale.shape == pools.k.shape[:-1]
+    numbers, scales, token_bytes = STORED[service.info.kv_dtype]
+    assert pools.k.dtype.name == pools.v.dtype.name == numbers
+    arrays = [pools.k, pools.v]
+    if scales is None:
+        assert pools.k_scale is None
+    else:
+        assert pools.k_scale.dtype.name == pools.v_scale.dtype.name == scales
+        assert pools.k_scale.shape == pools.v_scale.shape == pools.k.shape[:-1]
+        arrays += [pools.k_scale, pools.v_scale]
     cache, model = service.runner.config.cache, service.plan.model
-    held = sum(array.nbytes for array in (pools.k, pools.v, pools.k_scale, pools.v_scale))
+    held = sum(array.nbytes for array in arrays)
     assert held == cache.num_pages * cache.page_bytes(model)
-    assert cache.token_bytes(model) == 144
-    assert service.info.kv_dtype == "int8"
+    assert cache.token_bytes(model) == token_bytes
 
 
 def test_the_same_requests_get_the_same_tokens_again(
@@ -126,6 +147,27 @@ def test_preempted_requests_get_the_tokens_of_uninterrupted_ones(
     assert not differing(preempted, batched)
 
 
+@needs_native
+def test_requests_that_leave_change_no_token_of_those_that_stay(
+    service: Service, batch: list[Request], batched: list[list[int]]
+) -> None:
+    """Their pages are written by others, scales and all, while they may still be in a step."""
+    waker = ThreadWaker()
+    with engine_over(service, num_pages=65) as engine:
+        streams = [engine.submit(request, waker) for request in batch]
+        events: list[list[Event]] = [[] for _ in batch]
+        while not all(stream.finished and not stream.pending for stream in streams):
+            assert waker.wait(PATIENCE_S), "no answer"
+            for number, stream in enumerate(streams):
+                events[number] += stream.take()
+                if number % 3 == 1 and len(events[number]) > 1 + number % 20:
+                    stream.close()
+    stayed = [number for number in range(PROMPTS) if number % 3 != 1]
+    for number in stayed:
+        assert tokens_of(events[number]) == batched[number], f"request {number}"
+    assert any(len(tokens_of(events[n])) < len(batched[n]) for n in range(1, PROMPTS, 3))
+
+
 SCORED = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
 
 
@@ -145,26 +187,28 @@ def scores(service: Service) -> np.ndarray:
     return np.array(found)
 
 
-def test_int8_pages_cost_little_more_than_bfloat16_ones(
-    service: Service, cache_dir: Path, record_property: Callable[[str, object], None]
-) -> None:
-    """Against float32 pages: what each moves a token's log-probability by, root mean square.
+@pytest.fixture(scope="module")
+def exact(cache_dir: Path) -> np.ndarray:
+    """The scores of pages of float32."""
+    CompileCounter.instance().strict = False
+    options = {**BOUNDS, "kv_dtype": "float32"}
+    with make_service(MODEL, cache_dir, cache_dir, **options) as other:
+        return scores(other)
 
-    Measured over 922 tokens: int8 0.020, bfloat16 0.007; the mean moves by 0.0006 and 0.0004.
-    """
-    found = {"int8": scores(service)}
-    for name in ("float32", "bfloat16"):
-        options = {**BOUNDS, "kv_dtype": name}
-        CompileCounter.instance().strict = False
-        with make_service(MODEL, cache_dir, cache_dir, **options) as other:
-            found[name] = scores(other)
-    off = {
-        name: float(np.sqrt(np.mean((found[name] - found["float32"]) ** 2)))
-        for name in ("int8", "bfloat16")
-    }
-    mean = {name: float(-values.mean()) for name, values in found.items()}
-    stated = f"{len(found['int8'])} tokens, off by {off}, loss {mean}"
+
+MOST_OFF = {"bfloat16": 0.02, "int8": 0.05, "fp8": 0.13, "int4": 0.6}
+
+
+def test_rounding_costs_what_it_is_known_to(
+    service: Service, exact: np.ndarray, record_property: Callable[[str, object], None]
+) -> None:
+    """What moves a token's log-probability against float32 pages, root mean square."""
+    found = scores(service)
+    off = float(np.sqrt(np.mean((found - exact) ** 2)))
+    more = float(exact.mean() - found.mean())
+    stated = f"{service.info.kv_dtype}: {len(found)} tokens, off by {off:.4f}, loss {more:+.5f}"
     record_property("quality", stated)
     print(f"\n{stated}")
-    assert off["int8"] < 0.05, stated
-    assert abs(mean["int8"] - mean["float32"]) < 0.005, stated
+    most = MOST_OFF[service.info.kv_dtype]
+    assert off < most, stated
+    assert abs(more) < most / 10, stated
