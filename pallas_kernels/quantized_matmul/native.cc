@@ -1,5 +1,6 @@
 // What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
 #include <algorithm>
+#include <cstring>
 
 #include "matmul.h"
 #include "native/xla.h"
@@ -81,6 +82,44 @@ ffi::Error MatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
   return Run(matmul, threads);
 }
 
+// x's rows by group, each group's with a matrix of its own: values are [layers * groups, rows, stored
+// depth]. Rows behind the last group give zeros, and sizes that no caller may give stay in bounds.
+ffi::Error GroupedMatmulHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                                ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                                ffi::Buffer<ffi::S32, 1> sizes, ffi::Buffer<ffi::S32, 0> layer,
+                                ffi::Result<ffi::AnyBuffer> out, bool narrow) {
+  Matmul matmul;
+  ffi::Error error = ReadProduct(x, {values, scale, minimum}, 0, narrow, matmul);
+  if (error.failure()) return error;
+  if (!ReadNumber(*out, matmul.out_number)) return NoFloat();
+  const MatmulKernel& kernel = CurrentMatmulKernel();
+  if (const char* reason = WhyNotMultiply(matmul, kernel)) {
+    return ffi::Error::InvalidArgument(reason);
+  }
+  XlaExecutor executor(threads);
+  const Matrix first = matmul.matrix;
+  const int64_t matrices = values.dimensions()[0], groups = sizes.dimensions()[0];
+  const int64_t layers = matrices / std::max<int64_t>(groups, 1), rows = x.dimensions()[0];
+  const int64_t start = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1) * groups;
+  const int64_t x_bytes = first.depth * NumberBytes(matmul.x_number);
+  const int64_t out_bytes = first.rows * NumberBytes(matmul.out_number);
+  const auto* x_rows = static_cast<const char*>(x.untyped_data());
+  auto* out_rows = static_cast<char*>(out->untyped_data());
+  int64_t done = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t size = std::clamp<int64_t>(sizes.typed_data()[group], 0, rows - done);
+    if (size == 0) continue;
+    matmul.matrix = LayerOf(first, matrices, start + group);
+    matmul.x = x_rows + done * x_bytes;
+    matmul.out = out_rows + done * out_bytes;
+    matmul.x_rows = size;
+    RunMatmul(matmul, kernel, executor);
+    done += size;
+  }
+  std::memset(out_rows + done * out_bytes, 0, (rows - done) * out_bytes);
+  return ffi::Error::Success();
+}
+
 // The best of the first `count` rows of the only matrix; of all if it has fewer.
 ffi::Error BestHandler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values,
                        ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
@@ -140,6 +179,19 @@ auto MatmulBinding() {
       .Attr<bool>("narrow");
 }
 
+auto GroupedMatmulBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // values
+      .Arg<ffi::AnyBuffer>()  // scale
+      .Arg<ffi::AnyBuffer>()  // minimum
+      .Arg<ffi::Buffer<ffi::S32, 1>>()  // sizes
+      .Arg<ffi::Buffer<ffi::S32, 0>>()  // layer
+      .Ret<ffi::AnyBuffer>()
+      .Attr<bool>("narrow");
+}
+
 auto BestBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -174,6 +226,8 @@ auto FeedForwardBinding() {
 }  // namespace jaxserve
 
 JAXSERVE_FFI_HANDLER(jaxserve_matmul, jaxserve::MatmulHandler, jaxserve::MatmulBinding());
+JAXSERVE_FFI_HANDLER(jaxserve_grouped_matmul, jaxserve::GroupedMatmulHandler,
+                     jaxserve::GroupedMatmulBinding());
 JAXSERVE_FFI_HANDLER(jaxserve_best, jaxserve::BestHandler, jaxserve::BestBinding());
 JAXSERVE_FFI_HANDLER(jaxserve_feed_forward, jaxserve::FeedForwardHandler,
                      jaxserve::FeedForwardBinding());

@@ -88,6 +88,20 @@ def operands(stack: Matrix) -> tuple[Any, Any, Any]:
 def decline(
     x: Float[Array, "*B I"] | jax.ShapeDtypeStruct, matrix: Matrix, dtype: jnp.dtype
 ) -> None:
+    """Says what the kernel was not written for, and what XLA does faster; while tracing only.
+
+    Raises:
+        NotImplementedError: The text is the reason.
+    """
+    decline_types(x, matrix, dtype)
+    is_bfloat16 = not isinstance(matrix, Quantized) and matrix.dtype == jnp.bfloat16
+    if is_bfloat16 and math.prod(x.shape[:-1]) >= AMX_ROWS and native.has_amx():
+        raise NotImplementedError(f"XLA multiplies {AMX_ROWS} rows or more with AMX")
+
+
+def decline_types(
+    x: Float[Array, "*B I"] | jax.ShapeDtypeStruct, matrix: Matrix, dtype: jnp.dtype
+) -> None:
     """Says what the kernel was not written for; runs while tracing only.
 
     Raises:
@@ -101,9 +115,6 @@ def decline(
     else:
         step = DEPTH_STEP
         dtypes.append(jnp.dtype(matrix.dtype).name)
-        rows = math.prod(x.shape[:-1])
-        if dtypes[-1] == "bfloat16" and rows >= AMX_ROWS and native.has_amx():
-            raise NotImplementedError(f"XLA multiplies {AMX_ROWS} rows or more with AMX")
     if x.shape[-1] % step:
         raise NotImplementedError(f"the last axis must be a multiple of {step}, got {x.shape[-1]}")
     for name in dtypes:

@@ -19,7 +19,7 @@ def quantized_matmul_reference(
     narrow: bool,  # Allows it and asks for nothing.
 ) -> Float[Array, "*B O"]:
     """Computes ``quantized_matmul`` in float32: a sum over the last axis of both."""
-    numbers = dequantized(_chosen(matrix, layer), jnp.float32)
+    numbers = dequantized(chosen(matrix, layer), jnp.float32)
     out = jnp.einsum("...I,OI->...O", x.astype(jnp.float32), numbers, precision="highest")
     return out.astype(dtype)
 
@@ -37,7 +37,7 @@ def quantized_matmul_xla(
     Both operands contract over their last axis: each output is then one dot product of two
     contiguous rows, which XLA's CPU backend runs much faster than ``[in, out]``.
     """
-    numbers = dequantized(_chosen(matrix, layer), x.dtype)
+    numbers = dequantized(chosen(matrix, layer), x.dtype)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, numbers, contract, preferred_element_type=jnp.float32)
     return out.astype(dtype)
@@ -59,7 +59,8 @@ def best_product_xla(
     return best_of(quantized_matmul_xla(x, matrix, dtype=dtype, narrow=narrow), count)
 
 
-def _chosen(matrix: Matrix, layer: int | Int[Array, ""] | None) -> Matrix:
+def chosen(matrix: Matrix, layer: int | Int[Array, ""] | None) -> Matrix:
+    """Takes a layer out of a stack; without one, the matrix is no stack."""
     if layer is None:
         return matrix
     return jax.tree.map(
