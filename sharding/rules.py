@@ -20,7 +20,9 @@ class ShardingRules:
     context: str | None = None
     layer: str | None = None
     embed: str | None = None
+    expert: str | None = None
     ffn: str | None = "tensor"
+    shared_ffn: str | None = "tensor"
     q_heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     group: str | None = None

@@ -1,6 +1,7 @@
 """What a decoder needs to know about itself, in one alphabet for every architecture.
 
     B batch  T query  L layer  D embed  F ffn  N q_heads  K kv_heads  G group  H head_dim  V vocab
+    E expert
 
 The files named after architectures fill this in from a Hugging Face ``config.json``; the decoder
 reads nothing else. Dtypes, meshes and cache sizes are decided elsewhere.
@@ -53,7 +54,7 @@ class ModelConfig:
     q_heads: int  # N
     kv_heads: int  # K
     head_dim: int  # H; not always embed / q_heads
-    ffn: int  # F
+    ffn: int  # F; of one expert, where a layer has several
     context_tokens: int
     """Longest sequence that the checkpoint promises to handle."""
     rms_eps: float
@@ -73,6 +74,14 @@ class ModelConfig:
     """RMS norms on what attention and feed-forward return, too."""
     norm_offset: bool = False
     """Norm weights are stored as the factor minus one."""
+    experts: int = 0  # E
+    """Feed-forwards of each layer, of which a token takes a few; 0 is one that every token takes."""
+    experts_per_token: int = 0
+    """How many a token takes, those that its router finds likeliest."""
+    renormalize_experts: bool = False
+    """The likelihoods of a token's experts, which weigh them, are scaled to add up to one."""
+    shared_ffn: int = 0
+    """Width of one more feed-forward, which every token takes through a gate; 0 is none."""
     activation: Activation = "silu"
     embed_scale: float = 1.0
     attention_scale: float
@@ -102,6 +111,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"{self.architecture}: rope rotates pairs, and head_dim {self.head_dim} is odd"
             )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise CheckpointError(
+                f"{self.architecture}: a token cannot take {self.experts_per_token} of "
+                f"{self.experts} experts; the config must name 1 to {self.experts}"
+            )
         if len(self.windows) != self.layers:
             raise CheckpointError(
                 f"{self.architecture}: {len(self.windows)} attention windows are given for "
@@ -118,7 +132,9 @@ class ModelConfig:
         """Number of weights, each counted once when the head is tied."""
         qkv = self.kv_heads * (self.group + 2) * self.head_dim
         layer = qkv * (self.embed + self.qkv_bias) + self.q_heads * self.head_dim * self.embed
-        layer += 3 * self.ffn * self.embed + (4 if self.post_norms else 2) * self.embed
+        layer += (4 if self.post_norms else 2) * self.embed
+        layer += max(self.experts, 1) * 3 * self.ffn * self.embed + self.experts * self.embed
+        layer += (3 * self.shared_ffn + 1) * self.embed if self.shared_ffn else 0
         layer += 2 * self.head_dim if self.qk_norm else 0
         ends = self.vocab_size * self.embed * (1 if self.tie_embeddings else 2) + self.embed
         return self.layers * layer + ends

@@ -39,11 +39,20 @@ REFUSED_WHEN_SET = (
 class HfConfig:
     """Typed look-ups in the config of one family."""
 
-    def __init__(self, values: Mapping[str, Any], family: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], family: str, *, implemented: tuple[str, ...] = ()
+    ) -> None:
+        """Refuses options of other models.
+
+        Args:
+            values: of the config.
+            family: whose they are.
+            implemented: options that this family reads, though most do not.
+        """
         self.values = values
         self.family = family
         for key in REFUSED_WHEN_SET:
-            if values.get(key):
+            if values.get(key) and key not in implemented:
                 self.refuse(key)
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -104,6 +113,25 @@ class HfConfig:
             "rms_eps": self.number("rms_norm_eps"),
             "attention_scale": head_dim**-0.5,
             "eos_token_ids": self.token_ids("eos_token_id"),
+        }
+
+    def experts(self, *, count: int, per_token: int) -> dict[str, Any]:
+        """Returns the ``ModelConfig`` fields of a mixture that every layer has.
+
+        Args:
+            count: of experts where the config names none, under either of its two spellings.
+            per_token: likewise, how many a token takes.
+
+        Raises:
+            UnsupportedModelError: some layers have a plain feed-forward instead.
+        """
+        self.require("decoder_sparse_step", 1, default=1)
+        if self.values.get("mlp_only_layers"):
+            self.refuse("mlp_only_layers")
+        key = "num_experts" if "num_experts" in self.values else "num_local_experts"
+        return {
+            "experts": self.integer(key, count),
+            "experts_per_token": self.integer("num_experts_per_tok", per_token),
         }
 
     def token_ids(self, key: str) -> tuple[int, ...]:

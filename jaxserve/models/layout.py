@@ -1,7 +1,7 @@
 """How a model's axes are stretched until a mesh divides them, and where each part comes from.
 
-Three axes are split over the mesh's tensor axis. The feed-forward and the vocabulary are padded
-with zeros at their end. Key/value heads travel with their query heads as one group, and either
+Some axes are split over the mesh's tensor axis. Feed-forwards, each expert's included, and the
+vocabulary are padded with zeros at their end. Key/value heads travel with their query heads as one group, and either
 whole groups of zeros are added, or each group is copied and its query heads are dealt out to the
 copies, whichever leaves a device with fewer bytes:
 
@@ -56,11 +56,13 @@ class Layout:
     def stretched(self) -> ModelConfig:
         """The model with the sizes that its arrays have."""
         config = self.config
+        ffn_step = self.tensor * (self.step if self.tensor > 1 else 1)
         return replace(
             config,
             kv_heads=self.groups,
             q_heads=self.groups * self.group,
-            ffn=_round_up(config.ffn, self.tensor * (self.step if self.tensor > 1 else 1)),
+            ffn=_round_up(config.ffn, ffn_step),
+            shared_ffn=_round_up(config.shared_ffn, ffn_step),
             vocab_size=_round_up(config.vocab_size, self.tensor),
         )
 
@@ -81,6 +83,7 @@ class Layout:
             f"{name}: {size} padded to {padded} (+{padded / size - 1:.1%})"
             for name, size, padded in (
                 ("ffn", true.ffn, here.ffn),
+                ("shared_ffn", true.shared_ffn, here.shared_ffn),
                 ("vocab", true.vocab_size, here.vocab_size),
             )
             if padded > size
@@ -139,7 +142,11 @@ class Layout:
     def _origin(self, axes: Axes) -> _Origin | None:
         """Which axis of an array is stretched; none has two. None when its true size will do."""
         true, here = self.config, self.stretched
-        sizes = {"ffn": (true.ffn, here.ffn), "vocab": (true.vocab_size, here.vocab_size)}
+        sizes = {
+            "ffn": (true.ffn, here.ffn),
+            "shared_ffn": (true.shared_ffn, here.shared_ffn),
+            "vocab": (true.vocab_size, here.vocab_size),
+        }
         for place, word in enumerate(axes):
             if word in sizes:
                 size, padded = sizes[word]

@@ -18,14 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.experts import exact, mixture, route
 from jaxserve.models.layers import all_reduce, feed_forward, project, rms_norm
 from pallas_kernels.quantized_matmul import Products
 
 Axes = tuple[str | None, ...]
 """A word of the alphabet for each axis of a weight; None has no word and is never split."""
 
-MAX_RANDOM_WEIGHTS = 8
-"""Weights of one module that are drawn and not constant; Qwen2's layer has five."""
+MAX_RANDOM_WEIGHTS = 12
+"""Weights of one module that are drawn and not constant; Qwen2-MoE's layer has nine."""
 
 
 class Ends(nnx.Module):
@@ -44,7 +45,7 @@ class Ends(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One transformer layer: attention, then a gated feed-forward, each around a residual.
+    """One transformer layer: attention, then gated feed-forwards, each around a residual.
 
     Matrices are stored ``[out, in]``. A key/value head travels with its query heads as one group,
     so that ``w_qkv`` is split over ``kv_heads`` alone.
@@ -68,11 +69,29 @@ class Layer(nnx.Module):
             self.k_norm = norm((H,), ("head_dim",))
         self.w_o = declare((D, N, H), ("embed", "q_heads", "head_dim"), std=2 / (N * H) ** 0.5)
         self.ffn_norm = norm((D,), ("embed",))
-        self.w_gate_up = declare((2, F, D), (None, "ffn", "embed"), std=D**-0.5)
-        self.w_down = declare((D, F), ("embed", "ffn"), std=2 / F**0.5)
+        if config.experts:
+            self._declare_experts(declare)
+        else:
+            self.w_gate_up = declare((2, F, D), (None, "ffn", "embed"), std=D**-0.5)
+            self.w_down = declare((D, F), ("embed", "ffn"), std=2 / F**0.5)
         if config.post_norms:
             self.post_attn_norm = norm((D,), ("embed",))
             self.post_ffn_norm = norm((D,), ("embed",))
+
+    def _declare_experts(self, declare: _Declare) -> None:
+        config = self.config
+        D, E, F, shared = config.embed, config.experts, config.ffn, config.shared_ffn
+        # Not named as matrices are: they are few numbers that decide much, and are never rounded.
+        self.router = declare((E, D), ("expert", "embed"), std=2 / D**0.5)
+        # Each expert's gate, and then what it gates.
+        self.w_gate_up = declare((2 * E, F, D), (None, "ffn", "embed"), std=D**-0.5)
+        self.w_down = declare((E, D, F), ("expert", "embed", "ffn"), std=2 / F**0.5)
+        if shared:
+            self.shared_gate = declare((1, D), (None, "embed"), std=D**-0.5)
+            self.w_shared_gate_up = declare(
+                (2, shared, D), (None, "shared_ffn", "embed"), std=D**-0.5
+            )
+            self.w_shared_down = declare((D, shared), ("embed", "shared_ffn"), std=2 / shared**0.5)
 
     def __call__(
         self,
@@ -118,9 +137,32 @@ class Layer(nnx.Module):
             return q, k, v
 
     def _ffn(self, x: Float[Array, "B T D"], products: Products) -> Float[Array, "B T D"]:
+        if self.config.experts:
+            return self._experts(x, products)
+        return self._feed_forward(x, self.w_gate_up, self.w_down, products)
+
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], gate_up: nnx.Param, down: nnx.Param, products: Products
+    ) -> Float[Array, "B T D"]:
+        w = gate_up[...]
+        rows = w.reshape(-1, w.shape[-1])
+        return feed_forward(x, rows, down[...], self.config.activation, products)
+
+    def _experts(self, x: Float[Array, "B T D"], products: Products) -> Float[Array, "B T D"]:
+        """What a token's own experts answer, and the shared one if there is one."""
+        config, tokens = self.config, x.reshape(-1, x.shape[-1])
+        with jax.named_scope("router"):
+            routing = route(tokens, self.router[...], config, products)
         w = self.w_gate_up[...]
-        gate_up = w.reshape(-1, w.shape[-1])
-        return feed_forward(x, gate_up, self.w_down[...], self.config.activation, products)
+        gate_up = w.reshape(config.experts, -1, w.shape[-1])
+        y = mixture(tokens, routing, gate_up, self.w_down[...], config.activation, products)
+        y = y.reshape(x.shape)
+        if config.shared_ffn:
+            with jax.named_scope("shared_expert"):
+                gate = jax.nn.sigmoid(exact(x, self.shared_gate[...], products))
+                shared = self._feed_forward(x, self.w_shared_gate_up, self.w_shared_down, products)
+                y = y + gate * shared.astype(jnp.float32)
+        return y.astype(x.dtype)
 
     def _norm(self, x: Float[Array, "*B D"], weight: nnx.Param) -> Float[Array, "*B D"]:
         config = self.config

@@ -7,7 +7,17 @@ from types import ModuleType
 from typing import Any
 
 from jaxserve.errors import UnsupportedModelError
-from jaxserve.models import gemma3, llama, mistral, phi3, qwen2, qwen3
+from jaxserve.models import (
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sources import WeightSources
 
@@ -18,6 +28,9 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3": qwen3,
     "phi3": phi3,
     "gemma3": gemma3,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
 }
 CLASSES = {
     # Class name in config.json: (family, its model_type)
@@ -27,6 +40,9 @@ CLASSES = {
     "Qwen3ForCausalLM": ("qwen3", "qwen3"),
     "Phi3ForCausalLM": ("phi3", "phi3"),
     "Gemma3ForCausalLM": ("gemma3", "gemma3_text"),
+    "MixtralForCausalLM": ("mixtral", "mixtral"),
+    "Qwen2MoeForCausalLM": ("qwen2_moe", "qwen2_moe"),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", "qwen3_moe"),
 }
 MODEL_TYPES = {model_type: family for family, model_type in CLASSES.values()}
 

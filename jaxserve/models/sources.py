@@ -7,7 +7,7 @@ names most decoders share stand here too; families that differ say so in their o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.models.config import ModelConfig
 
@@ -104,6 +104,40 @@ def llama_sources(config: ModelConfig) -> WeightSources:
     else:
         ends["head"] = Source((Part("lm_head.weight", ((V,), (D,))),))
     return WeightSources(ends, layer, ignored)
+
+
+def with_experts(
+    sources: WeightSources,
+    config: ModelConfig,
+    prefix: str,
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> WeightSources:
+    """Replaces the feed-forward by a router and experts, each stored in tensors of its own.
+
+    Args:
+        sources: of all else.
+        config: of the model.
+        prefix: of the mixture's tensors, with ``{layer}``.
+        gate: what an expert calls its gate.
+        up: what it calls what is gated.
+        down: what it calls its second matrix.
+    """
+    D, F, E = config.embed, config.ffn, config.experts
+    first: list[Part] = []
+    second: list[Part] = []
+    for number in range(E):
+        expert = f"{prefix}experts.{number}."
+        first += (Part(f"{expert}{name}.weight", ((1, F), (D,))) for name in (gate, up))
+        second.append(Part(f"{expert}{down}.weight", ((1, D), (F,))))
+    mixture = {
+        "router": Source((Part(f"{prefix}gate.weight", ((E,), (D,))),)),
+        "w_gate_up": Source(tuple(first)),
+        "w_down": Source(tuple(second)),
+    }
+    return replace(sources, layer=sources.layer | mixture)
 
 
 def vector(name: str, size: int) -> Source:

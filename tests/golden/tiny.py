@@ -35,6 +35,9 @@ SEEDS = {
     "qwen3": 21,
     "phi3": 7,
     "gemma3": 40,
+    "mixtral": 2,
+    "qwen2_moe": 8,
+    "qwen3_moe": 4,
 }
 
 BASE: dict[str, Any] = {
@@ -141,6 +144,54 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
+    "mixtral": BASE
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": 3,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe": BASE
+    | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 80,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "sliding_window": 512,
+        "max_window_layers": 4,
+    },
+    "qwen3_moe": BASE
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "moe_intermediate_size": 48,
+        "num_experts": 12,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 3,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -162,18 +213,43 @@ def _draw(name: str, parameter: str, shape: tuple[int, ...]) -> torch.Tensor:
         # Gemma multiplies embeddings by 8 (the root of the width); were they not small, its tied
         # head would only repeat the last token.
         return torch.from_numpy((0.1 if name == "gemma3" else 0.2) * normal)
+    if parameter.endswith("mlp.gate.weight"):
+        # A router whose choices are spread, and seldom close.
+        return torch.from_numpy(0.3 * normal)
+    if "expert" in parameter:
+        # Weighed by less than one, they would hardly matter beside the embedding.
+        return torch.from_numpy(0.3 * normal)
     return torch.from_numpy(0.16 * normal)
+
+
+def _as_published(name: str, parameter: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter under the names that checkpoints have: each expert has tensors of its own."""
+    gate, up, down = "gate_proj", "up_proj", "down_proj"
+    if name == "mixtral":
+        parameter = parameter.replace(".mlp.", ".block_sparse_moe.")
+        gate, up, down = "w1", "w3", "w2"
+    prefix, found, kind = parameter.partition(".experts.")
+    if not found:
+        return {parameter: value}
+    stored: dict[str, torch.Tensor] = {}
+    for number, expert in enumerate(value):
+        parts = {down: expert} if kind == "down_proj" else dict(zip((gate, up), expert.chunk(2)))
+        for part, matrix in parts.items():
+            stored[f"{prefix}.experts.{number}.{part}.weight"] = matrix.clone()
+    return stored
 
 
 def make_weights(name: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Every stored parameter, in the dtype that the config names."""
     tied = CONFIGS[name]["tie_word_embeddings"]
     dtype = getattr(torch, CONFIGS[name]["torch_dtype"])
-    return {
-        parameter: _draw(name, parameter, tuple(value.shape)).to(dtype)
-        for parameter, value in model.state_dict().items()
-        if not (tied and parameter == "lm_head.weight")
-    }
+    weights: dict[str, torch.Tensor] = {}
+    for parameter, value in model.state_dict().items():
+        if tied and parameter == "lm_head.weight":
+            continue
+        drawn = _draw(name, parameter, tuple(value.shape)).to(dtype)
+        weights |= _as_published(name, parameter, drawn)
+    return weights
 
 
 def load(directory: Path) -> PreTrainedModel:

@@ -72,14 +72,16 @@ def test_abstract_shapes_and_axes_describe_what_init_makes(name, stacked):
         "kv_heads": config.kv_heads,
         "group": config.group + 2,
         "head_dim": config.head_dim,
+        "expert": config.experts,
         "ffn": config.ffn,
+        "shared_ffn": config.shared_ffn,
         "vocab": config.vocab_size,
-        None: 2,
     }
 
     def check(shape: Any, array: Any, words: Any) -> None:
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
-        assert array.shape == tuple(sizes[word] for word in words)
+        named = zip(array.shape, words, strict=True)
+        assert all(word is None or size == sizes[word] for size, word in named)
 
     jax.tree.map(check, abstract, made, axes)
 

@@ -22,6 +22,7 @@ from jaxserve.weights.load import load_params
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 NAMES = ("llama", "llama2", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
+NAMES += ("mixtral", "qwen2_moe", "qwen3_moe")
 
 # Of the spread of the logits. Both sides compute in float32 and sum in different orders; the
 # largest difference seen is 2.4e-5, in gemma3.
