@@ -75,7 +75,7 @@ class ModelConfig:
     norm_offset: bool = False
     """Norm weights are stored as the factor minus one."""
     experts: int = 0  # E
-    """Feed-forwards of each layer, of which a token takes a few; 0 is one that every token takes."""
+    """Feed-forwards of each layer, of which a token takes a few; 0 is one that all tokens take."""
     experts_per_token: int = 0
     """How many a token takes, those that its router finds likeliest."""
     renormalize_experts: bool = False

@@ -4,7 +4,7 @@
            -> back in the tokens' order -> weighed and added
 
 No token is dropped: an expert takes as many rows as it gets. Inside ``shard_map`` every shard
-routes alike and has a slice of every expert, so the sum over shards is that of a plain feed-forward.
+routes alike and has a slice of every expert, so shards are summed as for a plain feed-forward.
 """
 
 from __future__ import annotations

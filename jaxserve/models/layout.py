@@ -1,9 +1,9 @@
 """How a model's axes are stretched until a mesh divides them, and where each part comes from.
 
 Some axes are split over the mesh's tensor axis. Feed-forwards, each expert's included, and the
-vocabulary are padded with zeros at their end. Key/value heads travel with their query heads as one group, and either
-whole groups of zeros are added, or each group is copied and its query heads are dealt out to the
-copies, whichever leaves a device with fewer bytes:
+vocabulary are padded with zeros at their end. Key/value heads travel with their query heads as one
+group, and either whole groups of zeros are added, or each group is copied and its query heads are
+dealt out to the copies, whichever leaves a device with fewer bytes:
 
     SmolLM2, 3 groups of 3, 2 devices   1 copy,   4 groups of 3:  a device holds 2
     Gemma 3, 1 group of 4, 4 devices    4 copies, 4 groups of 1:  a device holds 1

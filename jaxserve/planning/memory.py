@@ -180,7 +180,13 @@ def layout_notes(runner: Runner, shape: MeshShape) -> list[str]:
         notes.append(f"padding and copies: {_mb(extra)} of weights over the tensor axis")
     if whole := held * shape.tensor - stretched:
         here = whole // (shape.tensor - 1)
-        notes.append(f"replicated over tensor={shape.tensor}: norms, {_mb(here)} on every device")
+        what = "norms and routers" if layout.config.experts else "norms"
+        notes.append(f"replicated over tensor={shape.tensor}: {what}, {_mb(here)} on every device")
+    if (experts := layout.config.experts) and not runner.config.has_native:
+        notes.append(
+            f"experts: {layout.config.experts_per_token} of {experts} are counted for each token, "
+            f"as a good kernel computes; plain XLA multiplies by all {experts}"
+        )
     if shape.data > 1:
         notes.append(
             f"replicated over data={shape.data}: all weights, {_mb(held * shape.tensor)} on each"

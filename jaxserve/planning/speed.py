@@ -12,9 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Params
 from jaxserve.planning import costs as counting
 from jaxserve.planning.costs import Costs, costs_from, count, step_body
@@ -139,16 +141,38 @@ def _with_attention(
     kv_token_bytes = runner.config.cache.token_bytes(config) // config.layers
     kv_bytes = rows * (seen + queries * config.layers) * kv_token_bytes // tensor
     logit_bytes = 2 * key.rows * (config.vocab_size // tensor) * np.dtype(np.float32).itemsize
-    hbm_bytes = _weight_bytes_read(runner) + kv_bytes + logit_bytes
+    hbm_bytes = _weight_bytes_read(runner, rows * queries) + kv_bytes + logit_bytes
     return replace(traced, flops=flops), hbm_bytes
 
 
-def _weight_bytes_read(runner: Runner) -> int:
-    """All weights once; of an embedding that is not the head, a few rows, which do not count."""
+def _weight_bytes_read(runner: Runner, tokens: int) -> int:
+    """All weights once, but of experts only those that so many tokens take.
+
+    Of an embedding that is not the head a few rows are read, which do not count.
+    """
+    config = runner.model.config
     abstract, shardings = runner.abstract_params, runner.param_shardings
-    if not runner.model.config.tie_embeddings:
+    if not config.tie_embeddings:
         abstract, shardings = _without_embed(abstract), _without_embed(shardings)
-    return bytes_per_device(abstract, shardings)
+    held = bytes_per_device(abstract, shardings)
+    if not config.experts:
+        return held
+    experts = bytes_per_device(_experts_of(abstract), _experts_of(shardings))
+    return held - int(experts * (1 - share_of_experts(config, tokens)))
+
+
+def share_of_experts(config: ModelConfig, tokens: int) -> float:
+    """Returns the share of a layer's experts that tokens are expected to take, all together.
+
+    As if each token drew its own evenly and alone: a trained router is not even, and then fewer
+    are taken.
+    """
+    return 1 - (1 - config.experts_per_token / config.experts) ** tokens
+
+
+def _experts_of(tree: Params) -> list[Any]:
+    layers = (tree.layers,) if isinstance(tree.layers, dict) else tree.layers
+    return [layer[name] for layer in layers for name in ("w_gate_up", "w_down")]
 
 
 def _without_embed(tree: Params) -> Params:

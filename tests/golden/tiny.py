@@ -233,8 +233,10 @@ def _as_published(name: str, parameter: str, value: torch.Tensor) -> dict[str, t
         return {parameter: value}
     stored: dict[str, torch.Tensor] = {}
     for number, expert in enumerate(value):
-        parts = {down: expert} if kind == "down_proj" else dict(zip((gate, up), expert.chunk(2)))
-        for part, matrix in parts.items():
+        names, matrices = ((down,), (expert,))
+        if kind == "gate_up_proj":
+            names, matrices = (gate, up), expert.chunk(2)
+        for part, matrix in zip(names, matrices, strict=True):
             stored[f"{prefix}.experts.{number}.{part}.weight"] = matrix.clone()
     return stored
 

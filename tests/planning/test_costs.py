@@ -21,8 +21,9 @@ from jaxserve.planning.costs import Costs, costs_from, count, peak_bytes, step_b
 from jaxserve.planning.speed import decode_costs
 from jaxserve.runner.config import ProgramKey
 from jaxserve.runner.executables import ExecutableFolder
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import best_product, feed_forward, quantized_matmul
-from tests.pallas_kernels.native_here import needs_native
+from tests.pallas_kernels.native_here import needs_native, usable
 from tests.planning.planned import memory_of
 
 pytestmark = pytest.mark.slow
@@ -131,6 +132,39 @@ def test_native_products_have_two_flops_for_each_weight_and_row() -> None:
     run = partial(feed_forward, activation="silu", **native)
     both = costs + Costs(Counter(float32=2 * rows * hidden * out))
     assert count(jaxpr_of(run, x, gate_up, down), {}) == both
+
+
+@pytest.mark.parametrize("implementation", usable(["native", "xla"]))
+def test_a_grouped_product_has_two_flops_for_each_weight_of_a_rows_own_matrix(
+    implementation: str,
+) -> None:
+    rows, experts, depth, out = 12, 4, 64, 96
+    x, stack = floats(rows, depth), floats(2, experts, out, depth)
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    run = partial(grouped_matmul, layer=1, implementation=implementation)
+    costs = count(jaxpr_of(run, x, stack, sizes), {})
+    assert costs == Costs(Counter(float32=2 * rows * depth * out))
+
+
+def test_a_decode_step_of_experts_counts_those_that_a_token_takes() -> None:
+    """tiny-qwen2-moe: 2 layers of qkv 64 x 128, o 64 x 64, a router of 6, 3 of 6 experts of
+    64 x 192, a shared one of 64 x 288 and its gate; the head is 512 x 64."""
+    layer = 64 * 128 + 64 * 64 + 64 * 6 + 3 * 64 * 192 + 64 * 288 + 64
+    costs = decode("tiny-qwen2-moe", "1x1", 16)
+    assert costs.flops == {"float32": 2 * 16 * (2 * layer + 512 * 64)}
+    assert costs.opaque == 2
+
+
+def test_a_ragged_product_is_bounded_by_what_xla_makes_of_it() -> None:
+    """Rows once for each group, matrices transposed, and the answer; XLA's own temporaries are no
+    more."""
+    x, stack, sizes = floats(64, 256), floats(8, 128, 256), jax.ShapeDtypeStruct((8,), jnp.int32)
+    traced = jax.jit(partial(grouped_matmul, implementation="xla")).trace(x, stack, sizes)
+    bound = peak_bytes(traced.jaxpr)
+    assert bound >= F32 * (8 * 64 * 256 + 8 * 128 * 256 + 64 * 128)
+    analysis = traced.lower().compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes <= bound
 
 
 def test_products_are_what_xla_counts_in_an_unrolled_program() -> None:

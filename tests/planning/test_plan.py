@@ -22,6 +22,8 @@ PUBLISHED = {
     "llama-3.1-8b": (8_030_261_248, 65 * 4096, 131_072),
     "llama-3.3-70b": (70_553_706_496, 161 * 8192, 327_680),
     "qwen3-32b": (32_762_123_264, 129 * 5120 + 64 * 2 * 128, 262_144),
+    # Routers are whole on every device, too.
+    "mixtral-8x7b": (46_702_792_704, 65 * 4096 + 32 * 8 * 4096, 131_072),
 }
 
 
@@ -173,6 +175,34 @@ def test_a_step_reads_the_weights_once_and_the_pages_of_every_row() -> None:
     assert plan.tokens_per_s_per_user == pytest.approx(1 / memory_s)
     assert plan.tokens_per_s_total == pytest.approx(64 / memory_s)
     assert plan.collective_bytes == {"data": 0, "tensor": 0}
+
+
+def test_a_step_reads_the_experts_that_its_tokens_take() -> None:
+    """Qwen3-30B-A3B, 2 rows of 1,256 tokens: of 128 experts a token takes 8, so that both miss one
+    with a chance of (15/16)**2. All else is read as ever."""
+    plan = planned("qwen3-30b-a3b", "h200", max_rows=2)
+    vocab, embed, layers = 151_936, 2048, 48
+    experts = layers * 128 * 3 * 768 * embed
+    others = 30_532_122_624 - experts - vocab * embed
+    taken = 2 * experts - int(2 * experts * (15 / 16) ** 2)
+    pages = 2 * (1256 + 1) * 98_304
+    logits = 2 * 2 * vocab * 4
+    assert plan.hbm_bytes_per_step == pytest.approx(2 * others + taken + pages + logits, rel=1e-6)
+    many = planned("qwen3-30b-a3b", "h200")
+    assert many.hbm_bytes_per_step is not None
+    share = 1 - (15 / 16) ** many.sequences_expected
+    assert 0.98 < share < 1
+    assert plan.flops_per_step is not None
+    active = 2 * 2 * (others - 97 * embed - 48 * 2 * 128 + experts // 16)
+    attention = 2 * layers * 2 * 2 * 32 * 128 * 1256
+    assert plan.flops_per_step == active + attention
+
+
+def test_experts_have_a_note_where_plain_xla_computes_them() -> None:
+    runner = memory_of("tiny-mixtral", "1x1").runner
+    (note,) = layout_notes(runner, parse_mesh("1x1"))
+    assert note.startswith("experts: 2 of 4 are counted for each token")
+    assert "plain XLA multiplies by all 4" in note
 
 
 def test_a_window_is_all_that_is_read_of_a_long_context() -> None:
