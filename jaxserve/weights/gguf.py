@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -72,7 +72,35 @@ _GEMMA3_BLOCK = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _PHI3_BLOCK = {**_BLOCK, "ffn_up": "mlp.gate_up_proj"}
-_BLOCKS = {"gemma3": _GEMMA3_BLOCK, "phi3": _PHI3_BLOCK}
+_QWEN_MOE_BLOCK = {
+    **_BLOCK,
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL_BLOCK = {
+    **_BLOCK,
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_BLOCKS = {
+    # By model_type, since Mixtral is a llama here.
+    "gemma3_text": _GEMMA3_BLOCK,
+    "phi3": _PHI3_BLOCK,
+    "mixtral": _MIXTRAL_BLOCK,
+    "qwen2_moe": _QWEN_MOE_BLOCK,
+    "qwen3_moe": _QWEN_MOE_BLOCK,
+}
+"""A name with ``{}`` is that of each expert, whose tensors are one in the file."""
+_ROWS = "shared_expert_gate.weight"
+"""A matrix of one row, which the conversion may have made a vector."""
 _CONFIG_TENSORS = frozenset(
     {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 )
@@ -222,12 +250,14 @@ class GgufCheckpoint:
             ) from None
 
     def _map_names(self) -> dict[str, GgufTensor]:
-        blocks = _BLOCKS.get(str(self._architecture), _BLOCK)
+        blocks = _BLOCKS.get(self.config["model_type"], _BLOCK)
         mapped = {}
         for tensor in self._header.tensors.values():
             if tensor.name in _CONFIG_TENSORS:
                 continue
             name = _TOP.get(tensor.name) or _block_name(tensor.name, blocks)
+            if name is not None and name.endswith(_ROWS) and len(tensor.shape) == 1:
+                tensor = replace(tensor, shape=(1, *tensor.shape))
             if name is None:
                 raise UnsupportedModelError(
                     f"{self.source} holds the tensor {tensor.name!r}, which the "
@@ -238,8 +268,24 @@ class GgufCheckpoint:
                     f"{self.source} stores {tensor.name!r} as {tensor.type.name}; supported are "
                     f"{', '.join(SUPPORTED_TYPES)}: quantize it to one of these"
                 )
-            mapped[name] = tensor
+            mapped |= self._by_expert(name, tensor) if "{}" in name else {name: tensor}
         return mapped
+
+    def _by_expert(self, name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
+        """Each expert's part of a tensor ``[E, out, in]``, which lie one behind the other."""
+        if len(tensor.shape) != 3:
+            raise CheckpointError(
+                f"{self.source}: {tensor.name!r} has shape {list(tensor.shape)}; experts are "
+                "stored as [experts, out, in]: convert it again"
+            )
+        experts, *shape = tensor.shape
+        size = tensor.nbytes // experts
+        return {
+            name.format(number): replace(
+                tensor, shape=tuple(shape), offset=tensor.offset + number * size, nbytes=size
+            )
+            for number in range(experts)
+        }
 
     def _read_small(self, gguf_name: str) -> np.ndarray | None:
         tensor = self._header.tensors.get(gguf_name)

@@ -22,7 +22,11 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM", "silu"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
     "phi3": ("phi3", "Phi3ForCausalLM", "silu"),
+    "qwen2moe": ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
 }
+EXPERT_ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe")
+"""Those that may have experts; a llama with experts is Mixtral."""
 
 GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 GEMMA3_PATTERN = 6
@@ -90,6 +94,11 @@ class Metadata:
             )
         return value
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have several feed-forwards; a count of 0 says that they do not."""
+        return bool(self.values.get(f"{self.architecture}.expert_count"))
+
     def has(self, key: str) -> bool:
         """Whether the key is there."""
         return f"{self.architecture}.{key}" in self.values
@@ -116,10 +125,11 @@ def config_from_metadata(
             f"{path} holds the architecture {meta.architecture!r}; supported in GGUF are "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    if meta.has("expert_count") and values[f"{meta.architecture}.expert_count"]:
+    if meta.has_experts and meta.architecture not in EXPERT_ARCHITECTURES:
         raise UnsupportedModelError(
             f"{path} is a mixture of experts ({meta.architecture}.expert_count = "
-            f"{values[f'{meta.architecture}.expert_count']}), which is not implemented"
+            f"{values[f'{meta.architecture}.expert_count']}), which is implemented for "
+            f"{', '.join(EXPERT_ARCHITECTURES)} only"
         )
     model_type, class_name, activation = ARCHITECTURES[meta.architecture]
     heads = meta.integer("attention.head_count")
@@ -191,6 +201,10 @@ def _llama(config: dict[str, Any], meta: Metadata, read: ReadTensor) -> None:
         # Mistral 7B v0.1 travels under the llama architecture; its window is what tells them apart.
         config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
         config["sliding_window"] = meta.integer("attention.sliding_window")
+    if meta.has_experts:
+        config["model_type"], config["architectures"] = "mixtral", ["MixtralForCausalLM"]
+        config["num_local_experts"] = meta.integer("expert_count")
+        config["num_experts_per_tok"] = meta.integer("expert_used_count")
     factors = read("rope_freqs.weight")
     if factors is not None:
         config["rope_scaling"] = llama3_rope_scaling(
@@ -226,6 +240,20 @@ def llama3_rope_scaling(
 def _qwen2(config: dict[str, Any], meta: Metadata, read: ReadTensor) -> None:
     config["attention_bias"] = True
     config["use_sliding_window"] = False
+
+
+def _qwen_experts(config: dict[str, Any], meta: Metadata, read: ReadTensor) -> None:
+    """What llama.cpp knows by the architecture: Qwen3 scales the weights of a token's experts."""
+    config |= {
+        "use_sliding_window": False,
+        "num_experts": meta.integer("expert_count"),
+        "num_experts_per_tok": meta.integer("expert_used_count"),
+        "moe_intermediate_size": meta.integer("expert_feed_forward_length"),
+        "norm_topk_prob": meta.architecture == "qwen3moe",
+    }
+    if meta.architecture == "qwen2moe":
+        shared = meta.integer("expert_shared_feed_forward_length")
+        config["shared_expert_intermediate_size"] = shared
 
 
 def _gemma3(config: dict[str, Any], meta: Metadata, read: ReadTensor) -> None:
@@ -281,6 +309,8 @@ def _phi3(config: dict[str, Any], meta: Metadata, read: ReadTensor) -> None:
 _FAMILIES: dict[str, Callable[[dict[str, Any], Metadata, ReadTensor], None]] = {
     "llama": _llama,
     "qwen2": _qwen2,
+    "qwen2moe": _qwen_experts,
+    "qwen3moe": _qwen_experts,
     "gemma3": _gemma3,
     "phi3": _phi3,
 }

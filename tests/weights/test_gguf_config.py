@@ -204,7 +204,13 @@ def test_linear_rope_scaling_keeps_its_factor() -> None:
     [
         ("mamba", {}, UnsupportedModelError, r"'mamba'; supported in GGUF are gemma3, llama, phi3"),
         ("llama", {"general.architecture": None}, CheckpointError, r"no general.architecture"),
-        ("llama", {"llama.expert_count": 8}, UnsupportedModelError, r"expert_count = 8\), which"),
+        (
+            "qwen2",
+            {"qwen2.expert_count": 8},
+            UnsupportedModelError,
+            r"expert_count = 8\), which is implemented for llama, qwen2moe, qwen3moe only",
+        ),
+        ("llama", {"llama.expert_count": 8}, CheckpointError, r"lacks .*'llama.expert_used_count'"),
         ("llama", {"llama.block_count": None}, CheckpointError, r"lacks the metadata 'llama.block"),
         ("llama", {"llama.block_count": 0}, CheckpointError, r"positive integer, got 0"),
         ("llama", {"llama.block_count": "x"}, CheckpointError, r"positive integer, got 'x'"),
