@@ -16,6 +16,7 @@ from jaxserve.models.registry import CLASSES, model_config
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
+FAMILIES += ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def hf(family: str, **changes: Any) -> dict[str, Any]:
@@ -65,6 +66,61 @@ def test_llama_reads_its_config():
         attention_scale=0.25,
         eos_token_ids=(2,),
     )
+
+
+def test_qwen2_moe_reads_its_config():
+    assert model_config(hf("qwen2_moe")) == ModelConfig(
+        architecture="qwen2_moe",
+        vocab_size=320,
+        embed=64,
+        layers=4,
+        q_heads=4,
+        kv_heads=2,
+        head_dim=16,
+        ffn=32,
+        experts=8,
+        experts_per_token=3,
+        shared_ffn=80,
+        context_tokens=512,
+        rms_eps=1e-6,
+        rope_theta=1e6,
+        windows=(0, 0, 0, 0),
+        tie_embeddings=True,
+        qkv_bias=True,
+        attention_scale=0.25,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [("mixtral", (5, 2, True)), ("qwen2_moe", (8, 3, False)), ("qwen3_moe", (12, 4, True))],
+)
+def test_mixtures_read_how_many_experts_a_token_takes(family, experts):
+    config = model_config(hf(family))
+    read = (config.experts, config.experts_per_token, config.renormalize_experts)
+    assert read == experts
+
+
+def test_what_a_mixture_does_not_state_is_what_transformers_takes():
+    """Which leaves out of a config what its defaults say."""
+    keys = ("num_local_experts", "num_experts_per_tok", "rope_theta")
+    mixtral = model_config(hf("mixtral", **dict.fromkeys(keys, ...)))
+    assert (mixtral.experts, mixtral.experts_per_token, mixtral.rope_theta) == (8, 2, 1e6)
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    keys += ("shared_expert_intermediate_size",)
+    found = []
+    for family in ("qwen2_moe", "qwen3_moe"):
+        config = model_config(hf(family, **dict.fromkeys(keys, ...)))
+        assert config.renormalize_experts is False
+        found.append((config.experts, config.experts_per_token, config.ffn, config.shared_ffn))
+    assert found == [(60, 4, 1408, 5632), (128, 8, 768, 0)]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_mixture_of_no_experts_is_malformed(family):
+    key = "num_local_experts" if family == "mixtral" else "num_experts"
+    assert f"{key} must be an integer of at least 1, got 0" in malformed(family, **{key: 0})
 
 
 def test_gemma3_reads_its_config():
@@ -148,6 +204,9 @@ def test_families_differ_where_their_papers_do():
         "qwen3": (False, True, False),
         "phi3": (False, False, False),
         "gemma3": (False, True, True),
+        "mixtral": (False, False, False),
+        "qwen2_moe": (True, False, False),
+        "qwen3_moe": (False, True, False),
     }
 
 
@@ -189,8 +248,8 @@ def test_the_model_type_decides_where_no_class_is_named(class_name, family):
 
 
 def test_another_architecture_is_refused_with_the_list_of_supported_ones():
-    message = refused("llama", architectures=["MixtralForCausalLM"])
-    assert "names the architecture 'MixtralForCausalLM', which is not implemented" in message
+    message = refused("llama", architectures=["DbrxForCausalLM"])
+    assert "names the architecture 'DbrxForCausalLM', which is not implemented" in message
     assert "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM" in message
 
 
@@ -227,6 +286,15 @@ def test_a_rope_type_that_is_not_implemented_is_refused_by_name(family, kind):
         ("phi3", "attention_bias", True),
         ("gemma3", "hidden_activation", "gelu"),
         ("gemma3", "attention_bias", True),
+        ("mixtral", "hidden_act", "gelu"),
+        ("qwen2_moe", "hidden_act", "gelu"),
+        ("qwen2_moe", "qkv_bias", False),
+        ("qwen2_moe", "use_sliding_window", True),
+        ("qwen2_moe", "decoder_sparse_step", 2),
+        ("qwen3_moe", "hidden_act", "gelu"),
+        ("qwen3_moe", "attention_bias", True),
+        ("qwen3_moe", "use_sliding_window", True),
+        ("qwen3_moe", "decoder_sparse_step", 2),
     ],
 )
 def test_a_value_that_is_not_implemented_is_refused_by_name(family, key, value):
@@ -242,6 +310,8 @@ def test_a_value_that_is_not_implemented_is_refused_by_name(family, key, value):
         ("gemma3", "use_bidirectional_attention", True),
         ("gemma3", "attn_logit_softcapping", 50.0),
         ("qwen3", "num_experts", 128),
+        ("qwen2_moe", "mlp_only_layers", [0]),
+        ("qwen3_moe", "mlp_only_layers", [2]),
     ],
 )
 def test_an_option_that_would_change_the_answers_is_refused_by_name(family, key, value):

@@ -33,7 +33,7 @@ def random_params(name: str, *, stacked: bool = False, dtype: Any = jnp.float32)
     return model_of(name).init(jax.random.key(0), dtype, stacked=stacked)
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-gemma3"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-gemma3", "tiny-qwen2-moe"])
 def test_stacked_and_unrolled_layers_give_the_same_logits(name, dense_logits):
     """The same weights in both forms; XLA may order sums differently, hence not bit for bit."""
     model = model_of(name)
@@ -224,7 +224,7 @@ def mesh_of(tensor: int) -> jax.sharding.Mesh:
 
 
 def specs_of(model: Model, stacked: bool) -> Params:
-    split = {"kv_heads", "q_heads", "ffn", "vocab"}
+    split = {"kv_heads", "q_heads", "ffn", "shared_ffn", "vocab"}
     return jax.tree.map(
         lambda axes: PartitionSpec(*("tensor" if word in split else None for word in axes)),
         model.logical_axes(stacked=stacked),
@@ -246,9 +246,14 @@ def sharded_logits(model: Model, attend: Any, tensor: int, stacked: bool) -> Any
     )
 
 
-@pytest.mark.parametrize(("tensor", "stacked"), [(2, True), (4, False)])
-def test_a_tensor_mesh_gives_the_logits_of_one_device(tensor, stacked, dense_logits, dense_attend):
-    config = replace(preset("tiny-qwen2"), q_heads=8, kv_heads=4)
+@pytest.mark.parametrize(
+    ("name", "tensor", "stacked"),
+    [("tiny-qwen2", 2, True), ("tiny-qwen2", 4, False), ("tiny-qwen2-moe", 2, True)],
+)
+def test_a_tensor_mesh_gives_the_logits_of_one_device(
+    name, tensor, stacked, dense_logits, dense_attend
+):
+    config = replace(preset(name), q_heads=8, kv_heads=4)
     model = Model(config)
     params = model.init(jax.random.key(2), jnp.float32, stacked=stacked)
     positions = jnp.broadcast_to(jnp.arange(80, dtype=jnp.int32)[None], (2, 80))
@@ -264,9 +269,10 @@ def test_a_tensor_mesh_gives_the_logits_of_one_device(tensor, stacked, dense_log
 
 
 @pytest.mark.parametrize(("stacked", "bodies"), [(True, 1), (False, 2)])
-def test_a_layer_has_exactly_two_all_reduces(stacked, bodies, dense_attend):
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2-moe"])
+def test_a_layer_has_exactly_two_all_reduces(name, stacked, bodies, dense_attend):
     """A scanned body stands in the program once, unrolled layers one by one; the ends add one."""
-    config = preset("tiny-llama")
+    config = preset(name)
     model = Model(config)
     run = sharded_logits(model, dense_attend(config), 2, stacked)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
