@@ -35,6 +35,8 @@ CASES = [
     ("tiny-gemma3", "2x4", ("1x1", "1x3")),
     # Biases.
     ("tiny-qwen2", "1x2", ("1x1", "1x3")),
+    # Experts, and one beside them, both padded.
+    ("tiny-qwen2-moe", "1x1", ("1x3",)),
 ]
 
 

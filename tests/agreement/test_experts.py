@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.llm import LLM
@@ -33,9 +35,19 @@ def asked(name: str) -> tuple[list[Request], list[list[int]]]:
     return batch, [recorded[f"greedy_{number}"].tolist() for number in range(3)]
 
 
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """A token for each byte, and more that stand for nothing; the recorded prompts are tokens."""
+    tokens = sorted(ByteLevel.alphabet())
+    tokens += [f"<{token}>" for token in range(len(tokens), vocab_size)]
+    tokenizer = Tokenizer(BPE({token: number for number, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("mixtral", "1x1"), ("qwen2_moe", "1x1"), ("qwen2_moe", "1x2"), ("qwen3_moe", "1x2")],
+    [("mixtral", "1x1"), ("qwen2_moe", "1x1"), ("qwen2_moe", "1x3"), ("qwen3_moe", "1x2")],
 )
 def test_a_served_mixture_answers_as_transformers_does(
     name: str, mesh: str, cache_dir: Path, tmp_path: Path
@@ -43,8 +55,7 @@ def test_a_served_mixture_answers_as_transformers_does(
     batch, greedy = asked(name)
     with_tokenizer = tmp_path / name
     shutil.copytree(TINY / name, with_tokenizer)
-    words = {f"<{token}>": token for token in range(320)}
-    Tokenizer(WordLevel(words, unk_token="<0>")).save(str(with_tokenizer / "tokenizer.json"))
+    byte_tokenizer(320).save(str(with_tokenizer / "tokenizer.json"))
     with (
         make_service(str(with_tokenizer), cache_dir, cache_dir, mesh=mesh, **SETTINGS) as service,
         engine_over(service) as engine,
