@@ -77,8 +77,8 @@ def test_quantized_experts_answer_alone_as_in_company(quantization: str, cache_d
 
 
 def test_the_notebooks_front_door_serves_a_mixture(cache_dir: Path) -> None:
-    places = {"cache_dir": cache_dir, "assets_dir": cache_dir}
-    with LLM("dummy:tiny-qwen3-moe", dtype="float32", max_rows=2, **places) as llm:
+    sizes = {"max_rows": 2, "step_tokens": 16, "context_tokens": 64}
+    with LLM("dummy:tiny-qwen3-moe", dtype="float32", cache_dir=cache_dir, **sizes) as llm:
         first, again = (llm.generate("Hello", max_tokens=8, temperature=0.0) for _ in range(2))
     assert first.token_ids == again.token_ids
     assert first.text

@@ -139,11 +139,11 @@ def test_quantized_experts_answer_as_their_numbers_do(format: Any, implementatio
 
     @jax.jit
     def layered(number: Any) -> Any:
-        here = [LayerOf(stack, number) for stack in stacks]
-        return mixture(X, routing, *here, "silu", Products(implementation))
+        gate_up, down = (LayerOf(stack, number) for stack in stacks)
+        return mixture(X, routing, gate_up, down, "silu", Products(implementation))
 
-    plain = [dequantized(stack[1], jnp.float32) for stack in stacks]
-    direct = mixture(X, routing, *plain, "silu", Products("xla"))
+    gate_up, down = (dequantized(stack[1], jnp.float32) for stack in stacks)
+    direct = mixture(X, routing, gate_up, down, "silu", Products("xla"))
     np.testing.assert_allclose(layered(jnp.int32(1)), direct, rtol=0, atol=1e-5)
     np.testing.assert_allclose(layered(jnp.int32(0)), 0.0, atol=1e-6)
 
