@@ -192,7 +192,10 @@ def _search(
 
 @partial(jax.jit, static_argnames="format")
 def _error(
-    matrix: Float[Array, "O *I"], x: Float[Array, "T J"], scale: Float[Array, "*I"], format: Format
+    matrix: Float[Array, "O ..."],
+    x: Float[Array, "T I"],
+    scale: Float[Array, "*axes"],
+    format: Format,
 ) -> Float[Array, ""]:
     """The error of the output when a matrix is rounded with its input channels scaled."""
     rounded = dequantized(quantized_on_device(matrix * scale[None], format), jnp.float32)

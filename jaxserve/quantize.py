@@ -147,7 +147,8 @@ class _Rounding:
     def params(self, layers: list[dict[str, Any]]) -> Params:
         """Returns the whole model, layers stacked."""
         ends = {
-            name: self._rounded(name, np.asarray(array)) for name, array in self._params.ends.items()
+            name: self._rounded(name, np.asarray(array))
+            for name, array in self._params.ends.items()
         }
         return Params(ends, jax.tree.map(lambda *arrays: np.stack(arrays), *layers))
 

@@ -43,8 +43,8 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         "--group",
         type=int,
         metavar="N",
-        help="weights that share a scale, a multiple of 32; where a matrix has no whole groups they "
-        "are smaller (default: 32, and for fp8 a whole row)",
+        help="weights that share a scale, a multiple of 32; where a matrix has no whole groups, "
+        "they are smaller (default: 32, and for fp8 a whole row)",
     )
     group.add_argument(
         "--calibration",

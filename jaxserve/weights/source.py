@@ -433,11 +433,14 @@ def _as_saved(params: Params) -> dict[str, Any]:
     }
 
 
-def _true_array(layout: Layout, axes: AxisNames, array: jax.Array) -> jax.Array | np.ndarray:
+def _true_array(
+    layout: Layout, axes: AxisNames, array: jax.Array | np.ndarray
+) -> jax.Array | np.ndarray:
     """A weight as the checkpoint has it: itself, or put together on the host."""
     shape = layout.true_shape(array.shape, axes.words)
     if shape == array.shape:
         return array
+    assert isinstance(array, jax.Array)
     out = np.zeros(shape, array.dtype)
     for shard in array.addressable_shards:
         index = tuple(

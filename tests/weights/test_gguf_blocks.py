@@ -19,7 +19,7 @@ TENSOR = "model.embed_tokens.weight"
 
 
 def blocks(kind: Kind, rows: int, count: int, seed: int = 1) -> np.ndarray:
-    """Random blocks whose float16 scales are finite: the top bit of each of their bytes is clear."""
+    """Random blocks with finite float16 scales: the top bits of their bytes are clear."""
     size = GGML_QUANT_SIZES[kind][1]
     raw = np.random.default_rng(seed).integers(0, 256, (rows, count, size), np.uint8)
     raw[..., :4] &= 63
@@ -39,7 +39,9 @@ def test_a_box_has_the_numbers_of_the_blocks(
         assert checkpoint.stored_as(TENSOR) == name
         assert checkpoint.read_order(TENSOR) is None
         width, rows = (32 if format == "int8" else 16), slice(5, 9)
-        values = checkpoint.read_stored(TENSOR, "values", (rows, slice(first * width, last * width)))
+        values = checkpoint.read_stored(
+            TENSOR, "values", (rows, slice(first * width, last * width))
+        )
         groups = (rows, slice(first, last))
         scale = checkpoint.read_stored(TENSOR, "scale", groups)
         minimum = None

@@ -136,7 +136,9 @@ def test_parts_in_different_orders_are_widened(tmp_path: Path) -> None:
         model = opened(tmp_path).model_config()
         formats = choose_formats(model, checkpoint, "auto")
         assert formats.keys() == {"w_o", "w_gate_up", "w_down"}
-        assert "their columns in different orders" in why_widened(model, checkpoint, formats)["w_qkv"]
+        assert (
+            "their columns in different orders" in why_widened(model, checkpoint, formats)["w_qkv"]
+        )
 
 
 def test_what_no_format_has_is_widened_and_named(tmp_path: Path) -> None:
@@ -240,11 +242,11 @@ def test_a_tool_that_is_insisted_on_must_have_written_the_checkpoint(tmp_path: P
             pytest.raises(CheckpointError, match=f"is {what}, and --quantization is awq; give "),
         ):
             source.formats("awq")
+    dummy = open_source(
+        "dummy:tiny-llama", assets_dir=tmp_path, offline=True, random_weights=False, seed=0
+    )
     with pytest.raises(CheckpointError, match="quantization is gptq; give --quantization auto"):
-        opened_dummy = open_source(
-            "dummy:tiny-llama", assets_dir=tmp_path, offline=True, random_weights=False, seed=0
-        )
-        opened_dummy.formats("gptq")
+        dummy.formats("gptq")
 
 
 def rewritten(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
@@ -316,16 +318,20 @@ def test_a_scale_beyond_float16_is_refused_with_the_remedy(tmp_path: Path) -> No
     rewritten(tmp_path, change)
     with closing(open_checkpoint(tmp_path)) as checkpoint:
         index = (slice(0, 4), slice(0, 1))
-        with pytest.raises(CheckpointError, match=r"is 1e\+06, and float16 ends at 65504; give --q"):
+        with pytest.raises(
+            CheckpointError, match=r"is 1e\+06, and float16 ends at 65504; give --q"
+        ):
             checkpoint.read_stored(f"{GATE}.weight", "scale", index)
 
 
 def test_groups_of_unequal_sizes_are_refused(tmp_path: Path) -> None:
     tool_files.write(tmp_path, *TOOLS["gptq-act-order"])
     rewritten(tmp_path, lambda tensors: tensors[f"{GATE}.g_idx"].__setitem__(slice(0, 9), 1))
-    with closing(open_checkpoint(tmp_path)) as checkpoint:
-        with pytest.raises(CheckpointError, match=r"g_idx' does not give every group 64 columns"):
-            checkpoint.stored_format(f"{GATE}.weight")
+    with (
+        closing(open_checkpoint(tmp_path)) as checkpoint,
+        pytest.raises(CheckpointError, match=r"g_idx' does not give every group 64 columns"),
+    ):
+        checkpoint.stored_format(f"{GATE}.weight")
 
 
 def test_a_bias_that_says_something_is_not_left_out(tmp_path: Path) -> None:
@@ -364,12 +370,22 @@ WEIGHTS = "config_groups.group_0.weights"
 @pytest.mark.parametrize(
     ("tool", "path", "value", "message"),
     [
-        ("awq", "quant_method", "eetq", "quant_method is 'eetq'; supported: AWQ with 4 bits (versi"),
+        (
+            "awq",
+            "quant_method",
+            "eetq",
+            "quant_method is 'eetq'; supported: AWQ with 4 bits (versi",
+        ),
         ("awq", "bits", 8, "AWQ's bits are 8"),
         ("awq", "version", "gemv", "AWQ's version is 'gemv'"),
         ("awq", "zero_point", False, "AWQ's zero_point is false"),
         ("awq", "group_size", 48, "group_size is 48; supported: -1 and multiples of 32"),
-        ("gptq", "bits", 3, "GPTQ's bits are 3; supported: AWQ with 4 bits (version gemm), GPTQ wi"),
+        (
+            "gptq",
+            "bits",
+            3,
+            "GPTQ's bits are 3; supported: AWQ with 4 bits (version gemm), GPTQ wi",
+        ),
         ("gptq", "bits", None, "GPTQ's bits are None"),
         ("gptq", "checkpoint_format", "marlin", "GPTQ's checkpoint_format is 'marlin'"),
         ("gptq", "dynamic", {"+:.*down.*": {"bits": 8}}, "dynamic has '+:.*down.*'; supported: mo"),
