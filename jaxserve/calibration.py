@@ -26,6 +26,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.layers import project
 from jaxserve.models.modules import Layer
+from pallas_kernels.paged_attention import apply_rope
 from pallas_kernels.quantized_matmul import (
     Format,
     Products,
@@ -66,9 +67,9 @@ class _Watching(Products):
 class _WatchedLayer(Layer):
     """A layer that says what goes into its matrices."""
 
-    def _qkv(self, x: Any, rope: Any, products: Any) -> Any:
+    def _qkv(self, x: Any, products: Any) -> Any:
         products.seen["w_qkv"] = x
-        return super()._qkv(x, rope, products)
+        return super()._qkv(x, products)
 
     def _ffn(self, x: Any, products: Any) -> Any:
         products.seen["w_gate_up"] = x
@@ -99,8 +100,9 @@ class _WatchedModel(Model):
         products.seen = {}
 
         def attend(
-            cache: Any, number: Any, q: Array, k: Array, v: Array, window: Array
+            cache: Any, number: Any, q: Array, k: Array, v: Array, rope: Array, window: Array
         ) -> tuple[Array, Any]:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
             out = _attention(q, k, v, window, self.config)
             products.seen["w_o"] = out.reshape(*out.shape[:2], -1)
             return out, cache

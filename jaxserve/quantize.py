@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxserve.calibration import SEARCHED, Found, folded, search_scales
+from jaxserve.calibration import Found, folded, search_scales
 from jaxserve.config import ServeConfig
 from jaxserve.convert import OpenModel, open_model
 from jaxserve.errors import ConfigError, UnsupportedModelError
@@ -124,10 +124,10 @@ class _Rounding:
         assert isinstance(self._params.layers, dict)
         searches: Iterator[list[Found]] | None = None
         if tokens is not None:
-            if unknown := [name for name in SEARCHED if name not in self._params.layers]:
+            if self._model.experts:
                 raise UnsupportedModelError(
-                    f"{self._name} has no {', '.join(unknown)}, whose scales are searched; leave "
-                    "--calibration out to round its weights as they are"
+                    f"{self._name} is a mixture of {self._model.experts} experts, for which scales "
+                    "are not searched; leave --calibration out to round its weights as they are"
                 )
             searches = search_scales(self._model, self._params, self._formats, tokens)
         made, seconds = list[dict[str, Any]](), list[float]()

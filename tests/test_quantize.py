@@ -126,7 +126,7 @@ def test_what_cannot_be_asked_for_is_refused(wide_preset: str, tmp_path: Path) -
         quantize(config_of("dummy:tiny-llama", tmp_path), out, "int4")
 
 
-def test_weights_that_are_not_finite_and_layers_without_scales_are_refused(
+def test_weights_that_are_not_finite_are_refused(
     wide_preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = OpenModel.load
@@ -137,21 +137,25 @@ def test_weights_that_are_not_finite_and_layers_without_scales_are_refused(
         params.layers["w_o"] = params.layers["w_o"].at[0, 0].set(jnp.nan)
         return params
 
-    def other(self: Any, report: Any) -> Params:
-        params = load(self, report)
-        assert isinstance(params.layers, dict)
-        del params.layers["w_down"]
-        return params
-
     config = config_of(wide_preset, tmp_path)
     monkeypatch.setattr(OpenModel, "load", spoilt)
     with pytest.raises(ConfigError, match=r"tiny-wide: w_o cannot be held as int4: .*that is nan"):
         quantize(config, tmp_path / "out", "int4")
-    monkeypatch.setattr(OpenModel, "load", other)
+
+
+def test_scales_of_experts_are_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = PRESETS["tiny-mixtral"] | {"head_dim": 32}
+    monkeypatch.setitem(PRESETS, "tiny-wide-mixtral", wide)
+    config = config_of("dummy:tiny-wide-mixtral", tmp_path)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    with pytest.raises(UnsupportedModelError, match=r"has no w_down, whose scales .*--calibration"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"is a mixture of \d+ experts, for which .*--c"
+    ):
         quantize(config, tmp_path / "out", "int4", calibration=Calibration(path=text))
+    assert quantize(config, tmp_path / "out", "int4").formats["w_down"] == "int4"
 
 
 def test_formats_of_every_matrix_are_named() -> None:

@@ -186,8 +186,7 @@ def _prediction(
         quantization=sizes.quantization or "none",
         kv_bytes_per_token=memory.runner.config.cache.token_bytes(memory.runner.model.config),
         kv_tokens={
-            name: shape.data * tokens
-            for name, tokens in tokens_by_precision(memory, sizes).items()
+            name: shape.data * tokens for name, tokens in tokens_by_precision(memory, sizes).items()
         },
         page_tokens=sizes.page_tokens,
         pages_per_data_shard=memory.pages,

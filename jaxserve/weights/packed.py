@@ -62,7 +62,7 @@ def choose_formats(
         return rounded_formats(config, checkpoint.source, quantization)
     formats: dict[str, Format] = {}
     for name, source in _matrices(config).items():
-        stored = _stored(name, source, config.layers, checkpoint)
+        stored = _stored(name, source, config, checkpoint)
         fitting = None if stored is None else _fitting(stored, depth_of(source))
         if fitting is not None:
             formats[name] = fitting
@@ -140,7 +140,7 @@ def why_widened(
         kinds = sorted({kind for tensor in tensors if (kind := checkpoint.stored_as(tensor))})
         if not kinds or name in held:
             continue
-        stored = _stored(name, source, config.layers, checkpoint)
+        stored = _stored(name, source, config, checkpoint)
         if stored is not None and _fitting(stored, depth_of(source)) is None:
             why = f"its last axis of {depth_of(source)} is no whole groups of {GROUP}"
         elif stored is not None:
@@ -181,9 +181,11 @@ def _tensors(source: Source, layers: int) -> list[str]:
     return [part.name.format(layer=layer) for layer in range(layers) for part in source.parts]
 
 
-def _stored(name: str, source: Source, layers: int, checkpoint: Checkpoint) -> Format | None:
+def _stored(
+    name: str, source: Source, config: ModelConfig, checkpoint: Checkpoint
+) -> Format | None:
     """The format that all parts of a weight are stored in, in every layer; None if none is."""
-    tensors = _tensors(source, layers)
+    tensors = _tensors(source, config.layers)
     formats: set[Format | None] = {checkpoint.stored_format(tensor) for tensor in tensors}
     its = {spec(format) if format else None for format in formats}
     bare = {one and one._replace(ordered=False) for one in its}
@@ -192,8 +194,9 @@ def _stored(name: str, source: Source, layers: int, checkpoint: Checkpoint) -> F
         return None
     if not any(one and one.ordered for one in its):
         return found.name
-    # Rows of the ends are looked up, which an order has no meaning for.
-    if name in MATRICES or not _orders_agree(source, layers, checkpoint):
+    # Rows of the ends are looked up, which an order has no meaning for; each expert has its own.
+    plain = name not in MATRICES and not (config.experts and name in ("w_gate_up", "w_down"))
+    if not plain or not _orders_agree(source, config.layers, checkpoint):
         return None
     return found._replace(ordered=True).name
 
