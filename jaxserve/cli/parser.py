@@ -18,6 +18,7 @@ from jaxserve.cli import (
     generate,
     launch,
     plan,
+    quantize,
     stats,
     tokenize,
     version,
@@ -25,7 +26,10 @@ from jaxserve.cli import (
 from jaxserve.cli import environment as env
 from jaxserve.cli.environment import Environment
 
-COMMANDS = (launch, chat, generate, plan, eval, compile, convert, stats, tokenize, demo, version)
+COMMANDS = (
+    *(launch, chat, generate, plan, eval, compile, convert, quantize),
+    *(stats, tokenize, demo, version),
+)
 
 EPILOG = f"""\
 examples:

@@ -64,6 +64,8 @@ def test_no_command_prints_help_and_is_an_error(shell: Any) -> None:
         (["launch", "--kv-memory", "lots"], "argument --kv-memory: 'lots' is no number of bytes"),
         (["generate"], "the following arguments are required: PROMPT"),
         (["convert", "smollm2"], "the following arguments are required: OUT"),
+        (["quantize", "smollm2"], "the following arguments are required: OUT"),
+        (["quantize", "a", "b", "--format", "int3"], "argument --format: invalid choice: 'int3'"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(

@@ -210,14 +210,16 @@ def test_saved_weights_are_not_rounded(tmp_path: Path) -> None:
         saved.formats("int8")
 
 
-def test_quantized_weights_are_not_saved(tmp_path: Path) -> None:
-    model = Model(TINY, 1, EVERY)
+def test_quantized_weights_are_saved_from_one_device_along_the_tensor_axis(tmp_path: Path) -> None:
+    model = Model(TINY, 2, EVERY)
     checkpoint = checkpoint_for(model)
     checkpoint.tensors = {name: 1e-4 * values for name, values in checkpoint.tensors.items()}
-    params = loaded(model, checkpoint)
+    params = loaded(model, checkpoint, 2)
     source = open_source(
         "dummy:tiny-llama", assets_dir=tmp_path, offline=True, random_weights=False, seed=0
     )
-    with pytest.raises(CheckpointError, match=r"quantized weights are not saved.*jaxserve convert"):
+    with pytest.raises(
+        CheckpointError, match=r"saved from one device along the tensor axis, not 2"
+    ):
         save_model(tmp_path / "saved", model, params, source)
     assert not (tmp_path / "saved").exists()
