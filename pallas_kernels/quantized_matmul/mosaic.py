@@ -1,0 +1,153 @@
+"""Products on Hopper GPUs: quantized values go into the tensor cores as they come from memory.
+
+XLA writes a matrix with scales of groups out in 16 bits at every product. ``mosaic_kernel.py``
+reads it as it is stored; here is what stands before and behind, in XLA: the order of activations
+and their dtype, the rows that fill a tile, the sum of parts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import mosaic
+from pallas_kernels.quantized_matmul.matrix import MAX_INT8, Matrix, Quantized
+from pallas_kernels.quantized_matmul.mosaic_config import FEW, Config, Problem, choose
+from pallas_kernels.quantized_matmul.mosaic_kernel import mosaic_product
+from pallas_kernels.quantized_matmul.on_gpu import OnGpu, for_gpu
+
+MOST_ROWS = 512
+"""Of activations; with more, XLA's product of the widened matrix is the faster one."""
+HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+MAX_FP8 = 448.0
+HEADROOM = 14
+"""The largest of a row of activations becomes a float16 of so many bits before the point."""
+
+
+def quantized_matmul_mosaic(
+    x: Float[Array, "*B I"],
+    matrix: Matrix,
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    dtype: jnp.dtype,
+    narrow: bool,
+    config: Config | None = None,
+) -> Float[Array, "*B O"]:
+    """Computes ``quantized_matmul``; see there for the arguments.
+
+    Products are exact and sums are float32. A row's answer has the same bits in any company of up
+    to ``FEW`` rows, and in any of more. ``narrow`` lets activations be rounded to the matrix's own
+    8 bits, with a scale for each row, where the matrix has one scale a row.
+
+    Args:
+        x: bfloat16 or float16.
+        matrix: ``OnGpu``, or a ``Quantized`` with one scale a row.
+        layer: As there.
+        dtype: As there.
+        narrow: As there.
+        config: How the work is cut; None for what is best known.
+
+    Raises:
+        NotImplementedError: The text says what the kernel was not written for.
+    """
+    given = _accepted(x, matrix)
+    *batch, depth = x.shape
+    rows = math.prod(batch)
+    stack = given if layer is not None else given[None]
+    x, native = x.reshape(rows, depth), narrow and _by_row(given)
+    problem = Problem(
+        rows=rows,
+        outs=stack.shape[-2],
+        depth=depth,
+        groups=stack.scale.shape[-2],
+        values=stack.dtype,
+        activations=stack.dtype if native else _widened(stack.dtype, x.dtype),
+        has_minimum=stack.minimum is not None,
+        scale=stack.scale.dtype,
+        programs=mosaic.cores(),
+    )
+    config = config or choose(problem)
+    if reason := problem.why_not(config):
+        raise NotImplementedError(reason)
+    x, factor = _activations(stack.columns(x), problem.activations)
+    if factor is not None and not problem.by_row:
+        # With scales of groups nothing is left to do at the end but this.
+        after, factor = factor, None
+    else:
+        after = None
+    missing = -rows % config.tokens
+    x = jnp.pad(x, ((0, missing), (0, 0)))
+    parts = mosaic_product(
+        x,
+        stack.codes(),
+        stack.scale,
+        stack.minimum,
+        None if factor is None else jnp.pad(factor, (0, missing)),
+        jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
+        config=config,
+        dtype=dtype if config.parts == 1 and after is None else jnp.dtype(jnp.float32),
+    )
+    # One at a time: XLA may add up an axis in any order.
+    out = sum(parts[1:], start=parts[0])[:rows]
+    if after is not None:
+        out = out * after[:, None]
+    return out.astype(dtype).reshape(*batch, -1)
+
+
+def _accepted(x: Any, matrix: Matrix) -> OnGpu:
+    """The matrix as the kernel takes it, or the reason why it does not."""
+    mosaic.decline_elsewhere()
+    if isinstance(matrix, Quantized) and matrix.scale.shape[-1] == 1 and matrix.minimum is None:
+        matrix = for_gpu(matrix)  # Moves nothing.
+    if isinstance(matrix, Quantized):
+        raise NotImplementedError(
+            "a matrix with scales of groups must be repacked at load, see for_gpu"
+        )
+    if not isinstance(matrix, OnGpu):
+        raise NotImplementedError("the matrix is not quantized, and XLA multiplies it")
+    rows = math.prod(x.shape[:-1])
+    if not 0 < rows <= MOST_ROWS:
+        raise NotImplementedError(
+            f"XLA multiplies the widened matrix by more than {MOST_ROWS} rows, and by none; "
+            f"there are {rows}"
+        )
+    if x.dtype not in HALVES:
+        raise NotImplementedError(f"activations are bfloat16 or float16, got {x.dtype}")
+    return matrix
+
+
+def _by_row(matrix: OnGpu) -> bool:
+    return matrix.minimum is None and matrix.scale.shape[-2] == 1
+
+
+def _widened(values: jnp.dtype, activations: Any) -> jnp.dtype:
+    """The dtype in which the tensor cores multiply them."""
+    if values == FP8:
+        return jnp.dtype(jnp.float16)  # The processor makes no bfloat16 of float8.
+    return jnp.dtype(activations)
+
+
+def _activations(
+    x: Float[Array, "B I"], dtype: jnp.dtype
+) -> tuple[Array, Float[Array, " B"] | None]:
+    """Activations in the dtype in which they are multiplied, and what answers are to be scaled by."""
+    if x.dtype == dtype:
+        return x, None
+    wide = x.astype(jnp.float32)
+    most = jnp.abs(wide).max(axis=-1)
+    if dtype == jnp.float16:
+        # bfloat16 has more exponents; a power of two changes nothing else.
+        _, exponent = jnp.frexp(most)
+        shift = jnp.clip(HEADROOM - exponent, -126, 126)
+        return jnp.ldexp(wide, shift[:, None]).astype(dtype), jnp.ldexp(1.0, -shift)
+    limit = MAX_INT8 if dtype == jnp.int8 else MAX_FP8
+    factor = jnp.where(most > 0, most / limit, 1)
+    scaled = wide / factor[:, None]
+    if dtype == jnp.int8:
+        scaled = jnp.rint(scaled)
+    return jnp.clip(scaled, -limit, limit).astype(dtype), factor
