@@ -82,11 +82,16 @@ def quantized_matmul_mosaic(
         after = None
     missing = -rows % config.tokens
     x = jnp.pad(x, ((0, missing), (0, 0)))
+    sums_of_x = None
+    if stack.minimum is not None and rows > FEW:
+        groups = x.reshape(*x.shape[:-1], -1, stack.group)
+        sums_of_x = groups.sum(axis=-1, dtype=jnp.float32).T
     parts = mosaic_product(
         x,
         stack.codes(),
         stack.scale,
         stack.minimum,
+        sums_of_x,
         None if factor is None else jnp.pad(factor, (0, missing)),
         jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         config=config,

@@ -1,24 +1,28 @@
 """How the product on Hopper is cut into pieces, and which way for which shapes.
 
 What decides the order in which an answer is summed, ``depth``, ``chains`` and ``parts``, follows
-from a matrix's shape and format, and from whether there are more than ``FEW`` rows of activations:
-up to there a row's answer has the same bits in a batch of any size, and beyond it too. The rest may
-follow from anything.
+from shapes and formats alone, and up to ``FEW`` rows of activations not from their number: a row's
+answer has the same bits in a batch of any such size. The rest may follow from anything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic import CORES, LINES, SHARED_BYTES
 
-TOKENS = (8, 16, 32, 64, 128)
-"""Rows of activations that a tile may have."""
 FEW = 64
 """Up to so many rows the memory's speed is the limit, and beyond it that of the tensor cores."""
+FEW_TOKENS = (8, 16, 32)
+"""Rows of activations in a tile. More do not fit the registers of as many warpgroups as it takes to
+widen values at the memory's speed."""
+MANY_TOKENS = (128,)
+USUAL = 16
+"""Rows of a decode step, where their number may not matter."""
 DEPTHS = (128, 192, 64)
 """Columns of a tile, best first."""
 CHAINS = (4, 3, 2, 1)
@@ -106,7 +110,8 @@ class Problem:
         x = config.tokens * config.depth * bits(self.activations) // 8
         groups = max(1, config.depth * self.groups // self.depth)
         scales = 0 if self.by_row else groups * block * jnp.dtype(self.scale).itemsize
-        return values + x + scales * (2 if self.has_minimum else 1)
+        sums = groups * config.tokens * 4 if self.has_minimum and self.rows > FEW else 0
+        return values + x + scales * (2 if self.has_minimum else 1) + sums
 
 
 def bits(dtype: Any) -> int:
@@ -120,15 +125,13 @@ def choose(problem: Problem) -> Config:
     Raises:
         NotImplementedError: There is none; the text says why.
     """
-    tokens = next((size for size in TOKENS if size >= problem.rows), TOKENS[-1])
     few = problem.rows <= FEW
+    sizes = FEW_TOKENS if few else MANY_TOKENS
+    tokens = next((size for size in sizes if size >= problem.rows), sizes[-1])
     reasons = []
-    for depth in DEPTHS:
-        if few:
-            cuts = [(1, chains, _parts(problem, depth * chains)) for chains in CHAINS]
-        else:
-            cuts = [(2, 1, 1), (1, 1, 1)]
-        for rows, chains, parts in cuts:
+    for depth, rows in product(DEPTHS, (1,) if few else (2, 1)):
+        for chains in CHAINS if few else (1,):
+            parts = _parts(problem, rows * LINES, depth * chains, 0 if few else tokens)
             for rounds in range(MOST_STAGES // chains, 0, -1):
                 stages = rounds * chains
                 config = Config(tokens, depth, rows, chains, parts, stages, problem.programs)
@@ -139,17 +142,24 @@ def choose(problem: Problem) -> Config:
     raise NotImplementedError(reasons[-1])
 
 
-def _parts(problem: Problem, step: int) -> int:
-    """How many parts of the depth, each of whole steps, keep the most multiprocessors busy.
+def _parts(problem: Problem, block: int, step: int, tokens: int) -> int:
+    """How many parts of the depth, each of whole steps, keep the multiprocessors busiest.
 
-    Rows of the activations do not matter here, see the top of the file; 16 are assumed.
+    What it costs to add parts up is put in as a share of what it takes to read the matrix.
+
+    Args:
+        problem: See there.
+        block: Rows of the matrix in an item.
+        step: Columns.
+        tokens: Rows of activations in an item; 0: as though there were ``USUAL`` in all.
     """
-    blocks = problem.outs // LINES
+    rows = problem.rows if tokens else USUAL
+    blocks = max(1, problem.outs // block) * (-(-rows // tokens) if tokens else 1)
 
     def cost(parts: int) -> float:
         turns = -(-blocks * parts // problem.programs) * problem.programs / (blocks * parts)
-        moved = problem.depth * bits(problem.values) / 8
-        return turns * (1 + (parts > 1) * (0.05 + parts * 16 * 8 / moved))
+        matrix = problem.depth * bits(problem.values) / 8
+        return turns * (1 + (parts > 1) * (0.05 + parts * rows * 8 / matrix))
 
     possible = [
         parts

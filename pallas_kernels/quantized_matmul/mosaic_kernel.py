@@ -7,6 +7,9 @@ the tensor cores, and what they amount to is scaled a group at a time, in float3
     out[o, b]  =  sum over groups g of  scale[o, g] * (values[o, g] . x[b, g])
                                        + minimum[o, g] * (ones . x[b, g])
 
+The sums of activations that the minima take are products with ones, for few rows: the tensor cores
+have nothing else to do. For many they are given.
+
 A grid of as many programs as the device has cores walks a list of items: ``rows`` times 64 rows of
 the matrix, ``tokens`` rows of activations, one part of the depth. In each program one warpgroup
 fetches, for the next item while the others still compute; ``rows * chains`` warpgroups multiply,
@@ -35,10 +38,9 @@ CODE_OFFSET = 8
 """A value of int4 as the kernel reads it, -8 to 7, is so much less than what it stands for."""
 SPREAD = plgpu.Layout.WGMMA
 """How the numbers of a product lie over the threads of a warpgroup."""
-FETCH_REGISTERS = 24
-"""Of each thread of the warpgroup that fetches."""
-HAVE_REGISTERS = {2: 240, 3: 160, 4: 112}
-"""Of each of the others, by how many they are: all that the processor has."""
+REGISTERS = {2: (232, 40), 3: (160, 32), 4: (112, 32)}
+"""Of each thread that multiplies, and that fetches, by how many warpgroups multiply: all that the
+processor has."""
 
 
 def mosaic_product(
@@ -46,6 +48,7 @@ def mosaic_product(
     values: Shaped[Array, "L O I"],
     scale: Float[Array, "L G O"],
     minimum: Float[Array, "L G O"] | None,
+    sums_of_x: Float[Array, "G B"] | None,
     factor: Float[Array, " B"] | None,
     layer: Int[Array, " 1"],
     *,
@@ -60,6 +63,7 @@ def mosaic_product(
         values: int8, int4 or float8_e4m3fn.
         scale: Of ``G`` equal groups of the depth.
         minimum: With int4: ``CODE_OFFSET`` values are added to it.
+        sums_of_x: Sums of a row's activations in each group; None has the kernel add them up.
         factor: What a row of the answer is multiplied by in the end.
         layer: The matrix of the stack; the nearest one where there is none such.
         config: How the work is cut.
@@ -80,9 +84,13 @@ def mosaic_product(
     # Numbers of 32 bits cannot be turned on their way into shared memory; XLA turns those.
     turned = jnp.dtype(dtype).itemsize == 2
     total = jnp.int32 if native and values.dtype == jnp.int8 else jnp.float32
+    # Sums of products of float8 lose digits in the tensor cores where they are long.
+    in_place = by_row and not (native and total == jnp.float32)
     operands = {"x": x, "values": values, "scale": scale, "layer": layer}
     if minimum is not None:
         operands["minimum"] = minimum
+    if sums_of_x is not None:
+        operands["sums_of_x"] = sums_of_x
     if factor is not None:
         operands["factor"] = factor
 
@@ -123,6 +131,7 @@ def mosaic_product(
                     "x": (pl.ds(token, tokens), columns),
                     "scale": (number, groups, these),
                     "minimum": (number, groups, these),
+                    "sums_of_x": (groups, pl.ds(token, tokens)),
                 }
                 for name in stage_names:
                     plgpu.copy_gmem_to_smem(
@@ -134,7 +143,7 @@ def mosaic_product(
         @pl.when(warpgroup == workers)
         def _() -> None:
             if registers is not None:
-                plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+                plgpu.set_max_registers(registers[1], action="decrease")
             lax.fori_loop(0, mine, fetch, None)
             mosaic.drain(free, mine * tiles, config.stages)
 
@@ -147,28 +156,37 @@ def mosaic_product(
             column = plgpu.layout_cast(column, SPREAD.reduce(1))
             return lax.broadcast_in_dim(column, (LINES, tokens), [0])
 
+        def spread_down(row: Any) -> Any:
+            row = plgpu.layout_cast(row, SPREAD.reduce(0))
+            return lax.broadcast_in_dim(row, (LINES, tokens), [1])
+
         def multiply_tile(turn: Any, u: Any, sums: Any) -> Any:
             slot = slot_of(turn, u * chains + chain)
             plgpu.barrier_wait(full.at[slot])
-            weights = shared["values"].at[slot, lines] if native else shared["values"][slot, lines]
+            weights = shared["values"].at[slot, lines]
             if not native:
-                weights = weights.astype(x.dtype)
+                weights = weights[...].astype(x.dtype)
             for j in range(steps):
                 left = weights if steps == 1 else weights[:, j * step : (j + 1) * step]
                 right = shared["x"].at[slot, :, pl.ds(j * step, step)]
-                if by_row and not (native and total == jnp.float32):
+                if in_place:
                     sums = product(sums, left, right)
                     continue
                 some = product(None, left, right)
-                if by_row:  # The tensor cores' own sums of products of float8 lose digits.
+                if by_row:
                     sums = sums + some
                     continue
                 scales = shared["scale"][slot, j, lines].astype(jnp.float32)
                 sums = sums + some * spread(scales)
-                if minimum is not None:
-                    least = shared["minimum"][slot, j, lines].astype(jnp.float32)
+                if minimum is None:
+                    continue
+                least = shared["minimum"][slot, j, lines].astype(jnp.float32)
+                if sums_of_x is None:
                     ones = plgpu.layout_cast(jnp.full((LINES, step), 1, x.dtype), SPREAD)
-                    sums = sums + product(None, ones, right) * spread(least + CODE_OFFSET * scales)
+                    of_x = product(None, ones, right)
+                else:
+                    of_x = spread_down(shared["sums_of_x"][slot, j])
+                sums = sums + of_x * spread(least + CODE_OFFSET * scales)
             mosaic.release(free.at[slot])
             return sums
 
@@ -185,8 +203,7 @@ def mosaic_product(
                 plgpu.barrier_wait(shared["scaled"].at[strip])
                 sums = sums * spread(shared["scale"][strip].astype(jnp.float32))
                 if factor is not None:
-                    row = plgpu.layout_cast(shared["factor"][strip], SPREAD.reduce(0))
-                    sums = sums * lax.broadcast_in_dim(row, sums.shape, [1])
+                    sums = sums * spread_down(shared["factor"][strip])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             answers = plgpu.layout_cast(sums.astype(dtype), SPREAD)
             if not turned:
@@ -234,7 +251,7 @@ def mosaic_product(
         @pl.when(warpgroup < workers)
         def _() -> None:
             if registers is not None:
-                plgpu.set_max_registers(registers, action="increase")
+                plgpu.set_max_registers(registers[0], action="increase")
             lax.fori_loop(0, mine, multiply, None)
             plgpu.wait_smem_to_gmem(0)
 
@@ -257,12 +274,15 @@ def mosaic_product(
         stages["scale"] = plgpu.SMEM((config.stages, steps, block), scale.dtype)
         if minimum is not None:
             stages["minimum"] = plgpu.SMEM((config.stages, steps, block), minimum.dtype)
+        if sums_of_x is not None:
+            shape = (config.stages, steps, tokens)
+            stages["sums_of_x"] = plgpu.SMEM(shape, sums_of_x.dtype)
     if chains > 1:
         scratch["sums"] = plgpu.SMEM((chains - 1, rows, LINES, tokens), total)
         scratch["ready"] = plgpu.Barrier(num_barriers=rows, num_arrivals=chains - 1)
         scratch["taken"] = plgpu.Barrier(num_barriers=rows)
     stage_names = tuple(stages)
-    registers = HAVE_REGISTERS.get(workers)
+    registers = REGISTERS.get(workers)
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, dtype),
