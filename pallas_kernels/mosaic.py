@@ -119,6 +119,15 @@ def product(
     return pl.run_scoped(from_nothing, plgpu.ACC(shape, dtype))
 
 
+def rounded(numbers: Array, dtype: Any) -> Array:
+    """Rounds float32 numbers to what ``dtype`` can say, and leaves them float32."""
+    if is_interpreted():
+        # XLA may leave out a cast that is undone at once (``xla_allow_excess_precision``).
+        info = jnp.finfo(dtype)
+        return lax.reduce_precision(numbers, info.nexp, info.nmant)
+    return numbers.astype(dtype).astype(jnp.float32)
+
+
 def release(barrier: Any) -> None:
     """Arrives at the barrier that says that tiles which ``product`` has read may be overwritten."""
     if is_interpreted():

@@ -1,8 +1,8 @@
 """Attention of new tokens over the paged key/value pool: the public function and the pool.
 
-``pool`` owns the layout, ``reference`` the meaning, ``native`` the speed on a CPU and ``blocked``
-the speed anywhere else. Projections, rotary positions and the mesh are the model's business; which
-page belongs to whom is the engine's.
+``pool`` owns the layout and ``reference`` the meaning; ``mosaic`` is the fast way on a Hopper GPU,
+``native`` on a CPU, and ``blocked`` anywhere else. Projections, rotary positions and the mesh are
+the model's business; which page belongs to whom is the engine's.
 """
 
 from __future__ import annotations
@@ -13,24 +13,43 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
-from pallas_kernels.paged_attention.int8 import SCALE_DTYPE, cell_bytes
+from pallas_kernels.paged_attention.formats import (
+    FORMATS,
+    SCALE_DTYPE,
+    Format,
+    cell_bytes,
+    format_of,
+    rotate,
+)
+from pallas_kernels.paged_attention.mosaic import paged_attention_mosaic
 from pallas_kernels.paged_attention.native import append_native, paged_attention_native
-from pallas_kernels.paged_attention.pool import NULL_PAGE, Pools, append_scatter, pool_shape
+from pallas_kernels.paged_attention.pool import (
+    NULL_PAGE,
+    Pools,
+    abstract_pools,
+    append_scatter,
+    pool_shape,
+)
 from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 __all__ = [
+    "FORMATS",
     "NULL_PAGE",
     "SCALE_DTYPE",
+    "Format",
     "Pools",
+    "abstract_pools",
     "append",
     "cell_bytes",
+    "format_of",
     "paged_attention",
     "places_of",
     "pool_shape",
 ]
 
 IMPLEMENTATIONS = {
+    "mosaic": paged_attention_mosaic,
     "native": paged_attention_native,
     "blocked": paged_attention_blocked,
     "reference": paged_attention_reference,
@@ -41,7 +60,7 @@ APPENDS = {"native": append_native, "scatter": append_scatter}
 """Of ``append``, by name, best first."""
 
 POOL_DTYPES = ("float32", "bfloat16", "float16")
-"""Of pools without scales; those with scales are int8."""
+"""Of pools without scales; those with scales have one of ``FORMATS``."""
 
 
 def paged_attention(
@@ -57,14 +76,16 @@ def paged_attention(
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
+    sinks: Float[Array, " N"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R T N H"]:
     """Attends from each row's new tokens to that row's pages, causally.
 
     Query ``t`` of row ``b`` stands at position ``start[b] + t`` and sees positions 0 to its own, or
     the last ``window`` of them. Its key and value must be in the pool already (``append`` first).
-    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``. Pages of
-    int8 stand for what their values times their scales are (``quantized_attention``).
+    Softmax and sums are float32 whatever the dtypes; the result has the dtype of ``q``. Pages with
+    scales stand for what their values times their scales are (``formats``); of int4 they stand
+    rotated, and so implementations get rotated queries and give rotated answers.
 
     Args:
         q: Queries, rotated already and not scaled; ``R = B``: T places for each row, or, with
@@ -82,20 +103,23 @@ def paged_attention(
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for none.
         narrow: Allows native attention over bfloat16 pages to round queries, and the softmax's
             numerators, to bfloat16, where the CPU is faster so; sums stay float32.
+        sinks: A logit for each query head that joins the denominator of its softmaxes, as a key
+            would that no query sees and whose value is zero (gpt-oss). Neither scaled nor capped.
         implementation: A name in ``IMPLEMENTATIONS``, or ``"auto"`` for the first that accepts.
 
     Raises:
         ValueError: Shapes, dtypes or numbers that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
-    _check(q, pools, scale=scale, window=window, softcap=softcap)
+    _check(q, pools, scale=scale, window=window, softcap=softcap, sinks=sinks)
     _check_places("queries", q.shape[0], table, first)
     with jax.named_scope("paged_attention"):
-        return dispatch(
+        is_rotated = _is_rotated(pools)
+        out = dispatch(
             "paged_attention",
             IMPLEMENTATIONS,
             implementation,
-            q,
+            rotate(q) if is_rotated else q,
             pools,
             table,
             start,
@@ -106,7 +130,9 @@ def paged_attention(
             window=window,
             softcap=softcap,
             narrow=narrow,
+            sinks=sinks,
         )
+        return rotate(out) if is_rotated else out
 
 
 def append(
@@ -129,8 +155,9 @@ def append(
 
     Args:
         pools: Updated in place when the caller's ``jit`` donates them: do not use again.
-        k: New keys, rotated already; cast to the pool's dtype, or rounded to int8 with a scale for
-            each token and head. ``R`` is as for the queries of ``paged_attention``.
+        k: New keys, with their positions' rotation already; cast to the pool's dtype, or rounded to
+            its format with a scale for each token and head. ``R`` is as for the queries of
+            ``paged_attention``.
         v: New values; as ``k``.
         table: Pages of each row in position order; unused entries are ``NULL_PAGE``.
         start: Position of each row's first new token.
@@ -145,10 +172,16 @@ def append(
         before read, as they do in a model; a write that could overtake a read costs a copy.
 
     Raises:
-        ValueError: ``k`` has other rows than the table, and the places are not shared.
+        ValueError: ``k`` has other rows than the table, and the places are not shared; or another
+            head_dim than the pool.
     """
     _check_places("new tokens", k.shape[0], table, first)
+    _check_pools(pools)
+    _check_head_dim("new tokens", k.shape[3], pools)
     with jax.named_scope("append"):
+        if _is_rotated(pools):
+            # In float32, which is what they are rounded from.
+            k, v = (rotate(x.astype(jnp.float32)) for x in (k, v))
         return dispatch(
             "append",
             APPENDS,
@@ -171,30 +204,12 @@ def _check(
     scale: float,
     window: int | Int[Array, ""],
     softcap: float,
+    sinks: Float[Array, " N"] | None,
 ) -> None:
     """Refuses what is wrong for every implementation; runs while tracing only."""
-    if pools.k.shape != pools.v.shape or pools.k.dtype != pools.v.dtype:
-        raise ValueError(
-            f"the key pool is {pools.k.dtype}{list(pools.k.shape)} and the value pool "
-            f"{pools.v.dtype}{list(pools.v.shape)}; make both of pool_shape() and one dtype"
-        )
-    if pools.has_scales:
-        _check_scales(pools)
-    elif jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
-        raise ValueError(
-            f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}, or give int8 "
-            "its scales"
-        )
-    if pools.pages < 1 or pools.k.shape[0] % pools.pages:
-        raise ValueError(
-            f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
-            "per layer; make it of pool_shape()"
-        )
+    _check_pools(pools)
     q_heads, head_dim = q.shape[2:]
-    if head_dim != pools.k.shape[3]:
-        raise ValueError(
-            f"queries have head_dim {head_dim} and the pool {pools.k.shape[3]}; they must agree"
-        )
+    _check_head_dim("queries", head_dim, pools)
     if q_heads % pools.k.shape[1]:
         raise ValueError(
             f"{q_heads} query heads cannot be split over {pools.k.shape[1]} key/value heads; "
@@ -206,6 +221,43 @@ def _check(
         raise ValueError(f"window must be 0 (none) or a number of tokens, got {window}")
     if not softcap >= 0:
         raise ValueError(f"softcap must be 0 (none) or above, got {softcap}")
+    if sinks is not None and sinks.shape != (q_heads,):
+        raise ValueError(
+            f"sinks have the shape {list(sinks.shape)} and there are {q_heads} query heads; give "
+            "a logit for each"
+        )
+
+
+def _is_rotated(pools: Pools) -> bool:
+    return pools.format is not None and pools.format.rotates
+
+
+def _check_pools(pools: Pools) -> None:
+    """Refuses pages that are of no kind."""
+    if pools.k.shape != pools.v.shape or pools.k.dtype != pools.v.dtype:
+        raise ValueError(
+            f"the key pool is {pools.k.dtype}{list(pools.k.shape)} and the value pool "
+            f"{pools.v.dtype}{list(pools.v.shape)}; make both of pool_shape() and one dtype"
+        )
+    if pools.has_scales:
+        _check_scales(pools)
+    elif jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
+        raise ValueError(
+            f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}, or give "
+            f"{', '.join(FORMATS)} their scales"
+        )
+    if pools.pages < 1 or pools.k.shape[0] % pools.pages:
+        raise ValueError(
+            f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
+            "per layer; make it of pool_shape()"
+        )
+
+
+def _check_head_dim(what: str, head_dim: int, pools: Pools) -> None:
+    if head_dim != pools.head_dim:
+        raise ValueError(
+            f"{what} have head_dim {head_dim} and the pool {pools.head_dim}; they must agree"
+        )
 
 
 def _check_places(
@@ -227,13 +279,16 @@ def _check_places(
 
 def _check_scales(pools: Pools) -> None:
     """Refuses scales that do not belong to the pages beside them."""
-    if pools.k.dtype != jnp.int8:
-        raise ValueError(f"the pool is {pools.k.dtype}; only int8 pools have scales")
+    if pools.format is None:
+        raise ValueError(
+            f"the pool is {pools.k.dtype}; only pools of {', '.join(FORMATS)} have scales, and "
+            f"they are {', '.join(format.storage.name for format in FORMATS.values())}"
+        )
     for name in ("k_scale", "v_scale"):
         scale = getattr(pools, name)
         if scale is None or scale.dtype != SCALE_DTYPE or scale.shape != pools.k.shape[:-1]:
             got = "missing" if scale is None else f"{scale.dtype}{list(scale.shape)}"
             raise ValueError(
-                f"{name} is {got}; the scales of a pool int8{list(pools.k.shape)} are "
+                f"{name} is {got}; the scales of a pool {pools.k.dtype}{list(pools.k.shape)} are "
                 f"{SCALE_DTYPE.name}{list(pools.k.shape[:-1])}"
             )

@@ -61,6 +61,7 @@ def paged_attention_blocked(
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,  # Allows it and asks for nothing.
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
@@ -81,6 +82,7 @@ def paged_attention_blocked(
                 scale=scale,
                 window=window,
                 softcap=softcap,
+                sinks=sinks,
             )
 
         return row_by_row(attend, q, table, start, length, first)
@@ -123,10 +125,14 @@ def paged_attention_blocked(
     # From q and not from its shape: inside shard_map the state varies over the mesh as q does.
     zeros_BKQH = jnp.zeros_like(q_BKQH)
     zeros_BKQ = zeros_BKQH[..., 0]
-    state = jax.lax.fori_loop(
-        first_block, end_block, block, Softmax(zeros_BKQ + FLOOR, zeros_BKQ, zeros_BKQH)
-    )
-    # A query that saw no key has total 0 and weighted 0: its answer is 0. Any other total is >= 1.
+    start_state = Softmax(zeros_BKQ + FLOOR, zeros_BKQ, zeros_BKQH)
+    if sinks is not None:
+        # As after a block whose one key has this score and the value zero.
+        sink_KQ = jnp.repeat(sinks.astype(jnp.float32), query_tokens).reshape(kv_heads, -1)
+        top_BKQ = zeros_BKQ + jnp.maximum(sink_KQ, FLOOR)
+        start_state = Softmax(top_BKQ, jnp.exp(sink_KQ - top_BKQ), zeros_BKQH)
+    state = jax.lax.fori_loop(first_block, end_block, block, start_state)
+    # A query that saw no key has weighted 0: its answer is 0. Any other total is >= 1.
     out_BKQH = state.weighted / jnp.maximum(state.total, 1e-30)[..., None]
     return (
         out_BKQH.astype(q.dtype)

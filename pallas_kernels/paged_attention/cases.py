@@ -57,6 +57,9 @@ class Case:
     rows: tuple[Row, ...]
     window: int = 0
     softcap: float = 0.0
+    has_sinks: bool = False
+    is_ragged: bool = False
+    """Rows share places; see ``share_places``."""
 
     def __str__(self) -> str:
         """The name, as a test's id."""
@@ -250,3 +253,84 @@ SERVING = tuple(
     )
 )
 """Steps of a server under load: one stream, a full batch, the last chunk of a long prompt."""
+
+
+def _gpu(
+    name: str,
+    heads: tuple[int, int, int],
+    page_tokens: int,
+    rows: tuple[Row, ...],
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    has_sinks: bool = False,
+    is_ragged: bool = False,
+) -> Case:
+    """A case that the interpreter of GPU kernels runs in seconds; a table of six pages or more."""
+    q_heads, kv_heads, head_dim = heads
+    longest = max(row.start + row.length for row in rows)
+    return Case(
+        name=name,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
+        table_width=max(-(-longest // page_tokens) + 1, 6),
+        query_tokens=max(row.length for row in rows),
+        rows=rows,
+        window=window,
+        softcap=softcap,
+        has_sinks=has_sinks,
+        is_ragged=is_ragged,
+    )
+
+
+INTERPRETED = (
+    # Every pair of kind, head_dim, page, heads and option is in one of them at least.
+    _gpu("decode-64-page64", (4, 2, 64), 64, _decode(301, 1, 0, 64)),
+    _gpu("decode-64-page16-window", (9, 3, 64), 16, _decode(90, 17, 16), window=33),
+    _gpu("decode-96-page32-mha", (2, 2, 96), 32, _decode(160, 0, 33)),
+    _gpu("decode-96-page64-sinks", (4, 1, 96), 64, _decode(65, 200), has_sinks=True),
+    _gpu("decode-128-page128-softcap", (8, 1, 128), 128, _decode(130, 700), softcap=30.0),
+    _gpu("decode-128-page64-mqa", (16, 1, 128), 64, _decode(384, 63)),
+    _gpu("decode-128-page16-all", (6, 2, 128), 16, _decode(96, 5), window=40, softcap=20.0),
+    _gpu("decode-256-page32-window", (4, 1, 256), 32, _decode(190, 31, 0), window=70),
+    _gpu("decode-256-page64-sinks", (4, 2, 256), 64, _decode(129, 64), has_sinks=True),
+    _gpu("decode-64-page64-pieces", (2, 1, 64), 64, _decode(1100, 513, 512), has_sinks=True),
+    _gpu("decode-64-page32-wide-group", (72, 1, 64), 32, _decode(100, 32)),
+    _gpu("chunk-64-page64", (4, 2, 64), 64, (Row(0, 70), Row(250, 13), Row(0, 0))),
+    _gpu("chunk-64-page16-softcap", (3, 1, 64), 16, (Row(0, 20), Row(70, 9)), softcap=25.0),
+    _gpu("chunk-96-page128-window", (4, 2, 96), 128, (Row(300, 9), Row(0, 40)), window=90),
+    _gpu("chunk-128-page32-sinks", (8, 2, 128), 32, (Row(96, 40), Row(0, 1)), has_sinks=True),
+    _gpu("chunk-256-page64", (2, 1, 256), 64, (Row(100, 30), Row(0, 64))),
+    _gpu(
+        "ragged-64-page32",
+        (9, 3, 64),
+        32,
+        (Row(0, 24), Row(180, 1), Row(0, 0), Row(31, 50)),
+        is_ragged=True,
+    ),
+    _gpu(
+        "ragged-96-page16", (2, 1, 96), 16, (Row(40, 30), Row(95, 1)), is_ragged=True, softcap=20.0
+    ),
+    _gpu(
+        "ragged-128-page64-window",
+        (4, 1, 128),
+        64,
+        (Row(200, 33), Row(0, 5), Row(383, 1)),
+        is_ragged=True,
+        window=64,
+    ),
+    _gpu(
+        "ragged-128-page128-sinks",
+        (8, 2, 128),
+        128,
+        (Row(0, 50), Row(500, 1)),
+        is_ragged=True,
+        has_sinks=True,
+    ),
+    _gpu(
+        "ragged-256-page16", (4, 1, 256), 16, (Row(17, 20), Row(64, 1)), is_ragged=True, window=24
+    ),
+)
+"""Run by the interpreter of GPU kernels: contexts of a few pages, padding rows among them."""

@@ -6,18 +6,24 @@ Here a step is cut into units and its answers are gathered (``work.py``, in XLA)
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.mosaic_kernel import LINES, Config, Launch, attend, shared_bytes
+from pallas_kernels.mosaic import LINES, SHARED_BYTES, cores, decline_elsewhere
+from pallas_kernels.paged_attention.mosaic_kernel import Config, Launch, attend, shared_bytes
 from pallas_kernels.paged_attention.pool import Pools
 from pallas_kernels.paged_attention.ragged import places_of
-from pallas_kernels.paged_attention.work import Shape, merge, most_units, plan_work
+from pallas_kernels.paged_attention.work import Shape, merge, most_units, pack, plan_work
 
-SHARED_BYTES = 232_448 - 2_048
-"""Of one thread block on Hopper, less what barriers and alignment take."""
-HEAD_DIMS = (64, 96, 128, 192, 256)
-PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
+ROOM_BYTES = 4_096
+"""Of shared memory, for barriers and for aligning what is in it."""
+HEAD_DIMS = (64, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+TILE_KEYS = 64
 PIECE_TOKENS = 512
 """A row with one query is cut into pieces of at least so many keys."""
 MOST_PIECES = 16
@@ -40,7 +46,6 @@ def paged_attention_mosaic(
     narrow: bool = False,
     sinks: Float[Array, " N"] | None = None,
     config: Config | None = None,
-    interpret: bool = False,
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
@@ -49,7 +54,7 @@ def paged_attention_mosaic(
 
     Args:
         q: of 16 bits.
-        pools: of 16 bits, int8 or e4m3.
+        pools: of 16 bits, or with scales.
         table: as there.
         start: as there.
         length: as there.
@@ -61,32 +66,27 @@ def paged_attention_mosaic(
         narrow: changes nothing.
         sinks: as there.
         config: how the kernel is tiled; None: as is best known.
-        interpret: for the interpreter of GPU kernels on a CPU.
     """
-    compute = compute_dtype(q.dtype, pools.k.dtype)
+    _decline(q, pools)
+    k, v = (as_numbers(pages) for pages in (pools.k, pools.v))
+    compute = compute_dtype(k.dtype)
     lines_of_places, tokens, q_heads, head_dim = q.shape
-    kv_heads = pools.k.shape[1]
+    kv_heads = k.shape[1]
     group = q_heads // kv_heads
     places = lines_of_places * tokens
     one_query = first is None and tokens == 1
-    config = config or choose_config(
-        group=group, head_dim=head_dim, pages=pools.k.dtype, compute=compute, one_query=one_query
-    )
+    config = config or choose_config(head_dim=head_dim, pages=k.dtype, one_query=one_query)
     shape = Shape(
         group=group,
-        tile_queries=config.warpgroups * LINES,
+        tile_queries=config.tiles * LINES,
         tile_keys=config.tile_keys,
         piece_tiles=-(-PIECE_TOKENS // config.tile_keys),
         most_pieces=MOST_PIECES if one_query else 1,
     )
     rows = length.shape[0]
     units = most_units(shape, rows, places, None if first is not None else tokens)
-    first_B = jnp.arange(rows, dtype=jnp.int32) * tokens if first is None else first
-    work = plan_work(shape, units, first_B, start, length, window)
-    packed = q.reshape(places, kv_heads, group, head_dim).astype(compute).transpose(1, 0, 2, 3)
-    packed = packed.reshape(kv_heads, places * group, head_dim)
-    # A tile begins anywhere and is read whole.
-    packed = jnp.pad(packed, ((0, 0), (0, shape.tile_queries), (0, 0)))
+    packed, begin = pack(q.astype(compute), length, first, kv_heads, shape.tile_queries)
+    work = plan_work(shape, units, begin, start, length, window)
     has_window = not (isinstance(window, int) and window == 0)
     numbers = jnp.stack(
         [
@@ -105,10 +105,9 @@ def paged_attention_mosaic(
         softcap=softcap,
         has_window=has_window,
         one_query=one_query,
-        interpret=interpret,
     )
     scales = (pools.k_scale, pools.v_scale) if pools.has_scales else None
-    outs, sums = attend(launch, packed, pools.k, pools.v, table, work.units, numbers, scales)
+    outs, sums = attend(launch, packed, k, v, table, work.units, numbers, scales)
     if first is None:
         place = jnp.arange(places, dtype=jnp.int32)
         row, token = jnp.divmod(place, tokens)
@@ -119,36 +118,60 @@ def paged_attention_mosaic(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def compute_dtype(q: jnp.dtype, pages: jnp.dtype) -> jnp.dtype:
-    """The dtype of the tensor cores' operands."""
-    if jnp.dtype(pages).name == "float8_e4m3fn":
-        return jnp.dtype(jnp.float16)  # The processor cannot make bfloat16 of e4m3.
-    if jnp.dtype(pages).itemsize == 1:
-        return jnp.dtype(jnp.bfloat16)  # float16 of int8 takes a slower unit.
-    return jnp.dtype(pages)
-
-
-def choose_config(
-    *,
-    group: int,
-    head_dim: int,
-    pages: jnp.dtype,
-    compute: jnp.dtype,
-    one_query: bool,
-    blocks: int = 132,
-) -> Config:
-    """Returns how to tile a launch: as deep a ring as shared memory holds."""
-    has_scales = jnp.dtype(pages).itemsize == 1
-    warpgroups = 1 if one_query or has_scales or head_dim > 128 else 2
-    out = jnp.float32 if one_query else compute
-    for query_stages, stages in ((2, 6), (2, 5), (2, 4), (2, 3), (2, 2), (1, 2)):
-        config = Config(
-            warpgroups=warpgroups,
-            tile_keys=64,
-            stages=stages,
-            query_stages=query_stages,
-            blocks=blocks,
+def _decline(q: Float[Array, "R T N H"], pools: Pools) -> None:
+    """Says what the kernel was not written for; runs while tracing only."""
+    decline_elsewhere()
+    head_dim, page_tokens = q.shape[3], pools.page_tokens
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
         )
-        if shared_bytes(config, head_dim, pages, compute, out) <= SHARED_BYTES:
-            return config
-    raise NotImplementedError(f"no tiling of head_dim {head_dim} fits shared memory")
+    if page_tokens % 8 or (TILE_KEYS % page_tokens and page_tokens % TILE_KEYS):
+        raise NotImplementedError(
+            f"pages must be of 8, 16 or 32 tokens or a multiple of {TILE_KEYS}, got {page_tokens}"
+        )
+    dtypes = [q.dtype] if pools.has_scales else [q.dtype, pools.k.dtype]
+    for dtype in dtypes:
+        if jnp.dtype(dtype).name not in DTYPES:
+            raise NotImplementedError(f"dtypes are {' and '.join(DTYPES)}, got {dtype}")
+
+
+def as_numbers(pages: Array) -> Array:
+    """Pages as their numbers, two of which int4 keeps in a byte; nothing is moved."""
+    if pages.dtype != jnp.uint8:
+        return pages
+    pairs = jax.lax.bitcast_convert_type(pages, jnp.int4)
+    return pairs.reshape(*pages.shape[:-1], -1)
+
+
+def compute_dtype(numbers: Any) -> jnp.dtype:
+    """The dtype of the tensor cores' operands."""
+    if numbers == jnp.float8_e4m3fn:
+        return jnp.dtype(jnp.float16)  # The processor cannot make bfloat16 of e4m3.
+    if jnp.issubdtype(numbers, jnp.integer):
+        return jnp.dtype(jnp.bfloat16)  # float16 of int8 takes a slower unit.
+    return jnp.dtype(numbers)
+
+
+def choose_config(*, head_dim: int, pages: Any, one_query: bool) -> Config:
+    """Returns how to tile a launch: as deep a ring as shared memory holds.
+
+    Args:
+        head_dim: of the model.
+        pages: dtype of the numbers in the pool.
+        one_query: whether every row has one new token.
+    """
+    compute = compute_dtype(pages)
+    out = jnp.dtype(jnp.float32) if one_query else compute
+    is_wide = head_dim > 128
+    config = Config(
+        tiles=1 if one_query or is_wide or pages != compute else 2,
+        columns=2 if is_wide else 1,
+        tile_keys=TILE_KEYS,
+        stages=6,
+        query_stages=1 if is_wide else 2,
+        blocks=cores(),
+    )
+    while shared_bytes(config, head_dim, pages, compute, out) > SHARED_BYTES - ROOM_BYTES:
+        config = replace(config, stages=config.stages - 1)
+    return config

@@ -11,8 +11,10 @@ multiplies its scores, and that of a value's token its weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.mosaic import LINES, drain, product, release, tile
 from pallas_kernels.paged_attention import work
+from pallas_kernels.paged_attention.formats import SCALE_DTYPE
 from pallas_kernels.paged_attention.work import LOG2E, NOTHING
 
-LINES = 64
-"""Rows of one warpgroup's product."""
 MASKED = -1e30
 FLOOR = -1e20
 """Scores of invisible keys, and where the running maximum starts; see ``blocked.py``."""
-HAVE_REGISTERS = {1: (232, 40), 2: (240, 24)}
+HAVE_REGISTERS = {1: (248, 40), 2: (232, 40)}
 """Of each thread that attends, and that fetches, by warpgroups that attend."""
 
 
@@ -37,8 +39,11 @@ HAVE_REGISTERS = {1: (232, 40), 2: (240, 24)}
 class Config:
     """How the kernel is tiled; results do not depend on it beyond rounding."""
 
-    warpgroups: int
-    """That attend, 1 or 2; each takes 64 packed query rows."""
+    tiles: int
+    """Tiles of 64 packed query rows, each with a warpgroup that attends: 1 or 2."""
+    columns: int
+    """Parts that the columns of values, and of answers, are divided into, each with a warpgroup of
+    its own that computes the scores for itself: 1, or 2 of one tile, whose registers hold half."""
     tile_keys: int
     """Tokens of one turn of the loop: 64 or 128."""
     stages: int
@@ -47,6 +52,11 @@ class Config:
     """Tiles of queries: 2 lets the next unit's arrive early."""
     blocks: int
     """Thread blocks, one for each multiprocessor."""
+
+    @property
+    def warpgroups(self) -> int:
+        """That attend."""
+        return self.tiles * self.columns
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,6 @@ class Launch:
     has_window: bool
     one_query: bool
     """Every row has one new token: one position for all of a tile."""
-    interpret: bool
 
 
 def attend(
@@ -81,7 +90,7 @@ def attend(
 
     Args:
         launch: what is fixed.
-        q: packed queries, with ``M`` rows of padding behind the last.
+        q: packed queries; a tile begins at a multiple of 8 and can be read whole.
         k: ``[LP K Z H]`` pages; of int8 or e4m3 with scales.
         v: as ``k``.
         table: pages of each row.
@@ -95,34 +104,41 @@ def attend(
     """
     config = launch.config
     kv_heads, _, head_dim = q.shape
-    heads, lines = launch.config.warpgroups, launch.out_lines
+    tiles, lines = config.tiles, launch.out_lines
     operands = [q, k, v, table, units, numbers, *(scales or ())]
     body = _Body(
-        launch, q.dtype, head_dim, kv_heads, k.shape[2], table.shape[1], scales is not None
+        launch,
+        dtype=q.dtype,
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        page_tokens=k.shape[2],
+        table_width=table.shape[1],
+        has_scales=scales is not None,
+        bits=(jax.dtypes.itemsize_bits(k.dtype), jax.dtypes.itemsize_bits(q.dtype)),
     )
     out, sums = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(
-                (launch.units, kv_heads, heads, lines, head_dim), launch.out_dtype
+                (launch.units, kv_heads, tiles, lines, head_dim), launch.out_dtype
             ),
-            jax.ShapeDtypeStruct((launch.units, kv_heads, heads, lines), jnp.float32),
+            jax.ShapeDtypeStruct((launch.units, kv_heads, tiles, lines), jnp.float32),
         ),
         scratch_types=body.scratch(k.dtype),
         grid=(config.blocks,),
         grid_names=("block",),
-        num_threads=heads + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="paged_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
-    shape = (launch.units, kv_heads, heads * lines)
+    shape = (launch.units, kv_heads, tiles * lines)
     return out.reshape(*shape, head_dim), sums.reshape(shape)
 
 
 def shared_bytes(config: Config, head_dim: int, pages: Any, compute: Any, out: Any) -> int:
     """Shared memory that a config needs, but for a few hundred bytes of barriers."""
-    lines = config.warpgroups * LINES
+    lines = config.tiles * LINES
     bits = jax.dtypes.itemsize_bits
     cell = bits(pages) * head_dim // 8
     narrow = bits(pages) < 16
@@ -143,35 +159,36 @@ class _Body:
     page_tokens: int
     table_width: int
     has_scales: bool
+    bits: tuple[int, int]
+    """Of a number of the pages, and of the tensor cores' operands."""
+
+    @property
+    def part(self) -> int:
+        """Columns of cells that are in registers at once: whole swizzles of both dtypes."""
+        widths = [8 * plgpu.find_swizzle(self.head_dim * bits) // bits for bits in self.bits]
+        return math.lcm(*widths)
 
     def scratch(self, pages: Any) -> dict[str, Any]:
         """Shared memory and barriers, by name."""
         config, H = self.launch.config, self.head_dim
-        heads, stages, S = config.warpgroups, config.stages, config.tile_keys
-        ring = plgpu.SMEM((stages, S, H), pages, transforms=transforms(H, pages))
+        stages, S, attending = config.stages, config.tile_keys, config.warpgroups
         arrivals = max(S // self.page_tokens, 1) * (2 if self.has_scales else 1)
-        out = self.launch.out_dtype
         made = {
-            "q_sm": plgpu.SMEM(
-                (config.query_stages, heads * LINES, H),
-                self.dtype,
-                transforms=transforms(H, self.dtype),
-            ),
-            "k_sm": ring,
-            "v_sm": ring,
-            "out_sm": plgpu.SMEM((heads, LINES, H), out, transforms=transforms(H, out)),
-            "sum_sm": plgpu.SMEM((heads, LINES), jnp.float32),
+            "q_sm": tile((config.query_stages, config.tiles * LINES, H), self.dtype),
+            "k_sm": tile((stages, S, H), pages),
+            "v_sm": tile((stages, S, H), pages),
+            "out_sm": tile((config.warpgroups, LINES, H // config.columns), self.launch.out_dtype),
+            "sum_sm": plgpu.SMEM((config.tiles, LINES), jnp.float32),
             "q_here": plgpu.Barrier(num_barriers=config.query_stages),
-            "q_free": plgpu.Barrier(num_barriers=config.query_stages, num_arrivals=heads),
+            "q_free": plgpu.Barrier(num_barriers=config.query_stages, num_arrivals=attending),
             "k_here": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
             "v_here": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
-            "free": plgpu.Barrier(num_barriers=stages, num_arrivals=heads),
+            "free": plgpu.Barrier(num_barriers=stages, num_arrivals=attending),
         }
-        if heads > 1:
-            made["clean"] = plgpu.Barrier(num_arrivals=heads)
+        if attending > 1:
+            made["together"] = plgpu.Barrier(num_arrivals=attending)
         if self.has_scales:
-            wide = plgpu.SMEM((S, H), self.dtype, transforms=transforms(H, self.dtype))
-            scale = plgpu.SMEM((stages, S), jnp.bfloat16)
+            wide, scale = tile((S, H), self.dtype), plgpu.SMEM((stages, S), SCALE_DTYPE)
             made |= {"k_wide": wide, "v_wide": wide, "k_scale_sm": scale, "v_scale_sm": scale}
         return made
 
@@ -182,15 +199,15 @@ class _Body:
         memory = dict(zip(names, refs[:count], strict=False)) | scratch
         memory |= {"out": refs[count], "sums": refs[count + 1]}
         block = _Block(self, _Memory(**memory))
-        heads = self.launch.config.warpgroups
-        have, leave = HAVE_REGISTERS[heads]
+        attending = self.launch.config.warpgroups
+        have, leave = HAVE_REGISTERS[attending]
 
-        @pl.when(lax.axis_index("warpgroup") == heads)
+        @pl.when(lax.axis_index("warpgroup") == attending)
         def _() -> None:
             plgpu.set_max_registers(leave, action="decrease")
             block.fetch()
 
-        @pl.when(lax.axis_index("warpgroup") < heads)
+        @pl.when(lax.axis_index("warpgroup") < attending)
         def _() -> None:
             plgpu.set_max_registers(have, action="increase")
             block.attend()
@@ -218,13 +235,36 @@ class _Memory:
     k_here: Any
     v_here: Any
     free: Any
-    clean: Any = None
+    together: Any = None
     k_scale: Any = None
     v_scale: Any = None
     k_scale_sm: Any = None
     v_scale_sm: Any = None
     k_wide: Any = None
     v_wide: Any = None
+
+
+class _Visible(NamedTuple):
+    """What the lines of a tile of queries see: keys from ``begin`` on, and before ``before``."""
+
+    begin: Int32[Array, "*M"] | None
+    before: Int32[Array, "*M"]
+    all_begin: Int32[Array, ""]
+    """From here on all lines see, as far as ``begin`` is concerned."""
+    all_before: Int32[Array, ""]
+    """Likewise, up to here."""
+
+
+class _At(NamedTuple):
+    """Where a warpgroup is."""
+
+    unit: Int32[Array, ""]
+    tile: Int32[Array, ""]
+    """Of keys, from the start of the context."""
+    slot: Int32[Array, ""]
+    """Of the ring."""
+    columns: Any
+    """Of values, that are this warpgroup's."""
 
 
 class _Block:
@@ -257,9 +297,9 @@ class _Block:
             def _() -> None:
                 plgpu.barrier_wait(memory.q_free.at[slot])
 
-            begin = memory.units[u, work.FIRST_QUERY]
+            begin = pl.multiple_of(memory.units[u, work.FIRST_QUERY], work.ALIGNED)
             plgpu.copy_gmem_to_smem(
-                memory.q.at[head, pl.ds(begin, config.warpgroups * LINES)],
+                memory.q.at[head, pl.ds(begin, config.tiles * LINES)],
                 memory.q_sm.at[slot],
                 memory.q_here.at[slot],
             )
@@ -283,8 +323,8 @@ class _Block:
 
         fetched = lax.fori_loop(0, self.units, unit, jnp.int32(0))
         # A barrier is waited for as often as it comes about.
-        _drain(memory.free, fetched, stages)
-        _drain(memory.q_free, self.units, query_stages)
+        drain(memory.free, fetched, stages)
+        drain(memory.q_free, self.units, query_stages)
 
     def _pages(self, row: Int32[Array, ""], t: Int32[Array, ""]) -> list[Int32[Array, ""]]:
         """Reads which rows of the pool a tile of keys is in."""
@@ -305,7 +345,7 @@ class _Block:
         """Starts the copies of a tile of keys and values, and of their scales."""
         memory, tile_keys, page_tokens = self.memory, self.config.tile_keys, self.body.page_tokens
         part = min(tile_keys, page_tokens)
-        within = lax.rem(t * tile_keys, page_tokens)
+        within = pl.multiple_of(lax.rem(t * tile_keys, page_tokens), part)
         for j, page in enumerate(pages):
             into = pl.ds(j * part, part)
             for cells, scales, ring, scale_ring, here in (
@@ -323,78 +363,70 @@ class _Block:
     def attend(self) -> None:
         """Computes what has been fetched."""
         memory, config = self.memory, self.config
+        # Which tile of queries is mine, and which columns of values.
         me = lax.axis_index("warpgroup")
+        mine, column = (me, jnp.int32(0)) if config.columns == 1 else (jnp.int32(0), me)
+        width = self.body.head_dim // config.columns
+        columns = pl.ds(pl.multiple_of(column * width, width), width)
 
         def unit(i: Int32[Array, ""], used: Int32[Array, ""]) -> Int32[Array, ""]:
             u, head = self._unit(i)
             slot = lax.rem(i, config.query_stages)
             begin, end = memory.units[u, work.FROM], memory.units[u, work.TO]
-            see = self._visible(u, me)
+            see = self._visible(u, mine)
             plgpu.barrier_wait(memory.q_here.at[slot])
-            queries = memory.q_sm.at[slot, pl.ds(me * LINES, LINES)]
+            lines = pl.ds(pl.multiple_of(mine * LINES, LINES), LINES)
+            queries = memory.q_sm.at[slot, lines]
 
             def tile(t: Int32[Array, ""], state: _Softmax) -> _Softmax:
-                return self._fold(
-                    queries, u, t, lax.rem(used + t - begin, config.stages), see, state
-                )
+                at = _At(u, t, lax.rem(used + t - begin, config.stages), columns)
+                return self._fold(queries, at, see, state)
 
-            start = (
-                _spread(jnp.zeros((LINES, self.body.head_dim), jnp.float32), plgpu.Layout.WGMMA),
-                _line(FLOOR),
-                _line(0.0),
-            )
-            state = lax.fori_loop(begin, end, tile, start)
-            if self.launch.interpret:
-                plgpu.commit_smem()
-            plgpu.barrier_arrive(memory.q_free.at[slot])
-            self._put(u, head, me, state)
+            acc = _spread(jnp.zeros((LINES, width), jnp.float32), plgpu.Layout.WGMMA)
+            state = lax.fori_loop(begin, end, tile, (acc, _line(FLOOR), _line(0.0)))
+            release(memory.q_free.at[slot])
+            self._put(u, head, mine, columns, state)
             return used + end - begin
 
         lax.fori_loop(0, self.units, unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def _visible(self, u: Int32[Array, ""], me: Int32[Array, ""]) -> _Visible:
+    def _visible(self, u: Int32[Array, ""], mine: Int32[Array, ""]) -> _Visible:
         """Says what the lines of a tile see: positions from the first to before the second."""
         memory, group = self.memory, self.launch.group
-        position = memory.units[u, work.START]
+        first = memory.units[u, work.START] + 1
         if self.launch.one_query:
-            before = position + 1
+            before = all_before = first
+            most = first
         else:
+            query = memory.units[u, work.QUERY] + mine * LINES
             line = plgpu.broadcasted_iota(
                 jnp.int32, (LINES,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
             )
-            before = position + lax.div(memory.units[u, work.QUERY] + me * LINES + line, group) + 1
-        return (before - memory.numbers[2] if self.launch.has_window else None), before
+            before = first + lax.div(query + line, group)
+            all_before = first + lax.div(query, group)
+            most = first + lax.div(query + LINES - 1, group)
+        if not self.launch.has_window:
+            return _Visible(None, before, jnp.int32(0), all_before)
+        window = memory.numbers[2]
+        return _Visible(before - window, before, most - window, all_before)
 
-    def _fold(
-        self,
-        queries: Any,
-        u: Int32[Array, ""],
-        t: Int32[Array, ""],
-        slot: Int32[Array, ""],
-        see: _Visible,
-        state: _Softmax,
-    ) -> _Softmax:
+    def _fold(self, queries: Any, at: _At, see: _Visible, state: _Softmax) -> _Softmax:
         """Takes one more tile of keys and values into the running softmax."""
-        memory, launch, config = self.memory, self.launch, self.config
-        shape = (LINES, config.tile_keys)
+        memory, launch, slot = self.memory, self.launch, at.slot
+        shape = (LINES, self.config.tile_keys)
         acc, most, total = state
 
         plgpu.barrier_wait(memory.k_here.at[slot])
-        keys = self._widened(memory.k_sm, memory.k_wide, slot)
-        scores = _product(None, queries, keys, shape, transposed=True, interpret=launch.interpret)
+        keys = self._wide_keys(at)
+        scores = product(None, queries, keys, shape, transposed=True)
         if self.body.has_scales:
             scores = scores * _across(memory.k_scale_sm[slot].astype(jnp.float32), shape)
         factor = launch.scale * LOG2E
         if launch.softcap:
             scores = jnp.tanh(scores * (launch.scale / launch.softcap))
             factor = launch.softcap * LOG2E
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        key = key + t * config.tile_keys
-        is_seen = key < self._limit(see[1], shape)
-        if see[0] is not None:
-            is_seen = is_seen & (key >= self._limit(see[0], shape))
-        scores = jnp.where(is_seen, scores, MASKED)
+        scores = self._masked(scores, at.tile, see)
         now = jnp.maximum(most, scores.max(axis=1))
         shrink = jnp.exp2((most - now) * factor)
         weights = jnp.exp2((scores - _down(now, shape)) * factor)
@@ -403,118 +435,152 @@ class _Block:
 
         plgpu.barrier_wait(memory.v_here.at[slot])
         if self.body.has_scales:
-            # The scale of a cell that nobody sees may be NaN.
-            scale = _across(memory.v_scale_sm[slot].astype(jnp.float32), shape)
-            weights = jnp.where(is_seen, weights * scale, 0.0)
-        values = self._cleaned(self._widened(memory.v_sm, memory.v_wide, slot), slot, u, t)
-        acc = _product(
-            acc, weights.astype(self.body.dtype), values, acc.shape, interpret=launch.interpret
-        )
-        if launch.interpret:
-            plgpu.commit_smem()
-        plgpu.barrier_arrive(memory.free.at[slot])
+            weights = weights * _across(self._clean_scale(at), shape)
+        weights = weights.astype(self.body.dtype)
+        acc = product(acc, weights, self._clean_values(at), acc.shape)
+        release(memory.free.at[slot])
         return acc, now, total
 
-    def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*M S"]:
+    def _masked(
+        self, scores: Float32[Array, "M S"], t: Int32[Array, ""], see: _Visible
+    ) -> Float32[Array, "M S"]:
+        """Masks what the queries do not see; most tiles are seen by all of them."""
+        begin = t * self.config.tile_keys
+
+        def mask(scores: Float32[Array, "M S"]) -> Float32[Array, "M S"]:
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            is_seen = key < self._limit(see.before - begin, scores.shape)
+            if see.begin is not None:
+                is_seen = is_seen & (key >= self._limit(see.begin - begin, scores.shape))
+            return jnp.where(is_seen, scores, MASKED)
+
+        is_edge = (begin + self.config.tile_keys > see.all_before) | (begin < see.all_begin)
+        return lax.cond(is_edge, mask, lambda scores: scores, scores)
+
+    def _limit(self, limit: Int32[Array, "*M"], shape: tuple[int, int]) -> Int32[Array, "*MS"]:
         return limit if self.launch.one_query else _down(limit, shape)
 
-    def _widened(self, ring: Any, wide: Any, slot: Int32[Array, ""]) -> Any:
-        """A tile of the ring as the tensor cores take it."""
-        if not self.body.has_scales:
-            return ring.at[slot]
-        wide[...] = ring[slot].astype(self.body.dtype)
-        plgpu.commit_smem()
-        return wide
+    def _span(self, at: _At) -> tuple[Array, Array]:
+        """First key of a tile that any query of the unit sees, and one past the row's last."""
+        units, begin = self.memory.units, at.tile * self.config.tile_keys
+        return units[at.unit, work.SEEN] - begin, units[at.unit, work.END] - begin
 
-    def _cleaned(
-        self, tile: Any, slot: Int32[Array, ""], u: Int32[Array, ""], t: Int32[Array, ""]
-    ) -> Any:
-        """Zeroes the values of a tile that nobody sees: no weight of 0 silences a NaN."""
+    def _clean_scale(self, at: _At) -> Float32[Array, " S"]:
+        """The scales of a tile of values; 0 for a cell that nobody sees, whose own may be NaN."""
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        scale = _spread(self.memory.v_scale_sm[at.slot].astype(jnp.float32), layout)
+        key = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=layout)
+        seen, end = self._span(at)
+        return jnp.where((key >= seen) & (key < end), scale, 0.0)
+
+    def _wide_keys(self, at: _At) -> Any:
+        """A tile of keys as the tensor cores take it."""
+        memory = self.memory
+        if not self.body.has_scales:
+            return memory.k_sm.at[at.slot]
+        # All columns of keys are needed by each of two warpgroups, which widen half of them each.
+        if self.config.columns > 1:
+            self._meet()
+        self._widen(memory.k_sm, memory.k_wide, at)
+        if self.config.columns > 1:
+            self._meet()
+        return memory.k_wide
+
+    def _clean_values(self, at: _At) -> Any:
+        """My columns of a tile of values as the tensor cores take them.
+
+        Values that nobody sees are zeros: no weight of 0 silences a NaN.
+        """
         memory, config = self.memory, self.config
-        shape = (config.tile_keys, self.body.head_dim)
-        seen = memory.units[u, work.SEEN] - t * config.tile_keys
-        end = memory.units[u, work.END] - t * config.tile_keys
+        if self.body.has_scales:
+            self._widen(memory.v_sm, memory.v_wide, at)
+        values = memory.v_wide if self.body.has_scales else memory.v_sm.at[at.slot]
+        seen, end = self._span(at)
+
+        def clean(part: Any) -> None:
+            cells = _spread(values[:, part], plgpu.Layout.WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
+            is_seen = (key >= seen) & (key < end)
+            values[:, part] = jnp.where(is_seen, cells, jnp.zeros_like(cells))
 
         @pl.when((seen > 0) | (end < config.tile_keys))
         def _() -> None:
+            if config.tiles == 1:
+                self._by_parts(at.columns, clean)
+                plgpu.commit_smem()
+                return
+
             @pl.when(lax.axis_index("warpgroup") == 0)
             def _() -> None:
-                cells = _spread(tile[...], plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                tile[...] = jnp.where((key >= seen) & (key < end), cells, jnp.zeros_like(cells))
+                self._by_parts(at.columns, clean)
                 plgpu.commit_smem()
 
-            if config.warpgroups > 1:
-                plgpu.barrier_arrive(memory.clean)
-                plgpu.barrier_wait(memory.clean)
+            self._meet()
 
-        return tile
+        return values.at[:, at.columns] if config.columns > 1 else values
+
+    def _widen(self, ring: Any, wide: Any, at: _At) -> None:
+        """Makes 16 bits of my columns of a tile of codes."""
+
+        def widen(part: Any) -> None:
+            wide[:, part] = ring[at.slot, :, part].astype(self.body.dtype)
+
+        self._by_parts(at.columns, widen)
+        plgpu.commit_smem()
+
+    def _by_parts(self, columns: Any, do: Callable[[Any], None]) -> None:
+        """Does something with columns of a tile, as few at a time as swizzles allow."""
+        parts = columns.size // self.body.part
+
+        def one(i: Int32[Array, ""], _: None) -> None:
+            begin = columns.start + i * self.body.part
+            do(pl.ds(pl.multiple_of(begin, self.body.part), self.body.part))
+
+        lax.fori_loop(0, parts, one, None)
+
+    def _meet(self) -> None:
+        """Waits until all that attend are here."""
+        plgpu.barrier_arrive(self.memory.together)
+        plgpu.barrier_wait(self.memory.together)
 
     def _put(
-        self, u: Int32[Array, ""], head: Int32[Array, ""], me: Int32[Array, ""], state: _Softmax
+        self,
+        u: Int32[Array, ""],
+        head: Int32[Array, ""],
+        mine: Int32[Array, ""],
+        columns: Any,
+        state: _Softmax,
     ) -> None:
         """Starts the copy of an answer out of the block."""
         memory, launch = self.memory, self.launch
         acc, most, total = state
         # What was put last must have been read before it is overwritten.
         plgpu.wait_smem_to_gmem(0)
-        acc = acc / _down(jnp.maximum(total, 1e-30), acc.shape)
+        acc = acc * _down(1 / jnp.maximum(total, 1e-30), acc.shape)
+        me = lax.axis_index("warpgroup")
         memory.out_sm[me] = acc.astype(launch.out_dtype)
         factor = (launch.softcap or launch.scale) * LOG2E
         sums = most * factor + jnp.log2(jnp.maximum(total, 1e-30))
-        memory.sum_sm[me] = jnp.where(total > 0, sums, NOTHING)
-        plgpu.commit_smem()
         lines = pl.ds(0, launch.out_lines)
-        plgpu.copy_smem_to_gmem(memory.out_sm.at[me, lines], memory.out.at[u, head, me])
-        plgpu.copy_smem_to_gmem(memory.sum_sm.at[me, lines], memory.sums.at[u, head, me])
+
+        def put_sums() -> None:
+            memory.sum_sm[mine] = jnp.where(total > 0, sums, NOTHING)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(memory.sum_sm.at[mine, lines], memory.sums.at[u, head, mine])
+
+        if self.config.columns == 1:
+            put_sums()
+        else:
+            plgpu.commit_smem()
+            pl.when(me == 0)(put_sums)
+        plgpu.copy_smem_to_gmem(
+            memory.out_sm.at[me, lines], memory.out.at[u, head, mine, :, columns]
+        )
 
 
 type _Fetching = tuple[Int32[Array, ""], list[Int32[Array, ""]]]
 type _Softmax = tuple[Float32[Array, "M H"], Float32[Array, " M"], Float32[Array, " M"]]
 """What has been weighed, not divided; the largest score; the sum of weights."""
-type _Visible = tuple[Int32[Array, "*M"] | None, Int32[Array, "*M"]]
-
-
-def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
-    """How a tile in shared memory is laid out for the tensor cores."""
-    bits = jax.dtypes.itemsize_bits(dtype)
-    swizzle = plgpu.find_swizzle(width * bits)
-    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
-
-
-def _product(
-    acc: Float32[Array, "M N"] | None,
-    a: Any,
-    b: Any,
-    shape: tuple[int, int],
-    *,
-    transposed: bool = False,
-    interpret: bool,
-) -> Float32[Array, "M N"]:
-    """Computes ``acc + a b``, or ``a b^T``, on the tensor cores.
-
-    The interpreter does not know accumulators that begin with something, operands in registers, nor
-    races with what the tensor cores read. It reads the operands as plain memory instead.
-    """
-    if interpret:
-        left = a if isinstance(a, jax.Array) else a[...]
-        right = b[...].astype(left.dtype)
-        right = right.T if transposed else right
-        product = jnp.dot(left, right, preferred_element_type=jnp.float32)
-        return product if acc is None else acc + product
-    right = b.transpose((1, 0)) if transposed else b
-
-    def multiply(into: Any) -> None:
-        plgpu.wgmma(into, a, right)
-
-    if acc is not None:
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-    def alone(into: Any) -> Array:
-        multiply(into)
-        return into[...]
-
-    return pl.run_scoped(alone, plgpu.ACC(shape, jnp.float32))
 
 
 def _spread(value: Array, layout: Any) -> Array:
@@ -532,12 +598,3 @@ def _down(line: Array, shape: tuple[int, int]) -> Array:
 
 def _across(line: Array, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(line, shape, [1])
-
-
-def _drain(barrier: Any, count: Int32[Array, ""], stages: int) -> None:
-    """Waits for the arrivals that nobody has waited for."""
-
-    def one(i: Int32[Array, ""], _: None) -> None:
-        plgpu.barrier_wait(barrier.at[lax.rem(i, stages)])
-
-    lax.fori_loop(jnp.maximum(count - stages, 0), count, one, None)

@@ -34,6 +34,7 @@ def paged_attention_native(
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention``; see there for the arguments.
 
@@ -42,6 +43,8 @@ def paged_attention_native(
     another instruction set may round otherwise.
     """
     _decline(q, pools)
+    if sinks is not None:
+        raise NotImplementedError("attention sinks are not written for the CPU")
     (out,) = native.call(
         "jaxserve_paged_attention",
         [jax.ShapeDtypeStruct(q.shape, q.dtype)],

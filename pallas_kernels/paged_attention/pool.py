@@ -9,8 +9,9 @@ page_token, head_dim]``:
     axis 2   tokens of the page, in position order
     axis 3   head_dim
 
-Pools of int8 have their scales beside them, one for each token and head, in arrays of the same axes
-without the last (``int8.py``); they are shared, sharded and donated as their pages are.
+Pools of int8, fp8 and int4 have scales beside them, one for each token and head, in arrays of the
+same axes without the last; they are shared, sharded and donated as their pages are. Two numbers of
+int4 share a byte, and the last axis is half as long (``formats.py``).
 
 Attention consumes that order as it stands, so no transpose of the pool ever stands between a write
 and a read. Which pages belong to whom is decided elsewhere; here a table is just numbers.
@@ -23,9 +24,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.int8 import dequantize, quantize
+from pallas_kernels.paged_attention.formats import (
+    SCALE_DTYPE,
+    Format,
+    dequantize,
+    format_of,
+    quantize,
+)
 from pallas_kernels.paged_attention.ragged import places_of
 
 NULL_PAGE = 0
@@ -47,7 +55,7 @@ class Pools:
     pages: int = field(metadata={"static": True})
     """Pages per layer, the null page included."""
     k_scale: PoolArray = None
-    """bfloat16 ``[layers * pages, kv_heads, page_token]`` of int8 pools; None: floats."""
+    """bfloat16 ``[layers * pages, kv_heads, page_token]`` of pools with a format; None: floats."""
     v_scale: PoolArray = None
 
     @property
@@ -57,8 +65,19 @@ class Pools:
 
     @property
     def has_scales(self) -> bool:
-        """Whether pages hold int8."""
+        """Whether pages hold numbers that scales belong to."""
         return self.k_scale is not None
+
+    @property
+    def format(self) -> Format | None:
+        """What those numbers are; None: pages hold floats."""
+        return format_of(self.k.dtype) if self.has_scales else None
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of one token and head."""
+        format = self.format
+        return self.k.shape[3] * (1 if format is None else format.packed)
 
 
 def pool_shape(
@@ -80,6 +99,41 @@ def pool_shape(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     return layers * pages, kv_heads, page_tokens, head_dim
+
+
+def abstract_pools(
+    *,
+    layers: int,
+    pages: int,
+    copies: int = 1,
+    kv_heads: int,
+    page_tokens: int,
+    head_dim: int,
+    dtype: np.dtype,
+) -> Pools:
+    """Shapes and dtypes of pools whose numbers are of a dtype: a float's, or a format's.
+
+    Args:
+        layers: of the model.
+        pages: per layer, the null page included.
+        copies: so many pools stand one behind the other, as shards of one array.
+        kv_heads: of all shards.
+        page_tokens: in a page.
+        head_dim: numbers of one token and head.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or the ``dtype`` of a ``Format``.
+    """
+    format = format_of(dtype)
+    shape = pool_shape(
+        layers=layers,
+        pages=pages,
+        kv_heads=kv_heads,
+        page_tokens=page_tokens,
+        head_dim=head_dim if format is None else format.width(head_dim),
+    )
+    shape = (copies * shape[0], *shape[1:])
+    pool = jax.ShapeDtypeStruct(shape, dtype if format is None else format.storage)
+    scale = None if format is None else jax.ShapeDtypeStruct(shape[:-1], SCALE_DTYPE)
+    return Pools(k=pool, v=pool, pages=pages, k_scale=scale, v_scale=scale)
 
 
 def append_scatter(
@@ -111,17 +165,17 @@ def append_scatter(
     offset_RT = position_RT % page_tokens
     # Two index arrays around a slice: the scatter takes k and v as they come, [R, T, K, H].
     here = (row_RT, slice(None), offset_RT)
-    if not pools.has_scales:
+    if (format := pools.format) is None:
         return replace(
             pools,
             k=pools.k.at[here].set(k.astype(pools.k.dtype)),
             v=pools.v.at[here].set(v.astype(pools.v.dtype)),
         )
-    (k_RTKH, k_scale_RTK), (v_RTKH, v_scale_RTK) = quantize(k), quantize(v)
+    (k_RTKC, k_scale_RTK), (v_RTKC, v_scale_RTK) = quantize(k, format), quantize(v, format)
     return replace(
         pools,
-        k=pools.k.at[here].set(k_RTKH),
-        v=pools.v.at[here].set(v_RTKH),
+        k=pools.k.at[here].set(k_RTKC),
+        v=pools.v.at[here].set(v_RTKC),
         k_scale=pools.k_scale.at[here].set(k_scale_RTK),
         v_scale=pools.v_scale.at[here].set(v_scale_RTK),
     )
@@ -133,17 +187,17 @@ def read(
     """Lines up the pages that ``table`` names, in table order, head by head: ``S = C * Z``.
 
     Page and head are both index arrays, so the gather copies ``[page_token, head_dim]`` tiles to
-    where the products want them, and no transpose of the block follows. Pages of int8 come as the
-    float32 numbers they stand for, others as they are.
+    where the products want them, and no transpose of the block follows. Pages with scales come as
+    the float32 numbers they stand for, of int4 rotated, and others as they are.
     """
-    kv_heads, page_tokens, head_dim = pools.k.shape[1:]
+    kv_heads, page_tokens, width = pools.k.shape[1:]
     row_BxC = (layer * pools.pages + table)[:, None, :]
     head_xKx = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-    shape_BKSH = (table.shape[0], kv_heads, table.shape[1] * page_tokens, head_dim)
-    k_BKSH = pools.k[row_BxC, head_xKx].reshape(shape_BKSH)
-    v_BKSH = pools.v[row_BxC, head_xKx].reshape(shape_BKSH)
+    shape_BKSC = (table.shape[0], kv_heads, table.shape[1] * page_tokens, width)
+    k_BKSC = pools.k[row_BxC, head_xKx].reshape(shape_BKSC)
+    v_BKSC = pools.v[row_BxC, head_xKx].reshape(shape_BKSC)
     if not pools.has_scales:
-        return k_BKSH, v_BKSH
-    k_scale_BKS = pools.k_scale[row_BxC, head_xKx].reshape(shape_BKSH[:-1])
-    v_scale_BKS = pools.v_scale[row_BxC, head_xKx].reshape(shape_BKSH[:-1])
-    return dequantize(k_BKSH, k_scale_BKS), dequantize(v_BKSH, v_scale_BKS)
+        return k_BKSC, v_BKSC
+    k_scale_BKS = pools.k_scale[row_BxC, head_xKx].reshape(shape_BKSC[:-1])
+    v_scale_BKS = pools.v_scale[row_BxC, head_xKx].reshape(shape_BKSC[:-1])
+    return dequantize(k_BKSC, k_scale_BKS), dequantize(v_BKSC, v_scale_BKS)

@@ -44,9 +44,11 @@ def paged_attention_reference(
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,  # Allows it and asks for nothing.
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R T N H"]:
     """Defines ``paged_attention``; see there for the arguments."""
     options = {"layer": layer, "scale": scale, "window": window, "softcap": softcap}
+    options["sinks"] = sinks
     if first is not None:
         return _ragged(q, pools, table, start, length, first, options)
     batch, query_tokens, q_heads, head_dim = q.shape
@@ -61,8 +63,15 @@ def paged_attention_reference(
     visible_BTS = visible_keys(key_S, start, length, query_tokens, window)
     visible_BKGTS = visible_BTS[:, None, None, :, :]
     top_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True, where=visible_BKGTS, initial=-1e30)
+    sink_KG11 = None
+    if sinks is not None:
+        sink_KG11 = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        top_BKGT1 = jnp.maximum(top_BKGT1, sink_KG11)
     weights_BKGTS = jnp.where(visible_BKGTS, jnp.exp(scores_BKGTS - top_BKGT1), 0.0)
-    total_BKGT1 = jnp.maximum(jnp.sum(weights_BKGTS, axis=-1, keepdims=True), 1e-30)
+    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+    if sink_KG11 is not None:
+        total_BKGT1 += jnp.exp(sink_KG11 - top_BKGT1)
+    total_BKGT1 = jnp.maximum(total_BKGT1, 1e-30)
     # Zero weight does not silence a NaN: cells that no query of the row sees are zeroed themselves.
     seen_BxSx = jnp.any(visible_BTS, axis=1)[:, None, :, None]
     seen_v_BKSH = jnp.where(seen_BxSx, v_BKSH, 0.0)

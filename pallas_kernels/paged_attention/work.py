@@ -6,8 +6,8 @@ the kernel, and not by the kernel's grid: each *unit* is one tile of queries of 
 whose answers are merged by what their softmaxes summed to (Dao et al. 2023, "Flash-Decoding").
 
 How a row is cut depends on that row alone, so that its answer has the same bits beside any others.
-Packed query rows are numbered ``place * group + member of the group``: a tile is so many of one
-row's, wherever they begin, so that neither a group nor a prompt chunk needs to fill one.
+The queries of one key head are packed, token after token and within it the group's members; a tile
+is so many of one row's, so that neither a group nor a prompt chunk needs to fill one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ ROW, FIRST_QUERY, QUERY, START, SEEN, END, FROM, TO = range(FIELDS)
 """Columns of ``Work.units``: the row; where the tile's queries begin among all packed ones; the
 same among the row's own; the position of the row's first query; the first key that any of the
 tile's sees; one past the row's last key; the first tile of keys, and one past the last."""
+
+ALIGNED = 8
+"""Each row's packed queries begin at a multiple of it, as the hardware's copies do."""
 
 NOTHING = -1e30
 """Log of a softmax's sum over no key at all; finite, so that two of them differ by 0."""
@@ -69,10 +72,50 @@ def most_units(shape: Shape, rows: int, places: int, tokens: int | None) -> int:
     return rows * -(-tokens * shape.group // shape.tile_queries) * shape.most_pieces
 
 
+def pack(
+    q: Float[Array, "R T N H"],
+    length: Int[Array, " B"],
+    first: Int[Array, " B"] | None,
+    kv_heads: int,
+    tile_queries: int,
+) -> tuple[Float[Array, "K Q H"], Int32[Array, " B"]]:
+    """Packs queries, with a tile's worth of anything behind the last.
+
+    Args:
+        q: of every place.
+        length: queries of each row.
+        first: place of each row's first, where rows share places.
+        kv_heads: of the pool.
+        tile_queries: of a launch.
+
+    Returns:
+        The packed queries, and where each row's begin.
+    """
+    group, head_dim, rows = q.shape[2] // kv_heads, q.shape[3], length.shape[0]
+    heads = q.reshape(-1, kv_heads, group, head_dim)
+    if first is None:
+        room = q.shape[1] * group
+        packed = heads.transpose(1, 0, 2, 3).reshape(kv_heads, rows, room, head_dim)
+        space = -room % ALIGNED
+        packed = jnp.pad(packed, ((0, 0), (0, 0), (0, space), (0, 0)))
+        packed = packed.reshape(kv_heads, -1, head_dim)
+        begin_B = jnp.arange(rows, dtype=jnp.int32) * (room + space)
+        return jnp.pad(packed, ((0, 0), (0, tile_queries), (0, 0))), begin_B
+    room_B = -(-length * group // ALIGNED) * ALIGNED
+    end_B = jnp.cumsum(room_B).astype(jnp.int32)
+    begin_B = end_B - room_B
+    count = -(-(len(heads) * group + (ALIGNED - 1) * rows) // ALIGNED) * ALIGNED + tile_queries
+    query_Q = jnp.arange(count, dtype=jnp.int32)
+    row_Q = _owner(query_Q, end_B)
+    token_Q, member_Q = jnp.divmod(query_Q - begin_B[row_Q], group)
+    place_Q = jnp.clip(first[row_Q] + token_Q, 0, len(heads) - 1)
+    return heads[place_Q, :, member_Q].transpose(1, 0, 2), begin_B
+
+
 def plan_work(
     shape: Shape,
     units: int,
-    first: Int[Array, " B"],
+    begin: Int[Array, " B"],
     start: Int[Array, " B"],
     length: Int[Array, " B"],
     window: int | Int[Array, ""],
@@ -82,8 +125,8 @@ def plan_work(
     Args:
         shape: of the launch.
         units: room for so many; see ``most_units``.
-        first: place of each row's first query.
-        start: its position.
+        begin: of each row's packed queries.
+        start: position of the first.
         length: queries of each row; 0 has no unit.
         window: keys that a query sees at most; 0 for all.
     """
@@ -99,8 +142,7 @@ def plan_work(
     offset_B = end_of_B - tiles_B * pieces_B
 
     unit_U = jnp.arange(units, dtype=jnp.int32)
-    row_U = jnp.sum(unit_U[:, None] >= end_of_B[None, :], axis=1, dtype=jnp.int32)
-    row_U = jnp.minimum(row_U, length.shape[0] - 1)
+    row_U = _owner(unit_U, end_of_B)
     tile_U, piece_U = jnp.divmod(unit_U - offset_B[row_U], pieces_B[row_U])
     query_U = tile_U * tile_queries
     start_U, length_U = start[row_U], length[row_U]
@@ -112,7 +154,7 @@ def plan_work(
     from_U = begin_U + piece_U * piece_keys_U
     columns = {
         ROW: row_U,
-        FIRST_QUERY: first[row_U] * group + query_U,
+        FIRST_QUERY: begin[row_U] + query_U,
         QUERY: query_U,
         START: start_U,
         SEEN: seen_U,
@@ -146,7 +188,7 @@ def merge(
         is_real: whether anybody's; others are zeros.
         sinks: a logit per query head that joins the sum alone.
     """
-    packed_PG = token[:, None] * shape.group + jnp.arange(shape.group, dtype=jnp.int32)
+    packed_PG = token[:, None] * shape.group + jnp.arange(shape.group, dtype=jnp.int32)[None, :]
     tile_PG, line_PG = jnp.divmod(packed_PG, shape.tile_queries)
     pieces_P1 = work.pieces[row][:, None]
     slot_PG = work.offset[row][:, None] + tile_PG * pieces_P1
@@ -166,14 +208,14 @@ def merge(
         parts = [(out, total), *(one(piece) for piece in range(1, shape.most_pieces))]
         stacked_SPGK = jnp.stack([part[1] for part in parts])
         most_PGK = jnp.max(stacked_SPGK, axis=0)
-        weight_SPGK = jnp.exp2(stacked_SPGK - most_PGK)
+        weight_SPGK = jnp.exp2(stacked_SPGK - most_PGK[None])
         whole_PGK = jnp.sum(weight_SPGK, axis=0)
         out = sum(weight_SPGK[s][..., None] * part[0] for s, part in enumerate(parts))
         out, total = out / whole_PGK[..., None], most_PGK + jnp.log2(whole_PGK)
     kv_heads = outs.shape[1]
     if sinks is not None:
         sink_GK = sinks.astype(jnp.float32).reshape(kv_heads, shape.group).T * LOG2E
-        out = out / (1 + jnp.exp2(sink_GK - total))[..., None]
+        out = out / (1 + jnp.exp2(sink_GK[None] - total))[..., None]
     out_PNH = out.transpose(0, 2, 1, 3).reshape(len(row), -1, outs.shape[-1])
     return jnp.where(is_real[:, None, None], out_PNH, 0)
 
@@ -184,3 +226,9 @@ LOG2E = 1.4426950408889634
 
 def _first_seen(position: Int[Array, "*B"], window: int | Int[Array, ""]) -> Int[Array, "*B"]:
     return jnp.where(window == 0, 0, jnp.maximum(position - window + 1, 0)).astype(jnp.int32)
+
+
+def _owner(number: Int32[Array, " U"], end: Int32[Array, " B"]) -> Int32[Array, " U"]:
+    """The row whose share of a row of numbers one is, or the last row."""
+    row = jnp.sum(number[:, None] >= end[None, :], axis=1, dtype=jnp.int32)
+    return jnp.minimum(row, end.shape[0] - 1)

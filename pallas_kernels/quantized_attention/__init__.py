@@ -1,9 +1,9 @@
-"""Attention over pages of int8 with a scale for each token and head: the public function.
+"""Attention over pages with a scale for each token and head: the public function.
 
 Such pages are one more kind of the paged pool, ``Pools`` with scales, so that ``append`` and
 ``paged_attention`` take them as they take others and a model does not ask which it has. This family
 says what they mean (``reference``), makes them of pages of floats, and insists on them. The layout
-is that of ``paged_attention.pool``, the numbers are those of ``paged_attention.int8``, and the
+is that of ``paged_attention.pool``, the numbers are those of ``paged_attention.formats``, and the
 implementations are ``paged_attention``'s own.
 """
 
@@ -29,9 +29,10 @@ def quantized_attention(
     first: Int[Array, " F"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    sinks: Float[Array, " N"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R T N H"]:
-    """Computes ``paged_attention`` over pages of int8; see there for all other arguments.
+    """Computes ``paged_attention`` over pages with scales; see there for all other arguments.
 
     Keys and values are float32 once they are loaded and scaled, as queries, softmax and sums are.
 
@@ -46,6 +47,7 @@ def quantized_attention(
         first: Of ragged rows: where each one's queries begin among the T places.
         window: Sliding window in tokens; 0 for none.
         softcap: Of the scores; 0 for none.
+        sinks: A logit of each query head; None for none.
         implementation: One of ``paged_attention``'s, or ``"auto"`` for the first that accepts.
 
     Raises:
@@ -69,5 +71,6 @@ def quantized_attention(
         first=first,
         window=window,
         softcap=softcap,
+        sinks=sinks,
         implementation=implementation,
     )

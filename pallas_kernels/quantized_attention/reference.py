@@ -1,21 +1,25 @@
-"""What pages of int8 mean: pages of the float32 numbers that values and scales stand for."""
+"""What pages with scales mean: pages of the float32 numbers that values and scales stand for."""
 
 from __future__ import annotations
 
-from pallas_kernels.paged_attention.int8 import dequantize, quantize
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.formats import INT8, Format, dequantize, quantize, rotate
 from pallas_kernels.paged_attention.pool import Pools
 
 
-def quantized(pools: Pools) -> Pools:
+def quantized(pools: Pools, format: Format = INT8) -> Pools:
     """Rounds every token and head of a pool of floats, as ``append`` does."""
-    (k, k_scale), (v, v_scale) = quantize(pools.k), quantize(pools.v)
+    k, v = (x.astype(jnp.float32) for x in (pools.k, pools.v))
+    if format.rotates:
+        k, v = rotate(k), rotate(v)
+    (k, k_scale), (v, v_scale) = quantize(k, format), quantize(v, format)
     return Pools(k=k, v=v, pages=pools.pages, k_scale=k_scale, v_scale=v_scale)
 
 
 def dequantized(pools: Pools) -> Pools:
-    """The pool of float32 that a pool of int8 stands for; exact."""
-    return Pools(
-        k=dequantize(pools.k, pools.k_scale),
-        v=dequantize(pools.v, pools.v_scale),
-        pages=pools.pages,
-    )
+    """The pool of float32 that a pool with scales stands for; exact but for the rotation's sums."""
+    k, v = dequantize(pools.k, pools.k_scale), dequantize(pools.v, pools.v_scale)
+    if pools.format is not None and pools.format.rotates:
+        k, v = rotate(k), rotate(v)
+    return Pools(k=k, v=v, pages=pools.pages)

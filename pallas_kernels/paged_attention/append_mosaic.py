@@ -1,0 +1,248 @@
+"""Rotary positions and the append in one launch, on Hopper GPUs, in Mosaic.
+
+A thread block takes one token through. Hardware copies its heads in, as lines of shared memory: the
+queries, then its keys, then its values. They are rotated in registers, rounded to the pool's dtype,
+and hardware copies them out: the queries to where attention reads them, keys and values into the
+token's cell of the pool, which is written where it lies. Blocks are short, many share a core, and
+so one's copies pass while another computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import LINES
+from pallas_kernels.paged_attention.cells import NOWHERE, cells_of
+from pallas_kernels.paged_attention.int8 import LEAST, MAX_INT8
+from pallas_kernels.paged_attention.pool import Pools
+
+ALIGNED = 8
+"""Keys and values begin at a multiple of so many lines: hardware copies from multiples of 128
+bytes."""
+
+
+def rope_append_mosaic(
+    pools: Pools,
+    heads: Float[Array, "R T K C H"],
+    rope: Float32[Array, "2 R T half"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    first: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "R T N H"], Pools]:
+    """Computes ``rope_append``; see there for the arguments. Padding is written nowhere."""
+    mosaic.decline_elsewhere()
+    _decline(pools, heads)
+    rows, tokens, kv_heads, lines, head_dim = heads.shape
+    places, group = rows * tokens, lines - 2
+    cells = cells_of(pools.page_tokens, table, start, length, tokens, first).reshape(places)
+    body = _Body(
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        page_tokens=pools.page_tokens,
+        dtype=heads.dtype,
+        has_scales=pools.has_scales,
+    )
+    # Written where they lie: XLA sees an operand that is the result, too.
+    refs = [jax.new_ref(x) for x in (pools.k, pools.v)]
+    if pools.has_scales:
+        refs += [jax.new_ref(x) for x in (pools.k_scale, pools.v_scale)]
+    q = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((places, kv_heads * group, head_dim), heads.dtype),
+        scratch_types=body.scratch(),
+        grid=(places,),
+        grid_names=("place",),
+        kernel_name="rope_append",
+    )(
+        heads.reshape(places, kv_heads, lines, head_dim),
+        rope.reshape(2, places, head_dim // 2),
+        cells,
+        (jnp.asarray(layer, jnp.int32) * pools.pages).reshape(1),
+        *refs,
+    )
+    written = dict(zip(("k", "v", "k_scale", "v_scale"), map(jax.freeze, refs), strict=False))
+    return q.reshape(rows, tokens, -1, head_dim), replace(pools, **written)
+
+
+def _decline(pools: Pools, heads: Float[Array, "R T K C H"]) -> None:
+    """Says what the kernel was not written for; runs while tracing only."""
+    group, head_dim = heads.shape[3] - 2, heads.shape[4]
+    dtype, pages = jnp.dtype(heads.dtype).name, jnp.dtype(pools.k.dtype).name
+    if dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"heads are bfloat16 or float16, got {dtype}")
+    if pages not in (dtype, "int8"):
+        raise NotImplementedError(f"pages are {dtype}, as the heads, or int8, got {pages}")
+    if head_dim % 16 or head_dim > 256:
+        raise NotImplementedError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
+    if group > 1 and group * head_dim % 64:
+        raise NotImplementedError(
+            f"the queries of a key head must begin at a multiple of 128 bytes, and {group} of "
+            f"head_dim {head_dim} do not"
+        )
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The kernel's function, with what it was made for."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    page_tokens: int
+    dtype: Any
+    has_scales: bool
+
+    @property
+    def keys(self) -> int:
+        """The line of the first key."""
+        return _up(self.kv_heads * self.group, ALIGNED)
+
+    @property
+    def values(self) -> int:
+        """The line of the first value."""
+        return self.keys + _up(self.kv_heads, ALIGNED)
+
+    @property
+    def lines(self) -> int:
+        """All lines, those of nobody included."""
+        return _up(self.values + self.kv_heads, LINES)
+
+    @property
+    def copies_in(self) -> int:
+        """Copies of a token's heads: one for each group of queries, of keys, and of values."""
+        return (1 if self.group == 1 else self.kv_heads) + 2
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory and barriers, by name."""
+        # One line more keeps the compiler from laying lines out in tiles of eight, which groups of
+        # queries do not fill.
+        count = self.lines + 1
+        made = {
+            "wide": plgpu.SMEM((count, self.head_dim), self.dtype),
+            "angles": plgpu.SMEM((2, self.head_dim // 2), jnp.float32),
+            "here": plgpu.Barrier(num_arrivals=self.copies_in + 1),
+        }
+        if self.has_scales:
+            made |= {
+                "codes": plgpu.SMEM((count, self.head_dim), jnp.int8),
+                "scales": plgpu.SMEM((self.lines,), jnp.bfloat16),
+            }
+        return made
+
+    def __call__(
+        self, heads: Any, rope: Any, cells: Any, base: Any, *refs: Any, **scratch: Any
+    ) -> None:
+        """Takes one token through."""
+        *pools, q = refs
+        wide, here = scratch["wide"], scratch["here"]
+        place = lax.axis_index("place")
+        cell = cells[place]
+        self._fetch(heads.at[place], rope.at[:, place], wide, scratch["angles"], here)
+        plgpu.barrier_wait(here)
+        for begin in range(0, self.lines, LINES):
+            self._rotate(begin, wide, scratch["angles"])
+        plgpu.commit_smem()
+        if self.has_scales:
+            for begin in range(self.keys // LINES * LINES, self.lines, LINES):
+                self._quantize(begin, wide, scratch["codes"], scratch["scales"])
+            plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(wide.at[pl.ds(0, self.kv_heads * self.group)], q.at[place])
+
+        @pl.when(cell != NOWHERE)
+        def _() -> None:
+            page = base[0] + lax.div(cell, jnp.int32(self.page_tokens))
+            slot = lax.rem(cell, jnp.int32(self.page_tokens))
+            self._put(page, slot, pools, scratch)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def _fetch(self, heads: Any, rope: Any, wide: Any, angles: Any, here: Any) -> None:
+        """Starts the copies of a token's heads and of its angles."""
+        plgpu.copy_gmem_to_smem(rope, angles, here)
+        kv_heads, group = self.kv_heads, self.group
+        if group == 1:
+            plgpu.copy_gmem_to_smem(heads.at[:, 0], wide.at[pl.ds(0, kv_heads)], here)
+        else:
+            for head in range(kv_heads):
+                into = wide.at[pl.ds(head * group, group)]
+                plgpu.copy_gmem_to_smem(heads.at[head, pl.ds(0, group)], into, here)
+        for which, begin in ((group, self.keys), (group + 1, self.values)):
+            plgpu.copy_gmem_to_smem(heads.at[:, which], wide.at[pl.ds(begin, kv_heads)], here)
+
+    def _rotate(self, begin: int, wide: Any, angles: Any) -> None:
+        """Rotates so many lines where they lie; values stay as they are."""
+        half = self.head_dim // 2
+        shape = (LINES, half)
+        refs = [wide.at[pl.ds(begin, LINES), part] for part in self._halves()]
+        one, two = (_lines(ref).astype(jnp.float32) for ref in refs)
+        cos, sin = (lax.broadcast_in_dim(angles[i], shape, [1]) for i in range(2))
+        line = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+        is_turned = line < self.values - begin
+        turned = (one * cos - two * sin, two * cos + one * sin)
+        for ref, new, old in zip(refs, turned, (one, two), strict=True):
+            # A value is rounded back to what it was.
+            ref[...] = jnp.where(is_turned, new, old).astype(self.dtype)
+
+    def _quantize(self, begin: int, wide: Any, codes: Any, scales: Any) -> None:
+        """Rounds so many lines to int8 as ``int8.quantize`` does, to the same bits."""
+        lines = pl.ds(begin, LINES)
+
+        def numbers(part: Any) -> Float32[Array, "M half"]:
+            return _lines(wide.at[lines, part]).astype(jnp.float32)
+
+        largest = jnp.maximum(*(jnp.abs(numbers(part)).max(axis=1) for part in self._halves()))
+        scale = jnp.where(largest < LEAST, 0.0, largest * jnp.float32(1 / MAX_INT8))
+        scale = mosaic.rounded(scale, jnp.bfloat16)
+        scales[lines] = scale.astype(jnp.bfloat16)
+        is_usable = (scale > 0) & (scale < jnp.inf)
+        inverse = jnp.where(is_usable, 1 / jnp.where(is_usable, scale, 1.0), 0.0)
+        for part in self._halves():
+            factor = lax.broadcast_in_dim(inverse, (LINES, self.head_dim // 2), [0])
+            # Not a product with 0: that of an infinity would be NaN.
+            ratio = jnp.where(factor > 0, numbers(part) * factor, 0.0)
+            codes[lines, part] = jnp.round(ratio).astype(jnp.int8)
+
+    def _halves(self) -> tuple[Any, Any]:
+        """The members of all pairs: the first ones, and their partners."""
+        half = self.head_dim // 2
+        return pl.ds(0, half), pl.ds(half, half)
+
+    def _put(
+        self,
+        page: Int32[Array, ""],
+        slot: Int32[Array, ""],
+        pools: list[Any],
+        scratch: dict[str, Any],
+    ) -> None:
+        """Starts the copies of keys and values into their cell."""
+        source = scratch["codes" if self.has_scales else "wide"]
+        for pool, begin in zip(pools[:2], (self.keys, self.values), strict=True):
+            plgpu.copy_smem_to_gmem(
+                source.at[pl.ds(begin, self.kv_heads)], pool.at[page, :, slot]
+            )
+        for pool, begin in zip(pools[2:], (self.keys, self.values), strict=False):
+            # Two bytes each, a page apart: no copy of hardware's is as small.
+            for head in range(self.kv_heads):
+                pool[page, head, slot] = scratch["scales"][begin + head]
+
+
+def _lines(ref: Any) -> Array:
+    """Reads lines that lie one after the other, and so from few banks at once."""
+    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
