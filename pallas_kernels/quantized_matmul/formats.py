@@ -74,7 +74,7 @@ def spec(format: Format) -> Spec:
     Spec(kind='int4', group=128, ordered=True)
 
     Raises:
-        ValueError: It is no such name, or its groups are not multiples of 32.
+        ValueError: It is no such name, or groups of int4 are not multiples of 32.
     """
     kind, *rest = format.split("/")
     ordered = rest[-1:] == [_ORDERED]
@@ -86,11 +86,12 @@ def spec(format: Format) -> Spec:
             return Spec(kind, _usual(kind), ordered)
         if text == _ROW and kind != "int4":
             return Spec(kind, None, ordered)
-        if text.isdecimal() and int(text) > 0 and int(text) % GROUP == 0:
+        multiple = GROUP if kind == "int4" else 1
+        if text.isdecimal() and int(text) > 0 and int(text) % multiple == 0:
             return Spec(kind, int(text), ordered)
     raise ValueError(
         f"{format!r} is no format; write {', '.join(KINDS)}, and where need be /GROUP, a multiple "
-        f"of {GROUP}, or /{_ROW} for int8, such as int4/128"
+        f"of {GROUP} for int4, or /{_ROW} for int8, such as int4/128"
     )
 
 
