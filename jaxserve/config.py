@@ -18,7 +18,7 @@ KV_DTYPES = (*DTYPES, "int8")
 STEP_OVERLAPS = ("auto", "on", "off")
 READY_WITHS = ("auto", "first", "all")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZATIONS = ("auto", "none", "int8", "int4")
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", "awq", "gptq")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
 
 
@@ -37,8 +37,9 @@ class ServeConfig:
     dtype: str = "auto"
     """Of weights and activations. auto: bfloat16 where it is fast, else float32."""
     quantization: str = "auto"
-    """Of weight matrices: ``none``, ``int8``, ``int4``, or ``auto``, which on a CPU leaves the
-    blocks of a GGUF file as they are stored and rounds nothing."""
+    """Of weight matrices: ``none``; ``int8``, ``int4`` and ``fp8`` round to it; ``auto`` rounds
+    nothing and leaves weights as the checkpoint stores them (AWQ, GPTQ, compressed-tensors, GGUF);
+    ``awq`` and ``gptq`` do too, and refuse a checkpoint of another tool."""
     kv_dtype: str = "auto"
     """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8 keeps a
     scale for each token and head, and is not exact: answers may part from those of floats."""

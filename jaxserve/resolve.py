@@ -23,7 +23,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layout import choose_layout
 from jaxserve.planning.sizes import Sizes
 from jaxserve.runner.memory import host_free_bytes
-from jaxserve.weights.packed import Quantization
+from jaxserve.weights.packed import Quantization, held_formats
 from jaxserve.weights.source import DUMMY
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import Format
@@ -112,6 +112,7 @@ def resolve(
         model,
         platform,
         data_shards=mesh.shape["data"],
+        tensor=mesh.shape["tensor"],
         formats=formats(resolve_quantization(config, platform)),
     )
     name = config.served_name or _served_name(config.model)
@@ -119,10 +120,9 @@ def resolve(
 
 
 def resolve_quantization(config: ServeConfig, platform: str) -> Quantization:
-    """What becomes of ``auto``: weights are held as they are stored only where a kernel reads them
-    so."""
+    """What becomes of ``auto``: a CPU without kernels would widen weights again in every step."""
     quantization = cast("Quantization", config.quantization)
-    if quantization == "auto" and (platform != "cpu" or not native.is_built()):
+    if quantization == "auto" and platform == "cpu" and not native.is_built():
         return "none"
     return quantization
 
@@ -133,9 +133,12 @@ def resolve_sizes(
     platform: str,
     *,
     data_shards: int,
+    tensor: int = 1,
     formats: dict[str, Format] | None = None,
 ) -> Sizes:
     """The part of ``resolve`` that asks for no device. Without ``formats`` no weight is quantized.
+
+    Those are of the checkpoint; ``held_formats`` decides what they are on ``tensor`` devices.
 
     Raises:
         ConfigError: the context is longer than the model's.
@@ -171,7 +174,7 @@ def resolve_sizes(
         # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
-        formats=formats or {},
+        formats=held_formats(formats or {}, model, has_native=has_native, tensor=tensor),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,

@@ -228,14 +228,15 @@ def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     assert (plan.dtype.name, plan.kv_dtype.name, plan.activations.name) == got
 
 
-def test_auto_leaves_weights_quantized_only_where_a_kernel_reads_them_so(
+def test_auto_leaves_weights_quantized_but_on_a_cpu_without_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "is_built", lambda: True)
     assert resolve_quantization(config(), "cpu") == "auto"
-    assert resolve_quantization(config(), "gpu") == "none"
+    assert resolve_quantization(config(), "gpu") == "auto"
     monkeypatch.setattr(native, "is_built", lambda: False)
     assert resolve_quantization(config(), "cpu") == "none"
+    assert resolve_quantization(config(), "gpu") == "auto"
     assert resolve_quantization(config(quantization="int8"), "gpu") == "int8"
     asked: list[str] = []
 

@@ -318,6 +318,15 @@ def _quantized(formats: dict[str, Format]) -> list[str]:
     return [f"quantized weights: {'; '.join(parts)}"] if parts else []
 
 
+def _widened(service: Service) -> list[str]:
+    """A line for each weight that takes more memory than in the checkpoint, and why."""
+    plan = service.plan
+    if service.config.quantization == "none":
+        return []
+    reasons = service.source.why_widened(plan.formats)
+    return [f"{name} widened to {plan.dtype.name}: {why}" for name, why in sorted(reasons.items())]
+
+
 def _programs(runner: Runner) -> str:
     total, missing = len(runner.program_keys()), len(runner.missing_keys())
     if not missing:
@@ -343,6 +352,7 @@ def describe_plan(service: Service, server_config: ServerConfig) -> str:
         f"digest {info.model_digest[:12]}",
         f"{_programs(service.runner)}; {info.pages_total} pages of {info.page_tokens} tokens",
         *_quantized(plan.formats),
+        *_widened(service),
         "settings other than the defaults, which stand in brackets:",
     ]
     for config in (service.config, server_config):

@@ -82,7 +82,8 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     quantization = resolve_quantization(config, facts.platform)
     where = {"assets_dir": config.assets_dir, "offline": config.offline}
     model, formats = read_model_facts(config.model, quantization, **where)
-    sizes = resolve_sizes(config, model, facts.platform, data_shards=shape.data, formats=formats)
+    shards = {"data_shards": shape.data, "tensor": shape.tensor}
+    sizes = resolve_sizes(config, model, facts.platform, formats=formats, **shards)
     traffic = typical(options.prompt_tokens, options.output_tokens, sizes.context_tokens)
     compile_on = why_estimated = None
     if facts.simulated:

@@ -8,8 +8,9 @@ from where is said in the files named after architectures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from jaxserve.models.layers import (
     softcap,
 )
 from jaxserve.models.layout import choose_layout
-from jaxserve.models.modules import Axes, Ends, Layer
+from jaxserve.models.modules import INPUT_AXES, Axes, Ends, Layer
 from jaxserve.models.stacked import LayerOf
 from pallas_kernels.quantized_matmul import (
     GROUP,
@@ -44,6 +45,7 @@ from pallas_kernels.quantized_matmul import (
     dequantized,
     has_native_best,
     quantized_on_device,
+    spec,
 )
 
 Attend = Callable[..., tuple[Any, Any]]
@@ -99,7 +101,7 @@ class Model:
             formats: of the weights that are stored quantized, by name.
         """
         self.formats: dict[str, Format] = dict(formats or {})
-        self.layout = choose_layout(config, tensor, step=GROUP if self.formats else 1)
+        self.layout = choose_layout(config, tensor, step=self._step())
         self.config = config = self.layout.stretched
         self._ends = nnx.eval_shape(lambda: Ends(config, jnp.float32, jax.random.key(0)))
         self._layer = nnx.eval_shape(lambda: Layer(config, jnp.float32, jax.random.key(0)))
@@ -155,17 +157,29 @@ class Model:
             return Params(self._by_part(ends), self._by_part(layer))
         return Params(self._by_part(ends), (self._by_part(layer),) * self.config.layers)
 
+    def _step(self) -> int:
+        """What a device's part of the feed-forward is a multiple of: whole groups of it."""
+        if not self.formats:
+            return 1
+        down = self.formats.get("w_down")
+        return GROUP if down is None else spec(down).group or GROUP
+
     def _by_part(self, axes: dict[str, Axes]) -> dict[str, Any]:
         """The arrays of a quantized weight have the axes of the weight."""
 
         def parts(name: str, words: Axes) -> Any:
-            match self.formats.get(name):
-                case None:
-                    return words
-                case "int8":
-                    return Quantized(words, words)
-                case "int4":
-                    return Quantized(words, words, words)
+            if name not in self.formats:
+                return words
+            its = spec(self.formats[name])
+            # What is for all of a row is for each device's part of it, whole.
+            scale = (*words[:-1], None) if its.group is None else words
+            order = (*("layer" if word == "layer" else None for word in words),)
+            return Quantized(
+                words,
+                scale,
+                scale if its.kind == "int4" else None,
+                order if its.ordered else None,
+            )
 
         return {name: parts(name, words) for name, words in axes.items()}
 
@@ -299,8 +313,17 @@ class Model:
 
         def held(name: str, array: Array) -> Matrix:
             stretched = self.layout.stretch(array, axes[name])
-            format = self.formats.get(name)
-            return stretched if format is None else quantized_on_device(stretched, format)
+            if name not in self.formats:
+                return stretched
+            its = spec(self.formats[name])
+            rounded = quantized_on_device(stretched, its._replace(ordered=False).name)
+            if not its.ordered:
+                return rounded
+            # What a product sums over: every axis but the output's.
+            inputs = stretched.shape[-INPUT_AXES.get(name, 1) :]
+            order = jnp.arange(math.prod(inputs), dtype=jnp.int32)
+            shape = (*(1,) * (stretched.ndim - len(inputs)), *inputs)
+            return replace(rounded, order=order.reshape(shape))
 
         return {name: held(name, array) for name, array in weights.items()}
 

@@ -18,7 +18,6 @@ ROPE_KINDS = ("default", "linear", "llama3")
 # Options of other models that appear in configs of these families' descendants. Each of them
 # changes the answer when it is set, and none is implemented.
 REFUSED_WHEN_SET = (
-    "quantization_config",
     "use_bidirectional_attention",
     "attn_logit_softcapping",
     "attention_multiplier",

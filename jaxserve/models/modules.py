@@ -24,6 +24,9 @@ from pallas_kernels.quantized_matmul import Products
 Axes = tuple[str | None, ...]
 """A word of the alphabet for each axis of a weight; None has no word and is never split."""
 
+INPUT_AXES = {"w_o": 2}
+"""How many of a matrix's last axes its product sums over, where that is not one."""
+
 MAX_RANDOM_WEIGHTS = 8
 """Weights of one module that are drawn and not constant; Qwen2's layer has five."""
 

@@ -17,6 +17,7 @@ from jaxserve.weights.gguf import GgufCheckpoint
 from jaxserve.weights.gguf_file import MAGIC
 from jaxserve.weights.reading import Index
 from jaxserve.weights.safetensors import INDEX_FILE, SafetensorsCheckpoint
+from jaxserve.weights.schemes import scheme_of
 
 if TYPE_CHECKING:  # Reading a tokenizer needs no JAX.
     from pallas_kernels.quantized_matmul import Format
@@ -58,7 +59,21 @@ class Checkpoint(Protocol):
         ...
 
     def stored_format(self, name: str) -> Format | None:
-        """Returns the format in which a tensor's blocks are stored; None for any other."""
+        """Returns the format that a tensor is stored in; None for any that is no ``Format``.
+
+        One with an order has its columns in that of ``read_order``.
+        """
+        ...
+
+    def stored_as(self, name: str) -> str | None:
+        """Returns what people call the numbers of few bits that a tensor is stored as.
+
+        None for plain numbers.
+        """
+        ...
+
+    def read_order(self, name: str) -> np.ndarray | None:
+        """Returns, for a stored format with an order, the column of each stored one: int32."""
         ...
 
     def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
@@ -67,11 +82,11 @@ class Checkpoint(Protocol):
         Args:
             name: one of ``names()``.
             array: ``values``, ``scale`` or ``minimum``.
-            index: slices with step 1, one per axis; the last counts this array's entries and
-                begins and ends between groups.
+            index: slices with step 1, one per axis; the last counts this array's entries, and
+                values begin and end at multiples of 32 columns.
 
         Raises:
-            CheckpointError: the file ended early.
+            CheckpointError: the file ended early, or a scale is not finite.
         """
         ...
 
@@ -134,7 +149,18 @@ def _open_directory(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} holds no *.safetensors and no *.gguf; give a directory with a checkpoint"
         )
-    return SafetensorsCheckpoint(path)
+    files = SafetensorsCheckpoint(path)
+    try:
+        scheme = scheme_of(files.source, files.config)
+        if scheme is None:
+            return files
+        # Reading a tokenizer beside plain numbers needs no JAX.
+        from jaxserve.weights.quantized import QuantizedCheckpoint
+
+        return QuantizedCheckpoint(files, scheme)
+    except (CheckpointError, UnsupportedModelError):
+        files.close()
+        raise
 
 
 def _pickle_error(path: Path) -> UnsupportedModelError:

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,15 +21,13 @@ from gguf.quants import dequantize
 
 from jaxserve.errors import CheckpointError, UnsupportedModelError
 from jaxserve.tokenizer_source import TokenizerSource
+from jaxserve.weights.gguf_blocks import BLOCKS, GROUP
 from jaxserve.weights.gguf_config import config_from_metadata
 from jaxserve.weights.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxserve.weights.reading import ByteFile, Index, read_spans, resolve_index
 
 if TYPE_CHECKING:  # Reading a tokenizer needs no JAX.
     from pallas_kernels.quantized_matmul import Format
-
-GROUP = 32
-"""Values of one block; those of ``Quantized`` are as many."""
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -39,7 +36,10 @@ _PLAIN = {
 }
 _QUANTIZED = frozenset(
     GGMLQuantizationType[name]
-    for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+    for name in (
+        *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    )
 )
 SUPPORTED_TYPES = (*(t.name for t in _PLAIN), *sorted(t.name for t in _QUANTIZED))
 
@@ -78,38 +78,6 @@ _CONFIG_TENSORS = frozenset(
 )
 """Tensors that are really configuration; ``gguf_config.py`` has read them."""
 _PERMUTED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Where the parts of a block of 32 values lie, in bytes (ggml-common.h)."""
-
-    format: Format
-    size: int
-    values: int
-    """The first byte of them; they end the block. The scale, a float16, begins it."""
-    minimum: int | None = None
-    """The first byte of a float16; without one, values of 4 bits are counted from -8."""
-
-    def entries(self, array: str) -> int:
-        """Of one of the arrays of ``Quantized``, for each block."""
-        return self.size - self.values if array == "values" else 1
-
-    def take(self, blocks: np.ndarray, array: str) -> np.ndarray:
-        """Takes one array out of blocks, uint8 ``[..., size]``."""
-        if array == "values":
-            values = np.ascontiguousarray(blocks[..., self.values :])
-            return values.view(np.int8) if self.format == "int8" else values
-        at = 0 if array == "scale" or self.minimum is None else self.minimum
-        numbers = np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0]
-        return numbers if array == "scale" or self.minimum is not None else numbers * -8
-
-
-_BLOCKS_OF = {
-    GGMLQuantizationType.Q8_0: _Blocks("int8", size=34, values=2),
-    GGMLQuantizationType.Q4_0: _Blocks("int4", size=18, values=2),
-    GGMLQuantizationType.Q4_1: _Blocks("int4", size=20, values=4, minimum=2),
-}
 
 
 class GgufCheckpoint:
@@ -160,26 +128,34 @@ class GgufCheckpoint:
 
     def stored_format(self, name: str) -> Format | None:
         """Returns the format of the tensor's blocks; None for one that ``Quantized`` has not."""
-        blocks = _BLOCKS_OF.get(self._tensor(name).type)
+        blocks = BLOCKS.get(self._tensor(name).type)
         return None if blocks is None else blocks.format
+
+    def stored_as(self, name: str) -> str | None:
+        """Returns the type of the tensor's blocks, such as ``Q6_K``; None for plain numbers."""
+        kind = self._tensor(name).type
+        return kind.name if kind in _QUANTIZED else None
+
+    def read_order(self, name: str) -> None:
+        """Returns None: columns are in order."""
 
     def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
         """Reads a box of one array of the tensor's blocks; see ``Checkpoint``."""
         tensor = self._tensor(name)
-        blocks = _BLOCKS_OF[tensor.type]
-        entries = blocks.entries(array)
-        spans = resolve_index(
-            name, (*tensor.shape[:-1], tensor.shape[-1] // GROUP * entries), index
-        )
+        blocks = BLOCKS[tensor.type]
+        entries, size = blocks.entries(array), blocks.size
+        count = tensor.shape[-1] // (blocks.groups * GROUP)
+        spans = resolve_index(name, (*tensor.shape[:-1], count * entries), index)
 
         def read_box(tensor: GgufTensor, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-            size = blocks.size
-            groups = tensor.shape[-1] // GROUP
-            first, last = (bound // entries * size for bound in spans[-1])
-            packed_shape = (*tensor.shape[:-1], groups * size)
-            packed = self._read_packed(tensor, packed_shape, (*spans[:-1], (first, last)))
-            box = packed.reshape(*packed.shape[:-1], -1, size)
-            return blocks.take(box, array).reshape(*packed.shape[:-1], -1)
+            start, stop = spans[-1]
+            first, last = start // entries, -(-stop // entries)
+            packed_shape = (*tensor.shape[:-1], count * size)
+            packed_spans = (*spans[:-1], (first * size, last * size))
+            packed = self._read_packed(tensor, packed_shape, packed_spans)
+            box = packed.reshape(*packed.shape[:-1], last - first, size)
+            taken = blocks.take(box, array).reshape(*packed.shape[:-1], -1)
+            return taken[..., start - first * entries : stop - first * entries]
 
         return self._in_order(tensor, spans, read_box)
 

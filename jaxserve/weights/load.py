@@ -25,7 +25,7 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.models.registry import weight_sources
 from jaxserve.models.sources import Part, Source, WeightSources
 from jaxserve.weights.checkpoint import Checkpoint
-from jaxserve.weights.packed import Boxes, View, tree_of, views
+from jaxserve.weights.packed import Boxes, View, depth_of, tree_of, views
 from jaxserve.weights.reading import Index
 from pallas_kernels.quantized_matmul import Quantized
 from sharding.placement import host_zeros, place
@@ -71,17 +71,33 @@ def load_params(
 
     def load(weight: _Weight, target: Any, axes: Any, sharding: Any) -> Any:
         if isinstance(target, Quantized):
-            words = axes.values.words
-            make = partial(load_array, weight, words)
-            return tree_of(target, sharding, views(checkpoint, target), make=make)
+            make = partial(load_array, weight, axes.values.words)
+            readers = views(checkpoint, target, depth_of(weight.sources[0]))
+            loaded = tree_of(target, sharding, readers, make=make)
+            if target.order is None:
+                return loaded
+            return replace(loaded, order=load_order(weight, target.order, sharding.order))
         return load_array(weight, axes.words, target, sharding, checkpoint)
+
+    def load_order(weight: _Weight, target: Any, sharding: Any) -> jax.Array:
+        def read(index: Index) -> np.ndarray:
+            """Parts of a weight have the same order."""
+            layers = weight.sources[index[0]] if weight.stacked else weight.sources
+            orders = [checkpoint.read_order(source.parts[0].name) for source in layers]
+            # One that happens to be in order beside others that are not.
+            plain = np.arange(target.size // len(weight.sources), dtype=np.int32)
+            found = np.stack([plain if order is None else order for order in orders])
+            whole = found.reshape(len(orders) if weight.stacked else 1, *target.shape[1:])
+            return whole[(slice(None), *index[1:])]
+
+        return placed(place(read, target.shape, target.dtype, sharding))
 
     def load_array(
         weight: _Weight, words: Any, target: Any, sharding: Any, reader: Reader
     ) -> jax.Array:
         boxes: Boxes = partial(model.layout.boxes, words)
         if isinstance(reader, View):
-            weight, boxes = weight.narrowed(reader), reader.boxes(boxes)
+            weight, boxes = weight.narrowed(reader), reader.narrow.boxes(model.layout, words)
         read = partial(_read_weight, reader, weight, target.dtype, boxes)
         return placed(place(read, target.shape, target.dtype, sharding))
 
@@ -160,6 +176,8 @@ def check_tensors(sources: WeightSources, layers: int, checkpoint: Checkpoint) -
         name
         for name in sorted(stored - needed.keys())
         if not any(fnmatchcase(name, pattern) for pattern in sources.ignored)
+        # Tools that quantize give matrices a bias that has none to say.
+        and not (name.endswith(".bias") and not checkpoint.read(name).any())
     ]
     problems = []
     if missing:
@@ -192,7 +210,7 @@ class _Weight:
 
     def narrowed(self, view: View) -> _Weight:
         """The same of one array of a quantized weight."""
-        return replace(self, sources=tuple(map(view.narrowed, self.sources)))
+        return replace(self, sources=tuple(map(view.narrow.source, self.sources)))
 
 
 def _weights(sources: WeightSources, layers: int, stacked: bool) -> Params:

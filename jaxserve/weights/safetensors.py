@@ -35,6 +35,14 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_RAW = {
+    **DTYPES,
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""What parts of quantized matrices are stored as."""
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1}
 _SIZES |= {"I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
@@ -93,8 +101,28 @@ class SafetensorsCheckpoint:
         spans = resolve_index(name, tensor.shape, index)
         return read_spans(tensor.file, tensor.offset, tensor.shape, self.dtype(name), spans)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._tensors
+
+    def dtype_name(self, name: str) -> str:
+        """Returns a tensor's dtype as the file names it."""
+        return self._tensor(name).dtype
+
+    def read_raw(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads a box of a tensor that may be part of a quantized matrix."""
+        tensor = self._tensor(name)
+        spans = resolve_index(name, tensor.shape, index)
+        return read_spans(tensor.file, tensor.offset, tensor.shape, _RAW[tensor.dtype], spans)
+
     def stored_format(self, name: str) -> None:
         """Returns None: tensors are plain numbers."""
+
+    def stored_as(self, name: str) -> None:
+        """Returns None, likewise."""
+
+    def read_order(self, name: str) -> None:
+        """Returns None, likewise."""
 
     def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
         """Is never asked for: see ``stored_format``."""

@@ -7,6 +7,7 @@ Which weight is stored how, and the mesh, are the model's business.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,13 +20,20 @@ from pallas_kernels.quantized_matmul import ffn as _ffn
 from pallas_kernels.quantized_matmul import matrix as _matrix
 from pallas_kernels.quantized_matmul.best import Best, best_of, largest
 from pallas_kernels.quantized_matmul.ffn import Activation, gated
-from pallas_kernels.quantized_matmul.matrix import (
+from pallas_kernels.quantized_matmul.formats import (
     GROUP,
     Format,
+    Kind,
+    Spec,
+    bytes_per_weight,
+    spec,
+)
+from pallas_kernels.quantized_matmul.matrix import (
     Matrix,
     Quantized,
-    bytes_per_weight,
     dequantized,
+    in_order,
+    packed_int4,
     quantized,
     quantized_on_device,
 )
@@ -46,9 +54,11 @@ __all__ = [
     "Activation",
     "Best",
     "Format",
+    "Kind",
     "Matrix",
     "Products",
     "Quantized",
+    "Spec",
     "best_of",
     "best_product",
     "bytes_per_weight",
@@ -57,9 +67,11 @@ __all__ = [
     "gated",
     "has_native_best",
     "largest",
+    "packed_int4",
     "quantized",
     "quantized_matmul",
     "quantized_on_device",
+    "spec",
 ]
 
 IMPLEMENTATIONS = {
@@ -119,6 +131,7 @@ def quantized_matmul(
             f"{'[O, I]' if layer is None else '[L, O, I]'} with I = {x.shape[-1]}"
         )
     with jax.named_scope("matmul"):
+        x, matrix = in_order(x, matrix, layer)
         return dispatch(
             "quantized_matmul",
             IMPLEMENTATIONS,
@@ -164,6 +177,7 @@ def best_product(
             f"[O, I] with I = {x.shape[-1]}"
         )
     with jax.named_scope("matmul"):
+        x, matrix = in_order(x, matrix)
         return dispatch(
             "best_product",
             BEST_IMPLEMENTATIONS,
@@ -181,6 +195,8 @@ def has_native_best(
     """Whether ``best_product`` would be native, with memory for the best products alone."""
     if implementation not in (AUTO, "native"):
         return False
+    if isinstance(matrix, Quantized):
+        matrix = replace(matrix, order=None)  # Which is applied to the activations before.
     try:
         decline(x, matrix, jnp.dtype(jnp.float32))
     except NotImplementedError:
@@ -229,6 +245,7 @@ def feed_forward(
             f"{'[O, F]' if layer is None else '[L, O, F]'} with I = {x.shape[-1]}"
         )
     with jax.named_scope("feed_forward"):
+        x, gate_up = in_order(x, gate_up, layer)
         return dispatch(
             "feed_forward",
             FEED_FORWARDS,

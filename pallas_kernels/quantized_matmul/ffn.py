@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import native
-from pallas_kernels.quantized_matmul.matrix import Matrix
+from pallas_kernels.quantized_matmul.matrix import Matrix, in_order
 from pallas_kernels.quantized_matmul.native import decline, operands
 from pallas_kernels.quantized_matmul.reference import (
     quantized_matmul_reference,
@@ -48,7 +48,8 @@ def feed_forward_by(
 ) -> Float[Array, "*B O"]:
     """Computes ``feed_forward`` with two products; what comes of each has the dtype of ``x``."""
     product = partial(product, layer=layer, dtype=jnp.dtype(x.dtype), narrow=narrow)
-    return product(gated(product(x, gate_up), activation), down)
+    hidden = gated(product(x, gate_up), activation)
+    return product(*in_order(hidden, down, layer))
 
 
 def feed_forward_reference(

@@ -1,26 +1,33 @@
-"""Matrices as they are stored: plain numbers, or whole numbers of few bits with a scale a group.
+"""Matrices as they are stored: plain numbers, or numbers of few bits with a scale a group.
 
 ``Quantized`` is what a product takes in place of an array. Its arrays have the axes of the matrix
 that they stand for, the last one shortened, so that what is said of the matrix's axes (sharding,
-stacking, slicing of rows) is said of each of them.
+stacking, slicing of rows) is said of each of them. ``formats.py`` has the formats' names.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-GROUP = 32
-"""Values along the last axis that share a scale, as in GGUF's blocks."""
-SCALE_DTYPE = np.dtype(np.float16)
-MAX_INT8 = 127
-MAX_INT4 = 15
+from pallas_kernels.quantized_matmul.formats import (
+    FP8_SCALE_DTYPE,
+    GROUP,
+    MAX_FP8,
+    MAX_INT4,
+    MAX_INT8,
+    SCALE_DTYPE,
+    Format,
+    Kind,
+    Spec,
+    spec,
+)
 
 type Leaf = Any
 """An array, or what stands for one: jax rebuilds the dataclass around whatever a tree function
@@ -30,29 +37,50 @@ returns (shapes, specs, shardings), and a check of the field would refuse those.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix ``[..., O, I]`` in groups of 32 along its last axis.
+    """A matrix ``[..., O, I]`` in equal groups along its last axis.
+
+    How many values a group has follows from the shapes: ``I`` divided by the scales of a row.
 
     int8: ``values`` int8 ``[..., O, I]``; a value stands for ``scale * value``.
-    int4: ``values`` uint8 ``[..., O, I / 2]``, byte ``j`` of a group's 16 with value ``j`` in its
-    lower half and ``j + 16`` in its upper; a value of 0 to 15 stands for
-    ``scale * value + minimum``. That is the order of GGUF's Q4_0 and Q4_1.
+    int4: ``values`` uint8 ``[..., O, I / 2]``, in every 32 columns byte ``j`` of 16 with value
+    ``j`` in its lower half and ``j + 16`` in its upper, however many columns share a scale; a value
+    of 0 to 15 stands for ``scale * value + minimum``. For groups of 32 that is the order of GGUF's
+    Q4_0 and Q4_1. Groups are multiples of 32.
+    fp8: ``values`` float8_e4m3fn ``[..., O, I]``; a value stands for ``scale * value``.
     """
 
     values: Leaf
     scale: Leaf
-    """float16 ``[..., O, I / 32]``."""
+    """``[..., O, I / group]``: float16, and float32 for fp8."""
     minimum: Leaf = None
-    """As ``scale``; int8 has none."""
+    """As ``scale``; int4 alone has one."""
+    order: Leaf = None
+    """int32 ``[..., 1, I]``: column ``i`` of the matrix as it is stored is multiplied by entry
+    ``order[i]`` of the activations. None: they are in the same order. Axes of the output have one
+    entry, and a stack of layers has an order each."""
+
+    @property
+    def kind(self) -> Kind:
+        """Of its values."""
+        if self.minimum is not None:
+            return "int4"
+        return "int8" if jnp.dtype(self.values.dtype) == jnp.int8 else "fp8"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix."""
-        return (*self.scale.shape[:-1], self.scale.shape[-1] * GROUP)
+        *rows, stored = self.values.shape
+        return (*rows, stored * (1 if self.minimum is None else 2))
+
+    @property
+    def group(self) -> int:
+        """Values that share a scale."""
+        return self.shape[-1] // self.scale.shape[-1]
 
     @property
     def ndim(self) -> int:
         """Axes of the matrix."""
-        return self.scale.ndim
+        return self.values.ndim
 
     @property
     def nbytes(self) -> int:
@@ -63,55 +91,75 @@ class Quantized:
         """The same numbers with other axes, whose last is whole groups; one of them may be -1."""
         known = -math.prod(shape) if -1 in shape else 1
         sizes = [math.prod(self.shape) // known if size == -1 else size for size in shape]
-        return jax.tree.map(lambda array: array.reshape(*sizes[:-1], -1), self)
+        order, plain = self.order, replace(self, order=None)
+        reshaped = jax.tree.map(lambda array: array.reshape(*sizes[:-1], -1), plain)
+        if order is not None:
+            order = order.reshape(order.shape[0], *(1,) * (len(sizes) - 2), -1)
+        return replace(reshaped, order=order)
 
     def __getitem__(self, index: Any) -> Quantized:
-        """Rows of it: an index of leading axes."""
+        """Rows of it: an index of leading axes; of a matrix with an order, of layers alone."""
         return jax.tree.map(lambda array: array[index], self)
 
 
 type Matrix = Array | Quantized
 type Numbers = Any
 """An array of numpy or of JAX; the result is of the same."""
-type Format = Literal["int8", "int4"]
-
-
-def bytes_per_weight(format: Format) -> float:
-    """Of one value, with its share of the group's scale and minimum."""
-    shared = SCALE_DTYPE.itemsize / GROUP
-    return 1 + shared if format == "int8" else 1 / 2 + 2 * shared
 
 
 def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
-    """The numbers that a matrix stands for; computed in float32 and rounded once."""
+    """The numbers that a matrix stands for; computed in float32 and rounded once.
+
+    Its columns are in the order that they are stored in.
+    """
     if not isinstance(matrix, Quantized):
         return matrix.astype(dtype)
     values = matrix.values
     *rows, groups = matrix.scale.shape
-    if matrix.minimum is None:
-        grouped = values.reshape(*rows, groups, GROUP)
-    else:
-        pairs = values.reshape(*rows, groups, GROUP // 2)
-        grouped = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1)
+    if matrix.minimum is not None:
+        pairs = values.reshape(*rows, -1, GROUP // 2)
+        values = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1)
+    grouped = values.reshape(*rows, groups, matrix.group)
     out = grouped.astype(jnp.float32) * matrix.scale.astype(jnp.float32)[..., None]
     if matrix.minimum is not None:
         out = out + matrix.minimum.astype(jnp.float32)[..., None]
     return out.reshape(matrix.shape).astype(dtype)
 
 
+def in_order(
+    x: Float[Array, "*B I"], matrix: Matrix, layer: Any = None
+) -> tuple[Float[Array, "*B I"], Matrix]:
+    """Activations in the order of a matrix's columns, and the matrix without an order."""
+    if not isinstance(matrix, Quantized) or matrix.order is None:
+        return x, matrix
+    order = matrix.order
+    if layer is not None:
+        order = jax.lax.dynamic_index_in_dim(order, layer, keepdims=False)
+    taken = jnp.take(x, order.reshape(-1), axis=-1, mode="clip")
+    return taken, replace(matrix, order=None)
+
+
 def quantized(matrix: np.ndarray, format: Format) -> Quantized:
     """Rounds a matrix, group by group, to the nearest numbers that the format has there.
 
     Raises:
-        ValueError: The last axis is no whole groups, a number is not finite, or a group's scale or
-            minimum is beyond float16.
+        ValueError: The last axis is no whole groups, a number is not finite, a group's scale or
+            minimum is beyond float16, or the format has an order.
     """
-    return _rounded_int8(matrix) if format == "int8" else _rounded_int4(matrix)
+    its = _unordered(format)
+    round_to = {"int8": _rounded_int8, "int4": _rounded_int4, "fp8": _rounded_fp8}[its.kind]
+    return round_to(matrix, _grouped(matrix, its.group))
 
 
-def _rounded_int8(matrix: np.ndarray) -> Quantized:
+def _unordered(format: Format) -> Spec:
+    its = spec(format)
+    if its.ordered:
+        raise ValueError(f"{format} is read from checkpoints; nothing is rounded to it")
+    return its
+
+
+def _rounded_int8(matrix: np.ndarray, grouped: np.ndarray) -> Quantized:
     """Rounds to the nearest of 255 numbers a group; the largest of a group is exact to float16."""
-    grouped = _grouped(matrix)
     (most,) = _finite(np.abs(grouped).max(axis=-1))
     scale = _within_scale_dtype(most / MAX_INT8, "scale", "int8")
     factor = scale.astype(np.float32)[..., None]
@@ -120,9 +168,8 @@ def _rounded_int8(matrix: np.ndarray) -> Quantized:
     return Quantized(values.reshape(matrix.shape), scale)
 
 
-def _rounded_int4(matrix: np.ndarray) -> Quantized:
+def _rounded_int4(matrix: np.ndarray, grouped: np.ndarray) -> Quantized:
     """Rounds to the nearest of 16 numbers a group, evenly spread from its least to its largest."""
-    grouped = _grouped(matrix)
     least, most = _finite(grouped.min(axis=-1), grouped.max(axis=-1))
     with np.errstate(over="ignore"):  # Refused in the next line.
         spread = (most - least) / MAX_INT4
@@ -135,23 +182,35 @@ def _rounded_int4(matrix: np.ndarray) -> Quantized:
     return Quantized(packed_int4(values.reshape(matrix.shape)), scale, minimum)
 
 
+def _rounded_fp8(matrix: np.ndarray, grouped: np.ndarray) -> Quantized:
+    """Rounds to the nearest float of 8 bits; the largest of a group becomes the largest of them."""
+    (most,) = _finite(np.abs(grouped).max(axis=-1))
+    scale = (most / np.float32(MAX_FP8)).astype(FP8_SCALE_DTYPE)
+    factor = scale[..., None]
+    values = np.divide(grouped, factor, out=np.zeros_like(grouped), where=factor != 0)
+    values = np.clip(values, -MAX_FP8, MAX_FP8).astype(jnp.float8_e4m3fn)
+    return Quantized(values.reshape(matrix.shape), scale)
+
+
 def quantized_on_device(matrix: Array, format: Format) -> Quantized:
     """As ``quantized``, of an array that may be traced; what is not finite is not refused."""
-    grouped = _grouped(matrix)
-    if format == "int8":
-        spread, least, bounds = (
-            jnp.abs(grouped).max(axis=-1) / MAX_INT8,
-            None,
-            (-MAX_INT8, MAX_INT8),
-        )
-    else:
+    its = _unordered(format)
+    grouped = _grouped(matrix, its.group)
+    least = None
+    if its.kind == "int4":
         least, bounds = grouped.min(axis=-1), (0, MAX_INT4)
         spread = (grouped.max(axis=-1) - least) / MAX_INT4
         least = least.astype(SCALE_DTYPE)
         grouped = grouped - least.astype(jnp.float32)[..., None]
-    scale = spread.astype(SCALE_DTYPE)
+    else:
+        largest = MAX_INT8 if its.kind == "int8" else MAX_FP8
+        spread, bounds = jnp.abs(grouped).max(axis=-1) / largest, (-largest, largest)
+    scale = spread.astype(its.scale_dtype)
     factor = scale.astype(jnp.float32)[..., None]
     values = jnp.where(factor == 0, 0, grouped / jnp.where(factor == 0, 1, factor))
+    if its.kind == "fp8":
+        values = jnp.clip(values, *bounds).astype(jnp.float8_e4m3fn)
+        return Quantized(values.reshape(matrix.shape), scale)
     values = jnp.clip(jnp.rint(values), *bounds).reshape(matrix.shape)
     if least is None:
         return Quantized(values.astype(jnp.int8), scale)
@@ -176,23 +235,35 @@ def check(matrix: Matrix) -> None:
         if not jnp.issubdtype(matrix.dtype, jnp.floating):
             raise ValueError(f"the matrix is {matrix.dtype}; give floats, or a Quantized")
         return
-    values, scale = matrix.values, matrix.scale
-    expected = jnp.int8 if matrix.minimum is None else jnp.uint8
-    if values.dtype != expected:
-        kind = "int8" if matrix.minimum is None else "int4"
-        raise ValueError(f"values of {kind} are {jnp.dtype(expected).name}, got {values.dtype}")
-    for field in fields(matrix)[1:]:
-        array = getattr(matrix, field.name)
-        if array is not None and (array.dtype != SCALE_DTYPE or array.shape != scale.shape):
+    its = Spec(matrix.kind)
+    if matrix.values.dtype != its.value_dtype:
+        kind = "int4 are uint8" if its.kind == "int4" else "int8 are int8, and of fp8 float8_e4m3fn"
+        raise ValueError(f"values of {kind}, got {matrix.values.dtype}")
+    *rows, depth = matrix.shape
+    scale = matrix.scale
+    for name in ("scale", "minimum"):
+        array = getattr(matrix, name)
+        if array is not None and (array.dtype != its.scale_dtype or array.shape != scale.shape):
             raise ValueError(
-                f"{field.name} is {array.dtype}{list(array.shape)}; it must be "
-                f"{SCALE_DTYPE}{list(scale.shape)}"
+                f"{name} is {array.dtype}{list(array.shape)}; it must be "
+                f"{its.scale_dtype}{list(scale.shape)}"
             )
-    stored = matrix.shape[-1] // (1 if matrix.minimum is None else 2)
-    if values.shape != (*matrix.shape[:-1], stored):
+    groups = scale.shape[-1] if scale.ndim else 0
+    whole = groups > 0 and depth % groups == 0
+    if [*scale.shape[:-1]] != rows or not whole or (its.kind == "int4" and matrix.group % GROUP):
+        unit = f" of a multiple of {GROUP}" if its.kind == "int4" else ""
         raise ValueError(
-            f"values are {list(values.shape)} and scales {list(scale.shape)}, which belong to a "
-            f"matrix {list(matrix.shape)} of values {[*matrix.shape[:-1], stored]}"
+            f"scales are {list(scale.shape)}, and values {list(matrix.values.shape)} of {its.kind} "
+            f"are a matrix {[*rows, depth]}, whose scales are {rows} times a number of equal "
+            f"groups{unit}"
+        )
+    order = matrix.order
+    if order is None:
+        return
+    layers = rows[:-1]  # Of a product's matrix.
+    if order.dtype != jnp.int32 or [*order.shape] != [*layers, 1, depth]:
+        raise ValueError(
+            f"order is {order.dtype}{list(order.shape)}; it must be int32{[*layers, 1, depth]}"
         )
 
 
@@ -207,23 +278,24 @@ def _finite(*extremes: np.ndarray) -> tuple[np.ndarray, ...]:
     return extremes
 
 
-def _within_scale_dtype(numbers: np.ndarray, what: str, format: Format) -> np.ndarray:
+def _within_scale_dtype(numbers: np.ndarray, what: str, kind: Kind) -> np.ndarray:
     """Rounds the numbers of groups to what they are stored in."""
     with np.errstate(over="ignore"):
         rounded = numbers.astype(SCALE_DTYPE)
     if not (finite := np.isfinite(rounded)).all():
         raise ValueError(
-            f"a group's {what} would be {numbers[~finite][0]:g} as {format}, and {SCALE_DTYPE}, "
+            f"a group's {what} would be {numbers[~finite][0]:g} as {kind}, and {SCALE_DTYPE}, "
             f"which it is stored in, ends at {np.finfo(SCALE_DTYPE).max:g}; keep the matrix as it "
             "is"
         )
     return rounded
 
 
-def _grouped(matrix: Numbers) -> Numbers:
-    if matrix.shape[-1] % GROUP:
-        raise ValueError(
-            f"the last axis has {matrix.shape[-1]} entries, not a multiple of the group of {GROUP}"
-        )
+def _grouped(matrix: Numbers, group: int | None) -> Numbers:
     *rows, depth = matrix.shape
-    return matrix.astype(np.float32).reshape(*rows, depth // GROUP, GROUP)
+    group = depth if group is None else group
+    if depth == 0 or depth % group:
+        raise ValueError(
+            f"the last axis has {depth} entries, not a multiple of the group of {group}"
+        )
+    return matrix.astype(np.float32).reshape(*rows, depth // group, group)

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul.best import Best
-from pallas_kernels.quantized_matmul.matrix import GROUP, SCALE_DTYPE, Matrix, Quantized
+from pallas_kernels.quantized_matmul.formats import GROUP, SCALE_DTYPE
+from pallas_kernels.quantized_matmul.matrix import Matrix, Quantized
 
 DEPTH_STEP = 16
 """What a sum runs over at a time; kernel.h has the same number."""
@@ -98,6 +99,11 @@ def decline(
     dtypes = [jnp.dtype(x.dtype).name, jnp.dtype(dtype).name]
     if isinstance(matrix, Quantized):
         step = GROUP
+        if matrix.kind == "fp8" or matrix.group != GROUP or matrix.order is not None:
+            raise NotImplementedError(
+                f"quantized matrices are int8 and int4 in groups of {GROUP} without an order, got "
+                f"{matrix.kind} in groups of {matrix.group}"
+            )
     else:
         step = DEPTH_STEP
         dtypes.append(jnp.dtype(matrix.dtype).name)

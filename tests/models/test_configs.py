@@ -237,7 +237,6 @@ def test_a_value_that_is_not_implemented_is_refused_by_name(family, key, value):
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("llama", "quantization_config", {"quant_method": "awq", "bits": 4}),
         ("llama", "logit_scale", 0.5),
         ("gemma3", "use_bidirectional_attention", True),
         ("gemma3", "attn_logit_softcapping", 50.0),
@@ -251,7 +250,7 @@ def test_an_option_that_would_change_the_answers_is_refused_by_name(family, key,
 
 
 def test_a_long_value_is_cut_short_in_the_message():
-    message = refused("llama", quantization_config={"modules": list(range(100))})
+    message = refused("llama", clip_qkv={"modules": list(range(100))})
     assert "..." in message
     assert len(message) < 250
 

@@ -364,7 +364,7 @@ def test_what_no_implementation_could_take_is_refused():
     with refuse(match=r"minimum is float32\[2, 3, 3\]; it must be float16\[2, 3, 3\]"):
         wide = stack.minimum.astype(np.float32)
         quantized_matmul(x, replace(stack, minimum=wide), layer=0)
-    with refuse(match=r"values are \[2, 3, 32\] and scales \[2, 3, 3\], which belong to a matrix"):
+    with refuse(match=r"scales are \[2, 3, 3\], and values \[2, 3, 32\] of int4 are a matrix"):
         quantized_matmul(x, replace(stack, values=stack.values[..., :32]), layer=0)
     with refuse(match="the last axis has 33 entries, not a multiple of the group of 32"):
         quantized(np.ones((3, 33)), "int8")

@@ -23,11 +23,12 @@ from sharding.mesh import parse_mesh
 def sizes_of(model: str, facts: DeviceFacts, mesh: str = "1x1", **changes: Any) -> Sizes:
     settings: dict[str, Any] = {"assets_dir": Path("none"), "cache_dir": Path("none"), **changes}
     config = ServeConfig(model=f"dummy:{model}", mesh=mesh, **settings)
-    shards = parse_mesh(mesh).data
+    shape = parse_mesh(mesh)
+    shards = {"data_shards": shape.data, "tensor": shape.tensor}
     quantization = resolve_quantization(config, facts.platform)
     where = {"assets_dir": config.assets_dir, "offline": True}
     read, formats = read_model_facts(config.model, quantization, **where)
-    return resolve_sizes(config, read, facts.platform, data_shards=shards, formats=formats)
+    return resolve_sizes(config, read, facts.platform, formats=formats, **shards)
 
 
 @cache

@@ -30,7 +30,7 @@ from tests.weights.gguf_writing import (
     write_tiny_llama,
 )
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -166,11 +166,11 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_storage_type_is_named_with_the_tensor(tmp_path: Path) -> None:
-    raw = np.zeros((48, gguf.GGML_QUANT_SIZES[Kind.Q2_K][1]), np.uint8)
+    raw = np.zeros((48, gguf.GGML_QUANT_SIZES[Kind.TQ1_0][1]), np.uint8)
     with pytest.raises(
-        UnsupportedModelError, match=r"stores 'token_embd.weight' as Q2_K; supported are F32, F16"
+        UnsupportedModelError, match=r"stores 'token_embd.weight' as TQ1_0; supported are F32, F16"
     ):
-        one_tensor(tmp_path / "m.gguf", raw, Kind.Q2_K)
+        one_tensor(tmp_path / "m.gguf", raw, Kind.TQ1_0)
 
 
 def test_a_tensor_without_a_place_is_refused_instead_of_ignored(tmp_path: Path) -> None:
