@@ -15,16 +15,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.quantized_matmul.matrix import MAX_INT8, Matrix, Quantized
-from pallas_kernels.quantized_matmul.mosaic_config import FEW, Config, Problem, choose
+from pallas_kernels.quantized_matmul.best import Best, best_of
+from pallas_kernels.quantized_matmul.formats import FP8, MAX_FP8, MAX_INT8
+from pallas_kernels.quantized_matmul.matrix import Matrix, Quantized
+from pallas_kernels.quantized_matmul.mosaic_config import (
+    FEW,
+    Config,
+    Problem,
+    best_known,
+    choose,
+)
 from pallas_kernels.quantized_matmul.mosaic_kernel import mosaic_product
 from pallas_kernels.quantized_matmul.on_gpu import OnGpu, for_gpu
+from pallas_kernels.target import target
 
 MOST_ROWS = 512
 """Of activations; with more, XLA's product of the widened matrix is the faster one."""
 HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-FP8 = jnp.dtype(jnp.float8_e4m3fn)
-MAX_FP8 = 448.0
 HEADROOM = 14
 """The largest of a row of activations becomes a float16 of so many bits before the point."""
 
@@ -55,10 +62,12 @@ def quantized_matmul_mosaic(
     Raises:
         NotImplementedError: The text says what the kernel was not written for.
     """
-    given = _accepted(x, matrix)
+    given = _accepted(x, matrix, dtype)
     *batch, depth = x.shape
     rows = math.prod(batch)
-    stack = given if layer is not None else given[None]
+    stack = given
+    if layer is None:
+        stack = jax.tree.map(lambda array: array[None], given)
     x, native = x.reshape(rows, depth), narrow and _by_row(given)
     problem = Problem(
         rows=rows,
@@ -71,7 +80,7 @@ def quantized_matmul_mosaic(
         scale=stack.scale.dtype,
         programs=mosaic.cores(),
     )
-    config = config or choose(problem)
+    config = config or best_known(problem, target().kind) or choose(problem)
     if reason := problem.why_not(config):
         raise NotImplementedError(reason)
     x, factor = _activations(stack.columns(x), problem.activations)
@@ -104,17 +113,25 @@ def quantized_matmul_mosaic(
     return out.astype(dtype).reshape(*batch, -1)
 
 
-def _accepted(x: Any, matrix: Matrix) -> OnGpu:
+def best_product_mosaic(
+    x: Float[Array, "B I"], matrix: Matrix, *, count: int | Int[Array, ""] | None, narrow: bool
+) -> Best:
+    """Computes ``best_product`` of the products of ``quantized_matmul_mosaic``."""
+    dtype = jnp.dtype(jnp.float32)
+    return best_of(quantized_matmul_mosaic(x, matrix, dtype=dtype, narrow=narrow), count)
+
+
+def _accepted(x: Any, matrix: Matrix, dtype: jnp.dtype) -> OnGpu:
     """The matrix as the kernel takes it, or the reason why it does not."""
     mosaic.decline_elsewhere()
-    if isinstance(matrix, Quantized) and matrix.scale.shape[-1] == 1 and matrix.minimum is None:
+    if not isinstance(matrix, Quantized):
+        raise NotImplementedError("the matrix is not quantized, and XLA multiplies it")
+    if not isinstance(matrix, OnGpu) and matrix.kind != "int4" and matrix.scale.shape[-1] == 1:
         matrix = for_gpu(matrix)  # Moves nothing.
-    if isinstance(matrix, Quantized):
+    if not isinstance(matrix, OnGpu):
         raise NotImplementedError(
             "a matrix with scales of groups must be repacked at load, see for_gpu"
         )
-    if not isinstance(matrix, OnGpu):
-        raise NotImplementedError("the matrix is not quantized, and XLA multiplies it")
     rows = math.prod(x.shape[:-1])
     if not 0 < rows <= MOST_ROWS:
         raise NotImplementedError(
@@ -123,6 +140,8 @@ def _accepted(x: Any, matrix: Matrix) -> OnGpu:
         )
     if x.dtype not in HALVES:
         raise NotImplementedError(f"activations are bfloat16 or float16, got {x.dtype}")
+    if dtype not in (*HALVES, jnp.float32):
+        raise NotImplementedError(f"answers are float32, bfloat16 or float16, got {dtype}")
     return matrix
 
 

@@ -7,14 +7,19 @@ answer has the same bits in a batch of any such size. The rest may follow from a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic import CORES, LINES, SHARED_BYTES
 
+RECORD = Path(__file__).with_name("configs.json")
+"""Written by a search on a GPU; need not be there."""
 FEW = 64
 """Up to so many rows the memory's speed is the limit, and beyond it that of the tensor cores."""
 FEW_TOKENS = (8, 16, 32)
@@ -77,6 +82,25 @@ class Problem:
         """Whether the scale is applied once, at the end."""
         return self.groups == 1 and not self.has_minimum
 
+    @property
+    def is_few(self) -> bool:
+        """Whether a row's answer has the same bits in any company."""
+        return self.rows <= FEW
+
+    @property
+    def tokens(self) -> int:
+        """Rows of activations in a tile, where nothing better is known."""
+        sizes = FEW_TOKENS if self.is_few else MANY_TOKENS
+        return next((size for size in sizes if size >= self.rows), sizes[-1])
+
+    @property
+    def key(self) -> str:
+        """What a configuration is recorded under, such as ``4096x14336 int4/128 bfloat16 few``."""
+        rows = "few" if self.is_few else f"{-(-self.rows // self.tokens) * self.tokens} rows"
+        values, activations = jnp.dtype(self.values).name, jnp.dtype(self.activations).name
+        group = self.depth // self.groups
+        return f"{self.outs}x{self.depth} {values}/{group} {activations} {rows}"
+
     def why_not(self, config: Config) -> str | None:
         """Says why the problem cannot be cut this way; None when it can."""
         block = config.rows * LINES
@@ -110,7 +134,7 @@ class Problem:
         x = config.tokens * config.depth * bits(self.activations) // 8
         groups = max(1, config.depth * self.groups // self.depth)
         scales = 0 if self.by_row else groups * block * jnp.dtype(self.scale).itemsize
-        sums = groups * config.tokens * 4 if self.has_minimum and self.rows > FEW else 0
+        sums = groups * config.tokens * 4 if self.has_minimum and not self.is_few else 0
         return values + x + scales * (2 if self.has_minimum else 1) + sums
 
 
@@ -119,15 +143,34 @@ def bits(dtype: Any) -> int:
     return 4 if jnp.dtype(dtype) == jnp.int4 else jnp.dtype(dtype).itemsize * 8
 
 
+@cache
+def _recorded() -> dict[str, dict[str, dict[str, int]]]:
+    """By kind of device and key: what a search on such a device found."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def best_known(problem: Problem, kind: str) -> Config | None:
+    """Returns the configuration that was fastest for a problem on a kind of device.
+
+    One for few rows is for any number of them; tiles have as many as there are.
+    """
+    found = _recorded().get(kind, {}).get(problem.key)
+    if found is None:
+        return None
+    config = Config(**found)
+    if problem.is_few:
+        config = replace(config, tokens=min(config.tokens, problem.tokens))
+    config = replace(config, programs=problem.programs)
+    return config if problem.why_not(config) is None else None
+
+
 def choose(problem: Problem) -> Config:
     """Returns the configuration for a problem.
 
     Raises:
         NotImplementedError: There is none; the text says why.
     """
-    few = problem.rows <= FEW
-    sizes = FEW_TOKENS if few else MANY_TOKENS
-    tokens = next((size for size in sizes if size >= problem.rows), sizes[-1])
+    few, tokens = problem.is_few, problem.tokens
     reasons = []
     for depth, rows in product(DEPTHS, (1,) if few else (2, 1)):
         for chains in CHAINS if few else (1,):
