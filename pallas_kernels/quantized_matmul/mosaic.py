@@ -170,7 +170,7 @@ def _activations(
         shift = jnp.clip(HEADROOM - exponent, -126, 126)
         return jnp.ldexp(wide, shift[:, None]).astype(dtype), jnp.ldexp(1.0, -shift)
     limit = MAX_INT8 if dtype == jnp.int8 else MAX_FP8
-    factor = jnp.where(most > 0, most / limit, 1)
+    factor = jnp.where(most == 0, 1, most / limit)  # That of a row that is not finite is not, too.
     scaled = wide / factor[:, None]
     if dtype == jnp.int8:
         scaled = jnp.rint(scaled)
