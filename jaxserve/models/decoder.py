@@ -49,9 +49,11 @@ from pallas_kernels.quantized_matmul import (
 )
 
 Attend = Callable[..., tuple[Any, Any]]
-"""``attend(cache, layer, q, k, v, window) -> (out, cache)``.
+"""``attend(cache, layer, q, k, v, rope, window) -> (out, cache)``.
 
-q ``[B T N H]`` is not scaled yet; k and v ``[B T K H]`` are the new tokens'. ``layer`` and
+q ``[B T N H]`` is not scaled yet; k and v ``[B T K H]`` are the new tokens'. Neither q nor k is
+rotated: ``rope`` is the table that ``apply_rope`` takes, and who writes keys may rotate as it goes.
+``layer`` and
 ``window`` (0 = global) are traced scalars; when layers are unrolled, ``window`` is an int.
 """
 
@@ -352,8 +354,8 @@ class Model:
             self._layer_graph, nnx.State({name: nnx.Param(w) for name, w in weights.items()})
         )
 
-        def attend_here(cache: Any, q: Array, k: Array, v: Array) -> tuple[Any, Any]:
-            return attend(cache, number, q, k, v, window)
+        def attend_here(cache: Any, q: Array, k: Array, v: Array, rope: Array) -> tuple[Any, Any]:
+            return attend(cache, number, q, k, v, rope, window)
 
         rope = ropes[self._rope_base(window)]
         return layer(x, rope, cache, attend_here, tensor_axis, products)

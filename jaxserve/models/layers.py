@@ -123,20 +123,6 @@ def rope_table(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Float[A
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def apply_rope(
-    x: Float[Array, "B T heads H"], table: Float[Array, "2 B T half"]
-) -> Float[Array, "B T heads H"]:
-    """Rotates each head by its position (RoFormer, equation 34).
-
-    The two members of a pair are ``H / 2`` apart, as in Hugging Face's checkpoints, and not
-    neighbours as in the paper.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = table[0][:, :, None, :], table[1][:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
 def softcap(x: Float[Array, "*B V"], cap: float) -> Float[Array, "*B V"]:
     """Bends values smoothly into (-cap, cap); a cap of 0 leaves them alone."""
     return cap * jnp.tanh(x / cap) if cap else x

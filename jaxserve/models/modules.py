@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import all_reduce, apply_rope, feed_forward, project, rms_norm
+from jaxserve.models.layers import all_reduce, feed_forward, project, rms_norm
 from pallas_kernels.quantized_matmul import Products
 
 Axes = tuple[str | None, ...]
@@ -82,16 +82,16 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Float[Array, "2 B T half"],
         cache: Any,
-        attend: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+        attend: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]],
         tensor_axis: str | None,
         products: Products,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Runs the layer; ``attend(cache, q, k, v)`` is bound to it."""
+        """Runs the layer; ``attend(cache, q, k, v, rope)`` is bound to it."""
         with jax.named_scope("attn_norm"):
             y = self._norm(x, self.attn_norm)
-        q, k, v = self._qkv(y, rope, products)
+        q, k, v = self._qkv(y, products)
         with jax.named_scope("attention"):
-            y, cache = attend(cache, q, k, v)
+            y, cache = attend(cache, q, k, v, rope)
         with jax.named_scope("o"):
             w_o = self.w_o[...]
             y = project(y.reshape(*y.shape[:2], -1), w_o.reshape(w_o.shape[0], -1), products)
@@ -105,7 +105,7 @@ class Layer(nnx.Module):
         return x, cache
 
     def _qkv(
-        self, x: Float[Array, "B T D"], rope: Float[Array, "2 B T half"], products: Products
+        self, x: Float[Array, "B T D"], products: Products
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         w = self.w_qkv[...]
         K, rows, H, D = w.shape
@@ -118,8 +118,7 @@ class Layer(nnx.Module):
             q, k, v = q.reshape(B, T, -1, H), k[:, :, :, 0], v[:, :, :, 0]
             if self.config.qk_norm:
                 q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
-        with jax.named_scope("rope"):
-            return apply_rope(q, rope), apply_rope(k, rope), v
+            return q, k, v
 
     def _ffn(self, x: Float[Array, "B T D"], products: Products) -> Float[Array, "B T D"]:
         w = self.w_gate_up[...]

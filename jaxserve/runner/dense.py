@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Attend, Model, Params
 from jaxserve.models.layers import softcap
+from pallas_kernels.paged_attention import apply_rope
 
 SMALLEST_PLACES = 16
 
@@ -62,8 +63,10 @@ def dense_attention(config: ModelConfig) -> Attend:
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
+        rope: Float[Array, "2 B T half"],
         window: Any,
     ) -> tuple[Float[Array, "B T N H"], Any]:
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         B, T, N, H = q.shape
         q_BTKGH = q.reshape(B, T, k.shape[2], -1, H).astype(jnp.float32)
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k.astype(jnp.float32))

@@ -21,7 +21,7 @@ from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import DeviceState
 from jaxserve.runner.sampling import Lines, bits, choose, merge_top
 from jaxserve.runner.vocab import VocabShard
-from pallas_kernels.paged_attention import Pools, append, paged_attention, places_of
+from pallas_kernels.paged_attention import Pools, paged_attention, places_of, rope_append
 from pallas_kernels.quantized_matmul import Products
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
@@ -139,11 +139,26 @@ class StepPrograms:
         config = self.model.config
 
         def attend(
-            pools: Pools, layer: Array | int, q: Array, k: Array, v: Array, window: Array | int
+            pools: Pools,
+            layer: Array | int,
+            q: Array,
+            k: Array,
+            v: Array,
+            rope: Array,
+            window: Array | int,
         ) -> tuple[Array, Pools]:
-            write = "auto" if self.has_native else "scatter"
-            pools = append(
-                pools, k, v, table, start, length, layer=layer, first=first, implementation=write
+            q, pools = rope_append(
+                pools,
+                q,
+                k,
+                v,
+                rope,
+                table,
+                start,
+                length,
+                layer=layer,
+                first=first,
+                implementation="auto" if self.has_native else "scatter",
             )
             out = paged_attention(
                 q,

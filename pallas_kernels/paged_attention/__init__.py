@@ -7,11 +7,14 @@ the model's business; which page belongs to whom is the engine's.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.paged_attention.append_mosaic import rope_append_mosaic
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
 from pallas_kernels.paged_attention.formats import (
     FORMATS,
@@ -32,6 +35,7 @@ from pallas_kernels.paged_attention.pool import (
 )
 from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.rope import apply_rope
 
 __all__ = [
     "FORMATS",
@@ -41,11 +45,13 @@ __all__ = [
     "Pools",
     "abstract_pools",
     "append",
+    "apply_rope",
     "cell_bytes",
     "format_of",
     "paged_attention",
     "places_of",
     "pool_shape",
+    "rope_append",
 ]
 
 IMPLEMENTATIONS = {
@@ -179,9 +185,7 @@ def append(
     _check_pools(pools)
     _check_head_dim("new tokens", k.shape[3], pools)
     with jax.named_scope("append"):
-        if _is_rotated(pools):
-            # In float32, which is what they are rounded from.
-            k, v = (rotate(x.astype(jnp.float32)) for x in (k, v))
+        k, v = _as_held(pools, k, v)
         return dispatch(
             "append",
             APPENDS,
@@ -197,6 +201,99 @@ def append(
         )
 
 
+def rope_append(
+    pools: Pools,
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    rope: Float[Array, "2 R T half"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    first: Int[Array, " F"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "R T N H"], Pools]:
+    """Rotates queries and keys by their positions (``apply_rope``), and appends keys and values.
+
+    Args:
+        pools: As in ``append``, for all that is not said here.
+        q: Queries, not rotated.
+        k: Keys, not rotated.
+        v: Values.
+        rope: Cosine and sine of every pair's angle, for each place, in float32.
+        table: Pages of each row.
+        start: Position of each row's first new token.
+        length: Real new tokens of each row.
+        layer: Which layer's pages.
+        first: Of ragged rows: where each one's new tokens begin among the T places.
+        implementation: A name in ``ROPE_APPENDS``, or ``"auto"`` for the first that accepts.
+
+    Returns:
+        The queries, rotated, those of padding too; and the pools.
+
+    Raises:
+        ValueError: What ``append`` refuses; queries or angles that do not belong to the keys.
+    """
+    _check_places("new tokens", k.shape[0], table, first)
+    _check_pools(pools)
+    _check_head_dim("new tokens", k.shape[3], pools)
+    _check_heads(q.shape[2], pools)
+    half = (2, *k.shape[:2], k.shape[3] // 2)
+    if rope.shape != half:
+        raise ValueError(
+            f"the angles have the shape {list(rope.shape)}; for new tokens {list(k.shape)} they "
+            f"are {list(half)}: cosines and sines of each place's pairs"
+        )
+    return dispatch(
+        "rope_append",
+        ROPE_APPENDS,
+        implementation,
+        pools,
+        q,
+        k,
+        v,
+        rope,
+        table,
+        start,
+        length,
+        layer=layer,
+        first=first,
+    )
+
+
+def _in_parts(
+    write: str,
+    pools: Pools,
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    rope: Float[Array, "2 R T half"],
+    table: Int[Array, "B W"],
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    layer: int | Int[Array, ""],
+    first: Int[Array, " F"] | None = None,
+) -> tuple[Float[Array, "R T N H"], Pools]:
+    """Computes ``rope_append`` one thing after the other: what it means."""
+    with jax.named_scope("rope"):
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+    with jax.named_scope("append"):
+        k, v = _as_held(pools, k, v)
+        return q, APPENDS[write](pools, k, v, table, start, length, layer=layer, first=first)
+
+
+ROPE_APPENDS = {
+    "mosaic": rope_append_mosaic,
+    "native": partial(_in_parts, "native"),
+    "scatter": partial(_in_parts, "scatter"),
+}
+"""Of ``rope_append``, by name, best first; all but the first are ``apply_rope`` and that
+``append``."""
+
+
 def _check(
     q: Float[Array, "R T N H"],
     pools: Pools,
@@ -210,11 +307,7 @@ def _check(
     _check_pools(pools)
     q_heads, head_dim = q.shape[2:]
     _check_head_dim("queries", head_dim, pools)
-    if q_heads % pools.k.shape[1]:
-        raise ValueError(
-            f"{q_heads} query heads cannot be split over {pools.k.shape[1]} key/value heads; "
-            "make the first a multiple of the second"
-        )
+    _check_heads(q_heads, pools)
     if not scale > 0:
         raise ValueError(f"scale must be above 0, got {scale}; head_dim ** -0.5 is usual")
     if isinstance(window, int) and window < 0:
@@ -226,6 +319,16 @@ def _check(
             f"sinks have the shape {list(sinks.shape)} and there are {q_heads} query heads; give "
             "a logit for each"
         )
+
+
+def _as_held(
+    pools: Pools, k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]
+) -> tuple[Float[Array, "R T K H"], Float[Array, "R T K H"]]:
+    """Keys and values as the implementations of ``append`` take them."""
+    if not _is_rotated(pools):
+        return k, v
+    # In float32, which is what they are rounded from.
+    return rotate(k.astype(jnp.float32)), rotate(v.astype(jnp.float32))
 
 
 def _is_rotated(pools: Pools) -> bool:
@@ -250,6 +353,14 @@ def _check_pools(pools: Pools) -> None:
         raise ValueError(
             f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
             "per layer; make it of pool_shape()"
+        )
+
+
+def _check_heads(q_heads: int, pools: Pools) -> None:
+    if q_heads % pools.k.shape[1]:
+        raise ValueError(
+            f"{q_heads} query heads cannot be split over {pools.k.shape[1]} key/value heads; "
+            "make the first a multiple of the second"
         )
 
 

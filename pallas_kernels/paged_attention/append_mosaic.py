@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import LINES
 from pallas_kernels.paged_attention.cells import NOWHERE, cells_of
-from pallas_kernels.paged_attention.int8 import LEAST, MAX_INT8
+from pallas_kernels.paged_attention.formats import INT4, LEAST, Format
 from pallas_kernels.paged_attention.pool import Pools
 
 ALIGNED = 8
@@ -32,7 +32,9 @@ bytes."""
 
 def rope_append_mosaic(
     pools: Pools,
-    heads: Float[Array, "R T K C H"],
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
     rope: Float32[Array, "2 R T half"],
     table: Int[Array, "B W"],
     start: Int[Array, " B"],
@@ -43,48 +45,54 @@ def rope_append_mosaic(
 ) -> tuple[Float[Array, "R T N H"], Pools]:
     """Computes ``rope_append``; see there for the arguments. Padding is written nowhere."""
     mosaic.decline_elsewhere()
-    _decline(pools, heads)
-    rows, tokens, kv_heads, lines, head_dim = heads.shape
-    places, group = rows * tokens, lines - 2
+    _decline(pools, q)
+    rows, tokens, q_heads, head_dim = q.shape
+    kv_heads, places = k.shape[2], rows * tokens
+    group = q_heads // kv_heads
+    # As projections give them, side by side: where they were split, XLA leaves both out.
+    groups = (x.reshape(rows, tokens, kv_heads, -1, head_dim) for x in (q, k, v))
+    heads = jnp.concatenate(list(groups), axis=3).reshape(places, kv_heads, -1, head_dim)
     cells = cells_of(pools.page_tokens, table, start, length, tokens, first).reshape(places)
     body = _Body(
         kv_heads=kv_heads,
         group=group,
         head_dim=head_dim,
         page_tokens=pools.page_tokens,
-        dtype=heads.dtype,
-        has_scales=pools.has_scales,
+        dtype=q.dtype,
+        format=pools.format,
     )
     # Written where they lie: XLA sees an operand that is the result, too.
     refs = [jax.new_ref(x) for x in (pools.k, pools.v)]
     if pools.has_scales:
         refs += [jax.new_ref(x) for x in (pools.k_scale, pools.v_scale)]
-    q = plgpu.kernel(
+    run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((places, kv_heads * group, head_dim), heads.dtype),
+        out_type=jax.ShapeDtypeStruct((places, q_heads, head_dim), q.dtype),
         scratch_types=body.scratch(),
         grid=(places,),
         grid_names=("place",),
         kernel_name="rope_append",
-    )(
-        heads.reshape(places, kv_heads, lines, head_dim),
-        rope.reshape(2, places, head_dim // 2),
-        cells,
-        (jnp.asarray(layer, jnp.int32) * pools.pages).reshape(1),
-        *refs,
     )
+    base = (jnp.asarray(layer, jnp.int32) * pools.pages).reshape(1)
+    with jax.named_scope("append"):
+        turned = run(heads, rope.reshape(2, places, head_dim // 2), cells, base, *refs)
     written = dict(zip(("k", "v", "k_scale", "v_scale"), map(jax.freeze, refs), strict=False))
-    return q.reshape(rows, tokens, -1, head_dim), replace(pools, **written)
+    return turned.reshape(q.shape), replace(pools, **written)
 
 
-def _decline(pools: Pools, heads: Float[Array, "R T K C H"]) -> None:
+def _decline(pools: Pools, q: Float[Array, "R T N H"]) -> None:
     """Says what the kernel was not written for; runs while tracing only."""
-    group, head_dim = heads.shape[3] - 2, heads.shape[4]
-    dtype, pages = jnp.dtype(heads.dtype).name, jnp.dtype(pools.k.dtype).name
+    group, head_dim = q.shape[2] // pools.k.shape[1], q.shape[3]
+    dtype, pages = jnp.dtype(q.dtype).name, jnp.dtype(pools.k.dtype).name
     if dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(f"heads are bfloat16 or float16, got {dtype}")
-    if pages not in (dtype, "int8"):
-        raise NotImplementedError(f"pages are {dtype}, as the heads, or int8, got {pages}")
+    if pools.format is INT4:
+        raise NotImplementedError(
+            "pages of int4 take heads that are spread over all channels and packed in pairs, "
+            "which this kernel does not do"
+        )
+    if pools.format is None and pages != dtype:
+        raise NotImplementedError(f"pages without scales are {dtype}, as the heads, got {pages}")
     if head_dim % 16 or head_dim > 256:
         raise NotImplementedError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
     if group > 1 and group * head_dim % 64:
@@ -103,7 +111,8 @@ class _Body:
     head_dim: int
     page_tokens: int
     dtype: Any
-    has_scales: bool
+    format: Format | None
+    """Of pages with scales."""
 
     @property
     def keys(self) -> int:
@@ -135,9 +144,9 @@ class _Body:
             "angles": plgpu.SMEM((2, self.head_dim // 2), jnp.float32),
             "here": plgpu.Barrier(num_arrivals=self.copies_in + 1),
         }
-        if self.has_scales:
+        if self.format is not None:
             made |= {
-                "codes": plgpu.SMEM((count, self.head_dim), jnp.int8),
+                "codes": plgpu.SMEM((count, self.head_dim), self.format.storage),
                 "scales": plgpu.SMEM((self.lines,), jnp.bfloat16),
             }
         return made
@@ -155,9 +164,9 @@ class _Body:
         for begin in range(0, self.lines, LINES):
             self._rotate(begin, wide, scratch["angles"])
         plgpu.commit_smem()
-        if self.has_scales:
+        if self.format is not None:
             for begin in range(self.keys // LINES * LINES, self.lines, LINES):
-                self._quantize(begin, wide, scratch["codes"], scratch["scales"])
+                self._quantize(begin, self.format, wide, scratch["codes"], scratch["scales"])
             plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(wide.at[pl.ds(0, self.kv_heads * self.group)], q.at[place])
 
@@ -196,15 +205,15 @@ class _Body:
             # A value is rounded back to what it was.
             ref[...] = jnp.where(is_turned, new, old).astype(self.dtype)
 
-    def _quantize(self, begin: int, wide: Any, codes: Any, scales: Any) -> None:
-        """Rounds so many lines to int8 as ``int8.quantize`` does, to the same bits."""
+    def _quantize(self, begin: int, format: Format, wide: Any, codes: Any, scales: Any) -> None:
+        """Rounds so many lines as ``formats.quantize`` does, to the same bits."""
         lines = pl.ds(begin, LINES)
 
         def numbers(part: Any) -> Float32[Array, "M half"]:
             return _lines(wide.at[lines, part]).astype(jnp.float32)
 
         largest = jnp.maximum(*(jnp.abs(numbers(part)).max(axis=1) for part in self._halves()))
-        scale = jnp.where(largest < LEAST, 0.0, largest * jnp.float32(1 / MAX_INT8))
+        scale = jnp.where(largest < LEAST, 0.0, largest * jnp.float32(1 / format.most))
         scale = mosaic.rounded(scale, jnp.bfloat16)
         scales[lines] = scale.astype(jnp.bfloat16)
         is_usable = (scale > 0) & (scale < jnp.inf)
@@ -213,7 +222,8 @@ class _Body:
             factor = lax.broadcast_in_dim(inverse, (LINES, self.head_dim // 2), [0])
             # Not a product with 0: that of an infinity would be NaN.
             ratio = jnp.where(factor > 0, numbers(part) * factor, 0.0)
-            codes[lines, part] = jnp.round(ratio).astype(jnp.int8)
+            whole = jnp.round(ratio) if format.dtype == jnp.int8 else ratio
+            codes[lines, part] = whole.astype(format.storage)
 
     def _halves(self) -> tuple[Any, Any]:
         """The members of all pairs: the first ones, and their partners."""
@@ -228,11 +238,9 @@ class _Body:
         scratch: dict[str, Any],
     ) -> None:
         """Starts the copies of keys and values into their cell."""
-        source = scratch["codes" if self.has_scales else "wide"]
+        source = scratch["wide" if self.format is None else "codes"]
         for pool, begin in zip(pools[:2], (self.keys, self.values), strict=True):
-            plgpu.copy_smem_to_gmem(
-                source.at[pl.ds(begin, self.kv_heads)], pool.at[page, :, slot]
-            )
+            plgpu.copy_smem_to_gmem(source.at[pl.ds(begin, self.kv_heads)], pool.at[page, :, slot])
         for pool, begin in zip(pools[2:], (self.keys, self.values), strict=False):
             # Two bytes each, a page apart: no copy of hardware's is as small.
             for head in range(self.kv_heads):
@@ -241,7 +249,7 @@ class _Body:
 
 def _lines(ref: Any) -> Array:
     """Reads lines that lie one after the other, and so from few banks at once."""
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _up(count: int, multiple: int) -> int:

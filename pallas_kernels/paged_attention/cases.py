@@ -334,3 +334,22 @@ INTERPRETED = (
     ),
 )
 """Run by the interpreter of GPU kernels: contexts of a few pages, padding rows among them."""
+
+APPENDED = (
+    # A first slot, a last one, a full page, empty rows; lines of a token beyond one tile of 64.
+    _gpu("append-64-page16", (4, 2, 64), 16, _decode(33, 1, 0, 16)),
+    _gpu("append-128-page64", (8, 2, 128), 64, _decode(64, 65)),
+    _gpu("append-96-page32-mha", (3, 3, 96), 32, _decode(40, 0, 32)),
+    _gpu("append-256-page16-mqa", (2, 1, 256), 16, _decode(17, 5)),
+    _gpu("append-64-page8-odd", (9, 3, 64), 8, _decode(9, 40)),
+    _gpu("append-64-page16-wide", (72, 1, 64), 16, _decode(20, 3)),
+    _gpu("append-64-page16-chunk", (4, 2, 64), 16, (Row(10, 9), Row(0, 16), Row(0, 0))),
+    _gpu(
+        "append-128-page16-ragged",
+        (4, 2, 128),
+        16,
+        (Row(14, 4), Row(0, 1), Row(0, 0), Row(31, 5)),
+        is_ragged=True,
+    ),
+)
+"""Of ``rope_append``."""

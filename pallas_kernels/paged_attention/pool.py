@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.cells import cells_of
 from pallas_kernels.paged_attention.formats import (
     SCALE_DTYPE,
     Format,
@@ -34,7 +35,6 @@ from pallas_kernels.paged_attention.formats import (
     format_of,
     quantize,
 )
-from pallas_kernels.paged_attention.ragged import places_of
 
 NULL_PAGE = 0
 """First page of every layer, never allocated. Padding reads and writes it; masks keep it out of
@@ -148,21 +148,10 @@ def append_scatter(
     first: Int[Array, " B"] | None = None,
 ) -> Pools:
     """Computes ``append`` as two scatters of XLA; see there for the arguments."""
-    page_tokens = pools.page_tokens
-    width = table.shape[1]
-    if first is None:
-        token_RT = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-        is_real_RT = token_RT < length[:, None]
-        position_RT = start[:, None] + token_RT
-        of_RT = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
-    else:
-        of_RT, token_RT, is_real_RT = (x[None] for x in places_of(first, length, k.shape[1]))
-        position_RT = start[of_RT] + token_RT
-    is_real_RT = is_real_RT & (position_RT < width * page_tokens)
-    entry_RT = jnp.clip(position_RT // page_tokens, 0, width - 1)
-    page_RT = jnp.where(is_real_RT, table[of_RT, entry_RT], NULL_PAGE)
-    row_RT = layer * pools.pages + page_RT
-    offset_RT = position_RT % page_tokens
+    cell_RT = cells_of(pools.page_tokens, table, start, length, k.shape[1], first)
+    page_RT, offset_RT = jnp.divmod(cell_RT, pools.page_tokens)
+    # Nowhere is before all pages: that is the null page.
+    row_RT = layer * pools.pages + jnp.maximum(page_RT, NULL_PAGE)
     # Two index arrays around a slice: the scatter takes k and v as they come, [R, T, K, H].
     here = (row_RT, slice(None), offset_RT)
     if (format := pools.format) is None:

@@ -13,11 +13,15 @@ import pytest
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
+from pallas_kernels.paged_attention import apply_rope
 
 
 def _dense_attend(config: ModelConfig) -> Callable[..., Any]:
-    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> tuple[Any, Any]:
+    def attend(
+        cache: Any, layer: Any, q: Any, k: Any, v: Any, rope: Any, window: Any
+    ) -> tuple[Any, Any]:
         """Every query sees itself and what is before it, no further back than the window."""
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         group = q.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k) * config.attention_scale

@@ -99,9 +99,10 @@ def test_the_cache_goes_through_every_layer_in_order(stacked, dense_attend):
     config = preset("tiny-gemma3")
     model, dense = Model(config), dense_attend(config)
 
-    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> tuple[Any, Any]:
+    def attend(cache: Any, layer: Any, *heads: Any) -> tuple[Any, Any]:
         count, log = cache
-        out, _ = dense((), layer, q, k, v, window)
+        out, _ = dense((), layer, *heads)
+        window = heads[-1]
         return out, (count + 1, log.at[count].set(jnp.stack([layer, window])))
 
     run = jax.jit(partial(model.forward, attend=attend, tensor_axis=None))
@@ -121,9 +122,9 @@ def test_unrolled_layers_are_traced_once_for_each_window(dense_attend):
     config = replace(preset("tiny-gemma3"), layers=6, windows=(32, 32, 0, 32, 32, 0))
     dense, seen = dense_attend(config), []
 
-    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> tuple[Any, Any]:
-        seen.append(window)
-        return dense(cache, layer, q, k, v, window)
+    def attend(cache: Any, layer: Any, *heads: Any) -> tuple[Any, Any]:
+        seen.append(heads[-1])
+        return dense(cache, layer, *heads)
 
     model, zeros = Model(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     run = partial(model.forward, attend=attend, tensor_axis=None)

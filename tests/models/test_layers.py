@@ -9,13 +9,13 @@ import numpy as np
 
 from jaxserve.models.config import RopeScaling
 from jaxserve.models.layers import (
-    apply_rope,
     project,
     rms_norm,
     rope_frequencies,
     rope_table,
     softcap,
 )
+from pallas_kernels.paged_attention import apply_rope
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

@@ -139,7 +139,7 @@ def test_products_are_what_xla_counts_in_an_unrolled_program() -> None:
     config = replace(tiny, embed=256, ffn=1024, head_dim=64, vocab_size=4096)
     model = Model(config)
 
-    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, window: Any) -> Any:
+    def attend(cache: Any, layer: Any, q: Any, k: Any, v: Any, *others: Any) -> Any:
         return q, cache
 
     def forward(params: Any, tokens: Any) -> Any:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from jaxserve.launch import Service
 from jaxserve.models.decoder import Model
 from jaxserve.runner.compiling import CompileAfterReadyError, CompileCounter
 from jaxserve.runner.runner import Runner
+from pallas_kernels.paged_attention import apply_rope
 from tests.agreement.ways import (
     GREEDY,
     ask_together,
@@ -52,7 +54,8 @@ def dense_logits(service: Service, tokens: list[int]) -> np.ndarray:
     """Logits of every position by one dense forward pass: no pages, no programs."""
     config = service.plan.model
 
-    def attend(cache: None, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int):
+    def attend(cache: None, layer: int, q: Any, k: Any, v: Any, rope: jax.Array, window: int):
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         group = q.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * config.attention_scale
@@ -280,6 +283,7 @@ sys.path.insert(0, sys.argv[2])
 from tests.agreement.ways import make_service
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.runner.runner import Runner
+from pallas_kernels.paged_attention import apply_rope
 traced, trace = [], Runner.trace
 Runner.trace = lambda runner, key: traced.append(key) or trace(runner, key)
 with make_service("dummy:tiny-llama", Path(sys.argv[1]), Path(sys.argv[1])) as service:
