@@ -1,8 +1,9 @@
 """Products of activations with stored matrices, plain or quantized: the public functions.
 
 ``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU and ``mosaic``
-that on a GPU, whose layout ``on_gpu`` has; elsewhere XLA multiplies. ``ffn`` puts two of them around an activation, ``best`` keeps only the best answers.
-Which weight is stored how, and the mesh, are the model's business.
+that on a GPU, whose layout ``on_gpu`` has; elsewhere XLA multiplies. ``ffn`` puts two of them
+around an activation, ``best`` keeps only the best answers. Which weight is stored how, and the
+mesh, are the model's business.
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ def _product(
     return CompileCase(
         name=f"{format}, {rows} rows by {out} x {depth}{what and f' ({what})'}, {dtype}"
         f"{', answers of ' + answers if answers != dtype else ''}{', narrow' if narrow else ''}",
-        function=partial(
-            _multiply, dtype=jnp.dtype(answers), narrow=narrow
-        ),
+        function=partial(_multiply, dtype=jnp.dtype(answers), narrow=narrow),
         arguments=(
             jax.ShapeDtypeStruct((rows, depth), dtype),
             stack_of(format, out, depth),

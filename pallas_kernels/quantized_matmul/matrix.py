@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -241,7 +241,7 @@ def check(matrix: Matrix) -> None:
             raise ValueError(f"the matrix is {matrix.dtype}; give floats, or a Quantized")
         return
     if type(matrix) is not Quantized:
-        matrix = jax.eval_shape(lambda other: other.stored(), matrix)
+        matrix = cast("Quantized", jax.eval_shape(lambda other: other.stored(), matrix))
     its = Spec(matrix.kind)
     if matrix.values.dtype != its.value_dtype:
         kind = "int4 are uint8" if its.kind == "int4" else "int8 are int8, and of fp8 float8_e4m3fn"

@@ -172,7 +172,9 @@ def choose(problem: Problem) -> Config:
     """
     few, tokens = problem.is_few, problem.tokens
     reasons = []
-    for depth, rows in product(DEPTHS, (1,) if few else (2, 1)):
+    # Twice the columns of 8 bits, widened beside the sums of so many rows, do not fit registers.
+    is_narrow = few or problem.by_row or bits(problem.values) < 8
+    for depth, rows in product(DEPTHS if is_narrow else DEPTHS[-1:], (1,) if few else (2, 1)):
         for chains in CHAINS if few else (1,):
             parts = _parts(problem, rows * LINES, depth * chains, 0 if few else tokens)
             for rounds in range(MOST_STAGES // chains, 0, -1):

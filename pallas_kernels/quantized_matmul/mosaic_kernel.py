@@ -230,6 +230,7 @@ def mosaic_product(
 
         def multiply(turn: Any, _: None) -> None:
             if by_row:
+
                 @pl.when(chain == 0)
                 def _() -> None:
                     fetch_scales(turn)
@@ -242,6 +243,7 @@ def mosaic_product(
                 finish(turn, sums)
 
             if chains > 1:
+
                 @pl.when(chain > 0)
                 def _() -> None:
                     shared["sums"][chain - 1, strip] = sums
@@ -262,7 +264,7 @@ def mosaic_product(
     }
     out_tile = (rows, tokens, LINES) if turned else (rows, LINES, tokens)
     out_shape = (parts, x.shape[0], outs) if turned else (parts, outs, x.shape[0])
-    scratch = {"out": plgpu.SMEM(out_tile, dtype)}
+    scratch: dict[str, Any] = {"out": plgpu.SMEM(out_tile, dtype)}
     if by_row:
         scratch["scale"] = plgpu.SMEM((rows, LINES), scale.dtype)
         scratch["scaled"] = plgpu.Barrier(

@@ -25,8 +25,8 @@ SIGNS = 0x88
 class OnGpu(Quantized):
     """A ``Quantized`` matrix ``[..., O, I]`` as the kernel for Hopper reads it.
 
-    ``scale`` and ``minimum`` are ``[..., I / group, O]``: those of neighbouring rows lie beside each
-    other, and come in one bulk copy with a tile of values. Values of int4 have the highest bit of
+    ``scale`` and ``minimum`` are ``[..., I / group, O]``: those of neighbouring rows lie side by
+    side, and come in one bulk copy with a tile of values. Values of int4 have the highest bit of
     each half turned over: they are signed, which the processor widens in fewer instructions. They
     stay in the order of their bytes; a product puts its activations into that order instead, as
     ``columns`` does.

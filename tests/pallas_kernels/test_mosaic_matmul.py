@@ -21,11 +21,12 @@ from pallas_kernels.quantized_matmul import (
     dequantized,
     feed_forward,
     for_gpu,
+    mosaic_config,
+    mosaic_kernel,
     quantized,
     quantized_matmul,
     spec,
 )
-from pallas_kernels.quantized_matmul import mosaic_config, mosaic_kernel
 from pallas_kernels.quantized_matmul.cases import INTERPRETED, LAYER, LAYERS, GpuCase
 from pallas_kernels.quantized_matmul.mosaic import MOST_ROWS
 from pallas_kernels.quantized_matmul.mosaic_config import FEW, Config, Problem, best_known, choose
@@ -84,7 +85,10 @@ def product(case: GpuCase, x: jax.Array, stack: Quantized, blocks: int = 3) -> j
         implementation="mosaic",
         narrow=case.narrow,
     )
-    run = lambda x, stack, layer: multiply(x, stack, layer=layer)
+
+    def run(x: Any, stack: Any, layer: Any) -> jax.Array:
+        return multiply(x, stack, layer=layer)
+
     return interpret(run, x, stack, jnp.int32(LAYER), blocks=blocks)
 
 
@@ -179,16 +183,28 @@ FAULTS = (
     Fault("answer not committed", "            plgpu.commit_smem()\n", ""),
     Fault("answer overwritten", "plgpu.wait_smem_to_gmem(0, wait_read_only=True)", "pass"),
     Fault("answer not waited for", "plgpu.wait_smem_to_gmem(0)\n", "pass\n"),
-    Fault("scale of another group", 'shared["scale"][slot, j, lines]', 'shared["scale"][slot, 0, lines]'),
+    Fault(
+        "scale of another group",
+        'shared["scale"][slot, j, lines]',
+        'shared["scale"][slot, 0, lines]',
+    ),
     Fault("minimum lost", "sums = sums + of_x * spread(", "sums = sums + 0 * of_x * spread("),
     Fault("minimum without its offset", "least + CODE_OFFSET * scales", "least"),
-    Fault("one tile further", "start = (part * tiles + t) * tile", "start = (part * tiles + (t ^ 1)) * tile"),
+    Fault(
+        "one tile behind",
+        "start = (part * tiles + t) * tile",
+        "start = (part * tiles + jnp.maximum(t - 1, 0)) * tile",
+    ),
     Fault("part of another", "start = (part * tiles + t) * tile", "start = t * tile"),
     Fault("another layer", 'given["layer"][0], jnp', 'given["layer"][0] - 1, jnp'),
     Fault("a chain lost", "for other in range(chains - 1)", "for other in range(chains - 2)"),
     Fault("factor lost", 'sums = sums * spread_down(shared["factor"][strip])', "pass"),
-    Fault("activations of another tile", '"x": (pl.ds(token, tokens), columns)', '"x": (pl.ds(0, tokens), columns)'),
-)  # fmt: skip
+    Fault(
+        "activations of another tile",
+        '"x": (pl.ds(token, tokens), columns)',
+        '"x": (pl.ds(0, tokens), columns)',
+    ),
+)
 FAULT_CASES = (
     (GpuCase("int4", 16, 128, 512), Config(8, 128, 1, 2, 2, 2, 3)),
     (GpuCase("int8/row", 16, 128, 512, narrow=True), Config(8, 128, 1, 2, 1, 2, 3)),
@@ -209,12 +225,9 @@ def check(module: ModuleType) -> None:
         else:
             rounded = draw(case)[0]
         launch = partial(module.mosaic_product, config=config, dtype=jnp.dtype(jnp.float32))
-
-        def run(x: Any, repacked: Any, factor: Any) -> jax.Array:
-            codes, layer = repacked.codes(), jnp.full((1,), LAYER, jnp.int32)
-            return launch(x, codes, repacked.scale, repacked.minimum, None, factor, layer)
-
-        parts = interpret(run, x, repacked, factor, patience_s=20)
+        layer = jnp.full((1,), LAYER, jnp.int32)
+        arrays = (repacked.codes(), repacked.scale, repacked.minimum, None, factor, layer)
+        parts = interpret(launch, x, *arrays, patience_s=20)
         expect(parts.sum(axis=0), rounded, matrix, tolerance)
 
 
@@ -261,9 +274,7 @@ def test_up_to_so_many_rows_the_order_of_sums_is_that_of_the_matrix(
     assert {config.tokens for config in configs} == {8, 16, 32}
 
 
-def test_what_a_search_found_is_used_where_it_fits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_what_a_search_found_is_used_where_it_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     some = problem(3, 4096, 4096)
     assert some.key == "4096x4096 int4/128 bfloat16 few"
     assert problem(130, 4096, 4096, "int8/row").key == "4096x4096 int8/4096 bfloat16 256 rows"
