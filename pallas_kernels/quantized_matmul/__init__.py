@@ -1,8 +1,9 @@
 """Products of activations with stored matrices, plain or quantized: the public functions.
 
-``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU; elsewhere XLA
-multiplies. ``ffn`` puts two of them around an activation, ``best`` keeps only the best answers.
-Which weight is stored how, and the mesh, are the model's business.
+``matrix`` owns the formats, ``reference`` the meaning, ``native`` the speed on a CPU and ``mosaic``
+that on a GPU, whose layout ``on_gpu`` has; elsewhere XLA multiplies. ``ffn`` puts two of them
+around an activation, ``best`` keeps only the best answers. Which weight is stored how, and the
+mesh, are the model's business.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from pallas_kernels.quantized_matmul.matrix import (
     quantized,
     quantized_on_device,
 )
+from pallas_kernels.quantized_matmul.mosaic import best_product_mosaic, quantized_matmul_mosaic
 from pallas_kernels.quantized_matmul.native import (
     best_product_native,
     decline,
     quantized_matmul_native,
 )
+from pallas_kernels.quantized_matmul.on_gpu import OnGpu, for_gpu
 from pallas_kernels.quantized_matmul.reference import (
     best_product_reference,
     best_product_xla,
@@ -56,6 +59,7 @@ __all__ = [
     "Format",
     "Kind",
     "Matrix",
+    "OnGpu",
     "Products",
     "Quantized",
     "Spec",
@@ -64,6 +68,7 @@ __all__ = [
     "bytes_per_weight",
     "dequantized",
     "feed_forward",
+    "for_gpu",
     "gated",
     "has_native_best",
     "largest",
@@ -75,12 +80,14 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {
+    "mosaic": quantized_matmul_mosaic,
     "native": quantized_matmul_native,
     "xla": quantized_matmul_xla,
     "reference": quantized_matmul_reference,
 }
 """By name, best first."""
 BEST_IMPLEMENTATIONS = {
+    "mosaic": best_product_mosaic,
     "native": best_product_native,
     "xla": best_product_xla,
     "reference": best_product_reference,
@@ -108,7 +115,7 @@ def quantized_matmul(
 
     Args:
         x: Activations.
-        matrix: Floats ``[O, I]``, or a ``Quantized`` of that shape.
+        matrix: Floats ``[O, I]``, or a ``Quantized`` of that shape; on a GPU best an ``OnGpu``.
         layer: Given, ``matrix`` is a stack ``[L, O, I]`` of which this one is meant; a Python int
             or a traced scalar. One that is not there becomes the nearest.
         dtype: Of the result; that of ``x`` when None.
@@ -118,6 +125,8 @@ def quantized_matmul(
             of its groups: an error of at most 1/254 of the largest in a group. One of bfloat16
             meets them as bfloat16 (2^-8 of each), or, like one of float16, as float16 with sums of
             a few products in float16 (2^-11; weights below 2^-14 lose digits). All else is float32.
+            On a GPU, a matrix of 8 bits with one scale a row meets activations of its own dtype,
+            with a scale for each of their rows.
 
     Raises:
         ValueError: Shapes or dtypes that no implementation could take.

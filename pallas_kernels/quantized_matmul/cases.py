@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.quantized_matmul.formats import Format
 from pallas_kernels.quantized_matmul.matrix import Matrix, quantized
 
 type Storage = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -63,3 +64,52 @@ CASES = (
     Case("three-outputs", 2, 3, 96),
     Case("llama-8b-down", 3, 8, 14_336),  # More groups than are converted at a time.
 )
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """One product on a GPU: activations ``[rows, depth]`` with ``[out, depth]`` in some format."""
+
+    format: Format
+    rows: int
+    out: int
+    depth: int
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Of activations."""
+    answers: Literal["bfloat16", "float16", "float32"] = "float32"
+    narrow: bool = False
+
+    def __str__(self) -> str:
+        """What it is, as a test's id."""
+        parts = [self.format.replace("/", "-"), f"{self.rows}x{self.out}x{self.depth}"]
+        parts += [self.dtype, self.answers, "narrow" if self.narrow else ""]
+        return "-".join(part for part in parts if part)
+
+
+INTERPRETED = (
+    # Every kind meets one row, a full tile, one row more, more than a tile; every group meets
+    # tiles of 64, 128 and 192 columns that are smaller, equal and larger, as far as there are such.
+    GpuCase("int4", 1, 64, 128),
+    GpuCase("int4", 17, 192, 320, answers="bfloat16"),
+    GpuCase("int4", 64, 64, 256),
+    GpuCase("int4", 70, 256, 128),
+    GpuCase("int4/64", 8, 128, 192, dtype="float16", answers="float16"),
+    GpuCase("int4/64", 33, 64, 512),
+    GpuCase("int4/128", 3, 64, 1024, answers="bfloat16"),
+    GpuCase("int4/128", 130, 128, 256),
+    GpuCase("int4/256", 9, 64, 512),
+    GpuCase("int8", 1, 64, 64),
+    GpuCase("int8", 17, 192, 576),
+    GpuCase("int8/64", 9, 128, 256, answers="bfloat16"),
+    GpuCase("int8/128", 33, 64, 512, dtype="float16"),
+    GpuCase("int8/row", 5, 128, 256, answers="bfloat16"),
+    GpuCase("int8/row", 12, 320, 192, narrow=True),
+    GpuCase("int8/row", 70, 128, 128, narrow=True, answers="bfloat16"),
+    GpuCase("int8/row", 130, 64, 192),
+    GpuCase("fp8", 1, 64, 512),
+    GpuCase("fp8", 33, 192, 192, narrow=True),
+    GpuCase("fp8", 100, 128, 128, answers="bfloat16"),
+    GpuCase("fp8/64", 9, 128, 320, dtype="float16"),
+    GpuCase("fp8/128", 64, 64, 256),
+)
+"""Run in the interpreter of GPU kernels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,10 @@ class Quantized:
         """Rows of it: an index of leading axes; of a matrix with an order, of layers alone."""
         return jax.tree.map(lambda array: array[index], self)
 
+    def stored(self) -> Quantized:
+        """The same matrix, laid out as said above; see ``on_gpu.py`` for another way."""
+        return self
+
 
 type Matrix = Array | Quantized
 type Numbers = Any
@@ -114,6 +118,7 @@ def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
     """
     if not isinstance(matrix, Quantized):
         return matrix.astype(dtype)
+    matrix = matrix.stored()
     values = matrix.values
     *rows, groups = matrix.scale.shape
     if matrix.minimum is not None:
@@ -235,6 +240,8 @@ def check(matrix: Matrix) -> None:
         if not jnp.issubdtype(matrix.dtype, jnp.floating):
             raise ValueError(f"the matrix is {matrix.dtype}; give floats, or a Quantized")
         return
+    if type(matrix) is not Quantized:
+        matrix = cast("Quantized", jax.eval_shape(lambda other: other.stored(), matrix))
     its = Spec(matrix.kind)
     if matrix.values.dtype != its.value_dtype:
         kind = "int4 are uint8" if its.kind == "int4" else "int8 are int8, and of fp8 float8_e4m3fn"

@@ -113,6 +113,8 @@ def decline_types(
     dtypes = [jnp.dtype(x.dtype).name, jnp.dtype(dtype).name]
     if isinstance(matrix, Quantized):
         step = GROUP
+        if type(matrix) is not Quantized:
+            raise NotImplementedError("the matrix was repacked for GPUs")
         if matrix.kind == "fp8" or matrix.group != GROUP or matrix.order is not None:
             raise NotImplementedError(
                 f"quantized matrices are int8 and int4 in groups of {GROUP} without an order, got "

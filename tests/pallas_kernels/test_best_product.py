@@ -111,8 +111,8 @@ def test_a_best_product_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch)
         best_product(x[:, :64], stack[LAYER])
     with pytest.raises(ValueError, match=r"the matrix is int32; give floats, or a Quantized"):
         best_product(x, jnp.ones((3, 96), jnp.int32))
-    with pytest.raises(ValueError, match="best_product has no implementation 'mosaic'"):
-        best_product(x, stack[LAYER], implementation="mosaic")
+    with pytest.raises(ValueError, match="best_product has no implementation 'cublas'"):
+        best_product(x, stack[LAYER], implementation="cublas")
     monkeypatch.setattr(native, "_load", lambda: "none here")
     assert not has_native_best(x, stack[LAYER])
     with pytest.raises(ExceptionGroup) as caught:
