@@ -27,7 +27,7 @@ class Choices:
 
 
 _choices: ContextVar[Choices | None] = ContextVar("choices", default=None)
-_forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default={})
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def dispatch[R](
         ExceptionGroup: Every candidate declined; it holds each one's reason.
     """
     if choice == AUTO:
-        choice = _forced.get().get(family, AUTO)
+        choice = _forced.get({}).get(family, AUTO)
     if choice == AUTO:
         candidates = implementations
     elif choice in implementations:
