@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_quantized_experts_answer_alone_as_in_company(quantization: str, cache_d
 
 
 def test_the_notebooks_front_door_serves_a_mixture(cache_dir: Path) -> None:
-    sizes = {"max_rows": 2, "step_tokens": 16, "context_tokens": 64}
+    sizes: dict[str, Any] = {"max_rows": 2, "step_tokens": 16, "context_tokens": 64}
     with LLM("dummy:tiny-qwen3-moe", dtype="float32", cache_dir=cache_dir, **sizes) as llm:
         first, again = (llm.generate("Hello", max_tokens=8, temperature=0.0) for _ in range(2))
     assert first.token_ids == again.token_ids
