@@ -26,7 +26,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Model, Params
 from jaxserve.models.layers import project
 from jaxserve.models.modules import Layer
-from pallas_kernels.paged_attention import apply_rope
+from jaxserve.runner.dense import dense_attention
 from pallas_kernels.quantized_matmul import (
     Format,
     Products,
@@ -87,6 +87,7 @@ class _WatchedModel(Model):
         config = self.config
         layer = nnx.eval_shape(lambda: _WatchedLayer(config, jnp.float32, jax.random.key(0)))
         self._layer_graph, _ = nnx.split(layer)
+        self._attend = dense_attention(config)
 
     def embedded(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What goes into the first layer."""
@@ -102,8 +103,7 @@ class _WatchedModel(Model):
         def attend(
             cache: Any, number: Any, q: Array, k: Array, v: Array, rope: Array, window: Array
         ) -> tuple[Array, Any]:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-            out = _attention(q, k, v, window, self.config)
+            out, cache = self._attend(cache, number, q, k, v, rope, window)
             products.seen["w_o"] = out.reshape(*out.shape[:2], -1)
             return out, cache
 
@@ -116,26 +116,6 @@ class _WatchedModel(Model):
             products=products,
         )
         return out, products.seen
-
-
-def _attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    window: Int[Array, ""],
-    config: ModelConfig,
-) -> Float[Array, "B T N H"]:
-    """Every query sees itself and what is before it, no further back than the window."""
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * config.attention_scale
-    if config.attention_softcap:
-        scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-    place = jnp.arange(q.shape[1], dtype=jnp.int32)
-    back = place[:, None] - place[None, :]
-    seen = (back >= 0) & ((window == 0) | (back < window))
-    scores = jnp.where(seen[None, None], scores, -jnp.inf)
-    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores, axis=-1), v)
 
 
 def search_scales(
@@ -214,7 +194,7 @@ def folded(weights: dict[str, np.ndarray], found: list[Found], *, offset: bool) 
         found: the scales.
         offset: norms hold their factor minus one.
     """
-    made = {name: np.array(array, np.float32) for name, array in weights.items()}
+    made: dict[str, Any] = {name: np.array(array) for name, array in weights.items()}
     scales = {one.weight: one.scale for one in found}
 
     def divide_norm(name: str, scale: np.ndarray) -> None:

@@ -143,8 +143,10 @@ def why_widened(
         stored = _stored(name, source, config, checkpoint)
         if stored is not None and _fitting(stored, depth_of(source)) is None:
             why = f"its last axis of {depth_of(source)} is no whole groups of {GROUP}"
-        elif stored is not None:
+        elif stored is not None and spec(stored).ordered:
             why = "its columns are in another order and divided among devices"
+        elif stored is not None:
+            why = "the CPU has no kernels built that read it so"
         elif len(kinds) > 1 or not all(map(checkpoint.stored_as, tensors)):
             why = "its tensors are stored differently, and it has one format"
         elif not all(map(checkpoint.stored_format, tensors)):

@@ -78,7 +78,7 @@ def test_the_search_sees_what_the_model_computes(
         return out
 
     monkeypatch.setattr(calibration._WatchedModel, "watch", remembered)
-    formats = dict.fromkeys(SEARCHED, "int8/row")
+    formats: dict[str, str] = dict.fromkeys(SEARCHED, "int8/row")
     assert len(list(search_scales(config, params, formats, TOKENS))) == config.layers
     jax.effects_barrier()
     hidden = rms_norm(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def test_smollm2_is_held_as_its_file_stores_it(devices: int, assets: Callable[[s
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_plain_numbers_are_rounded_as_a_whole_whatever_the_mesh(
-    format: Format, devices: int
+    format: Literal["int8", "int4"], devices: int
 ) -> None:
     """The largest of a group decides its scale, so a shard must not cut one."""
     checkpoint = checkpoint_for(Model(TINY))

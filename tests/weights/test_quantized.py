@@ -122,6 +122,11 @@ def test_columns_in_another_order_are_not_divided_among_devices(tmp_path: Path) 
         why = "stored as gptq of 4 bits; its columns are in another order and divided among devices"
         assert source.why_widened(held) == {"w_o": why, "w_down": why}
         assert source.why_widened(formats) == {}
+    tool_files.write(tmp_path / "awq", *TOOLS["awq"])
+    with closing(opened(tmp_path / "awq")) as source:
+        assert source.why_widened({"w_qkv": "int4", "w_o": "int4", "w_down": "int4"}) == {
+            "w_gate_up": "stored as awq of 4 bits; the CPU has no kernels built that read it so"
+        }
 
 
 def test_parts_in_different_orders_are_widened(tmp_path: Path) -> None:
