@@ -58,19 +58,22 @@ class Scored:
         error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
         ratio = math.exp(statistics.fmean(more))
         answers = list(zip(self.answers, base.answers, strict=True))
-        return {
+        line = {
             "format": self.format,
             "compared_with": base.format,
             "same_likeliest": round(statistics.fmean(same), 5),
             "perplexity": round(math.exp(sum(self.prompt_nats) / places), 4),
             "perplexity_ratio": round(ratio, 5),
             "perplexity_ratio_error": round(error, 5),
-            "same_answers": round(statistics.fmean(a == b for a, b in answers), 4),
-            "same_answer_tokens": round(statistics.fmean(map(_begin_alike, answers)), 4),
             "prompts": len(self.prompt_nats),
             "places": places,
             "seconds": round(self.seconds, 1),
         }
+        if answers:
+            line["answer_tokens"] = len(base.answers[0])
+            line["same_answers"] = round(statistics.fmean(a == b for a, b in answers), 4)
+            line["answers_alike_until"] = round(statistics.fmean(map(_begin_alike, answers)), 4)
+        return line
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -112,7 +115,7 @@ def _measure(name: str, texts: Sequence[str], arguments: argparse.Namespace) -> 
     start_s = time.perf_counter()
     size, answer = arguments.tokens, arguments.answer_tokens
     likeliest, nats = list[int](), list[float]()
-    options = {"kv_dtype": name, "context_tokens": size + answer, "ready_with": "all"}
+    options = {"kv_dtype": name, "context_tokens": size + answer + 1}
     options |= {"dtype": arguments.dtype, "quantization": arguments.quantization}
     with LLM(arguments.model, progress=False, **options) as llm:
         prompts = _prompts(llm, texts, size, arguments.prompts)
@@ -121,8 +124,10 @@ def _measure(name: str, texts: Sequence[str], arguments: argparse.Namespace) -> 
             likeliest += [place.top[0].token_id for place in score.tokens[1:]]
             nats.append(-score.total_logprob)
             sys.stderr.write(f"\r{name}: {number + 1} of {len(prompts)} prompts")
-        sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
-        answers = [list(out.choices[0].token_ids) for out in llm.generate(prompts, sampling)]
+        answers = list[list[int]]()
+        if answer:
+            sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
+            answers = [list(out.choices[0].token_ids) for out in llm.generate(prompts, sampling)]
     sys.stderr.write("\n")
     return Scored(name, likeliest, nats, answers, time.perf_counter() - start_s)
 
@@ -156,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--formats", default="bf16,int8,fp8,int4", help="default: %(default)s")
     parser.add_argument("--prompts", type=int, default=200, help="how many")
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt")
-    parser.add_argument("--answer-tokens", type=int, default=64, help="of a greedy answer")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="of a greedy answer; 0: none")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     return parser
 

@@ -195,7 +195,6 @@ class GroupConfig:
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all problems together."""
-        object.__setattr__(self, "kv_dtype", DTYPE_ALIASES.get(self.kv_dtype, self.kv_dtype))
         problems = [text for ok, text in self._checks() if not ok]
         if problems:
             raise ConfigError("; ".join(problems))

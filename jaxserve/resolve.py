@@ -143,8 +143,7 @@ def resolve_sizes(
     Those are of the checkpoint; ``held_formats`` decides what they are on ``tensor`` devices.
 
     Raises:
-        ConfigError: the context is longer than the model's, or its heads cannot be held as they
-            should be.
+        ConfigError: the context is longer than the model's.
     """
     dtype = _dtype(config, platform)
     context = config.context_tokens or model.context_tokens
@@ -173,7 +172,7 @@ def resolve_sizes(
         most_kv_bytes = min(CPU_KV_BYTES, host_free_bytes() // 4)
     return Sizes(
         dtype=dtype,
-        kv_dtype=_kv_dtype(config.kv_dtype, dtype, model),
+        kv_dtype=_kv_dtype(config.kv_dtype, dtype),
         # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
@@ -262,16 +261,11 @@ def _dtype(config: ServeConfig, platform: str) -> jnp.dtype:
     return jnp.dtype(jnp.float32)
 
 
-def _kv_dtype(name: str, dtype: jnp.dtype, model: ModelConfig) -> jnp.dtype:
+def _kv_dtype(name: str, dtype: jnp.dtype) -> jnp.dtype:
+    """``auto`` is that of the weights; head_dim is even in every model, as int4 needs it."""
     if name == "auto":
         return dtype
-    if (format := FORMATS.get(name)) is None:
-        return jnp.dtype(name)
-    try:
-        format.check(model.head_dim)
-    except ValueError as error:
-        raise ConfigError(f"--kv-dtype {name}: {error}") from error
-    return format.dtype
+    return FORMATS[name].dtype if name in FORMATS else jnp.dtype(name)
 
 
 def _served_name(model: str) -> str:

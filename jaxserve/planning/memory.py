@@ -23,7 +23,7 @@ from jaxserve.runner.cache import CacheShape
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.memory import MemoryBudget, host_free_bytes, plan_memory
 from jaxserve.runner.runner import Runner
-from pallas_kernels.paged_attention import FORMATS, format_of
+from pallas_kernels.paged_attention import FORMATS
 from pallas_kernels.quantized_matmul import bytes_per_weight
 from sharding.mesh import AXES, MeshShape
 from sharding.placement import bytes_per_device
@@ -110,9 +110,7 @@ def tokens_by_precision(memory: Memory, sizes: Sizes) -> dict[str, int]:
         dtypes.insert(0, sizes.kv_dtype)
     tokens = {}
     for dtype in dtypes:
-        format, pages = format_of(dtype), memory.pages
-        if format is not None and laid_out.head_dim % format.packed:
-            continue
+        pages = memory.pages
         if dtype != sizes.kv_dtype:
             cache = replace(runner.config.cache, dtype=dtype)
             budget = replace(memory.budget, page_bytes=cache.page_bytes(laid_out) // tensor)

@@ -61,13 +61,13 @@ def test_tp_is_a_mesh_of_one_row() -> None:
     assert parsed("generate", "x", "--tp", "2").mesh == "1x2"
 
 
-@pytest.mark.parametrize("command", [["launch"], ["generate", "x"], ["plan", "m"]])
 def test_names_that_people_know_from_elsewhere_mean_the_same() -> None:
     known = parsed("launch", "--cache-max-entry-count", "0.5", "--kv-dtype", "bf16")
     assert (known.kv_memory_fraction, known.kv_dtype) == (0.5, "bfloat16")
     assert parsed("generate", "x", "--kv-dtype", "fp8").kv_dtype == "fp8"
 
 
+@pytest.mark.parametrize("command", [["launch"], ["generate", "x"], ["plan", "m"]])
 @pytest.mark.parametrize("given", [["--mesh", "2x4", "--tp", "4"], ["--tp=4", "--mesh=2x4"]])
 def test_mesh_and_tp_that_differ_are_refused(
     command: list[str], given: list[str], capsys: pytest.CaptureFixture[str]

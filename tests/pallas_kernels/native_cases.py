@@ -4,7 +4,7 @@
 
 For each case a line of text: name, then every number that ``Header`` in the program reads. After
 it the arrays, little-endian and without gaps: both pools, q, table, start, length, the answer, and
-of int8 pages both scales. A product's line begins with ``matmul``; its arrays are x, those of the
+of pages with scales both of these. A product begins with ``matmul``; its arrays are x, those of the
 matrix, the answer, and two sums that an error may be a fraction of: of the products' sizes, and of
 the same with every activation as large as the largest of its group.
 """
@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import POOL_DTYPES, paged_attention
+from pallas_kernels.paged_attention import FORMATS as PAGE_FORMATS
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, POOL_DTYPES
 from pallas_kernels.paged_attention.cases import (
     CASES,
     LAYER,
@@ -41,7 +42,7 @@ from pallas_kernels.quantized_matmul import (
 from pallas_kernels.quantized_matmul import cases as matmul
 from pallas_kernels.quantized_matmul.ffn import ACTIVATIONS
 
-DTYPES = (*POOL_DTYPES, "int8")
+DTYPES = (*POOL_DTYPES, *PAGE_FORMATS)
 """Of pages, by the numbers that the program knows them by."""
 BY_NAME = {case.name: case for case in CASES}
 
@@ -68,8 +69,11 @@ def sanitized() -> Iterator[Case]:
 
 
 def inputs_of(case: Case, dtype: str) -> Inputs:
-    """The arrays of a case; queries of int8 pages are float32."""
-    inputs = arrays(case, seed=0) if dtype == "int8" else case.arrays(seed=0, dtype=dtype)
+    """The arrays of a case; queries of pages with scales are float32."""
+    if (format := PAGE_FORMATS.get(dtype)) is not None:
+        inputs = arrays(case, seed=0, format=format)
+    else:
+        inputs = case.arrays(seed=0, dtype=dtype)
     return share_pages(inputs, range(6), 8) if case.name == "sharing" else inputs
 
 
@@ -79,13 +83,13 @@ def write(path: Path) -> None:
         for case in sanitized():
             for number, dtype in enumerate(DTYPES):
                 inputs = inputs_of(case, dtype)
-                answer = paged_attention(
+                # The implementation by itself: queries of int4 pages are rotated by the public one.
+                answer = IMPLEMENTATIONS["reference"](
                     *inputs,
                     layer=LAYER,
                     scale=case.scale,
                     window=case.window,
                     softcap=case.softcap,
-                    implementation="reference",
                 ).astype(jnp.float32)
                 q, pools, *where = inputs
                 header = (

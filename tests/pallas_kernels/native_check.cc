@@ -56,8 +56,30 @@ void CheckAppend(const std::string& name, const Attention& a, const char* k_pool
   }
 }
 
-// The new cells of int8 pages are what is new to within half a step of their scale, and no other
-// cell was written.
+// Number `index` of a cell of pages with scales.
+float Stored(Scaled scaled, const char* cell, int64_t index) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(cell);
+  if (scaled == Scaled::kInt8) return static_cast<signed char>(bytes[index]);
+  if (scaled == Scaled::kInt4) {
+    const int nibble = bytes[index / 2] >> (index % 2 * 4) & 15;
+    return nibble > 7 ? nibble - 16 : nibble;
+  }
+  const int exponent = bytes[index] >> 3 & 15, fraction = bytes[index] & 7;
+  const float size = exponent == 0 ? std::ldexp(fraction, -9)
+                                   : std::ldexp(8 + fraction, exponent - 10);
+  return bytes[index] & 0x80 ? -size : size;
+}
+
+// How far a number may be from what is stored for it.
+float MostOff(Scaled scaled, float number, float scale) {
+  const float step = std::fabs(scale);
+  if (scaled == Scaled::kFp8) return std::fmax(std::fabs(number) / 16, step / 1024);
+  // What is next to the largest number of int4, on the other side, comes to 7 steps and not to 8.
+  return scaled == Scaled::kInt4 && number * scale > 0 ? step * 1.04f : step / 2;
+}
+
+// The new cells of pages with scales are what is new to within half a step of their scale, and no
+// other cell was written.
 void CheckQuantizedAppend(const std::string& name, const Attention& a, const char* k_pool,
                           Executor& executor) {
   const PoolShape& pool = a.pool;
@@ -69,15 +91,16 @@ void CheckQuantizedAppend(const std::string& name, const Attention& a, const cha
   }
   Array<char> values[2];
   Array<uint16_t> scales[2];
+  const size_t cell_bytes = PageBytes(a.scaled, Number::kFloat32, pool.head_dim);
   for (int which = 0; which < 2; ++which) {
-    values[which].reset(new char[cells * pool.head_dim]);
+    values[which].reset(new char[cells * cell_bytes]);
     scales[which].reset(new uint16_t[cells]);
-    std::memcpy(values[which].get(), k_pool, cells * pool.head_dim);
+    std::memcpy(values[which].get(), k_pool, cells * cell_bytes);
     std::memcpy(scales[which].get(), a.k_scale, cells * sizeof(uint16_t));
   }
   const char* bytes = reinterpret_cast<const char*>(fresh.get());
   RunAppend(Append{pool, a.rows, a.layer, 4, {values[0].get(), values[1].get()}, {bytes, bytes},
-                   {scales[0].get(), scales[1].get()}},
+                   a.scaled, {scales[0].get(), scales[1].get()}},
             executor);
   std::vector<bool> is_new(cells);
   for (int64_t row = 0; row < a.rows.rows; ++row) {
@@ -94,8 +117,9 @@ void CheckQuantizedAppend(const std::string& name, const Attention& a, const cha
           const float step = AsFloat(reinterpret_cast<const char*>(scales[which].get()),
                                      Number::kBFloat16, cell);
           for (int64_t d = 0; d < pool.head_dim; ++d) {
-            const auto value = static_cast<signed char>(values[which][cell * pool.head_dim + d]);
-            if (!(std::fabs(step * value - source[d]) <= 0.50001f * step)) {
+            const float value = Stored(a.scaled, &values[which][cell * cell_bytes], d);
+            const float most = MostOff(a.scaled, source[d], step);
+            if (!(std::fabs(step * value - source[d]) <= 1.00001f * most)) {
               Fail(name + ": append rounds badly");
             }
           }
@@ -105,9 +129,9 @@ void CheckQuantizedAppend(const std::string& name, const Attention& a, const cha
   }
   for (size_t cell = 0; cell < cells; ++cell) {
     for (const int which : {0, 1}) {
-      const size_t first = cell * pool.head_dim;
+      const size_t first = cell * cell_bytes;
       if (!is_new[cell] && (scales[which][cell] != a.k_scale[cell] ||
-                            std::memcmp(&values[which][first], k_pool + first, pool.head_dim))) {
+                            std::memcmp(&values[which][first], k_pool + first, cell_bytes))) {
         Fail(name + ": append wrote something else");
       }
     }
@@ -221,25 +245,27 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
       pool.head_dim >> rows.rows >> rows.query_tokens >> rows.table_width >> a.layer >>
       a.q_heads >> a.window >> a.scale >> a.softcap;
   if (!header) Fail("the header " + line);
-  const bool is_int8 = number == 3;
-  a.q_number = a.pool_number = is_int8 ? Number::kFloat32 : static_cast<Number>(number);
+  // Dtypes first, and then formats; see native_cases.py.
+  a.scaled = number < 3 ? Scaled::kNone : static_cast<Scaled>(number - 2);
+  const bool is_scaled = a.scaled != Scaled::kNone;
+  a.q_number = a.pool_number = is_scaled ? Number::kFloat32 : static_cast<Number>(number);
   const size_t item = a.q_number == Number::kFloat32 ? 4 : 2;
-  const size_t pool_bytes = pool.layers * pool.pages * pool.kv_heads * pool.page_tokens *
-                            pool.head_dim * (is_int8 ? 1 : item);
+  const size_t cells = pool.layers * pool.pages * pool.kv_heads * pool.page_tokens;
+  const size_t pool_bytes = PageBytes(a.scaled, a.pool_number, cells * pool.head_dim);
   const size_t answers = rows.rows * rows.query_tokens * a.q_heads * pool.head_dim;
   const auto k = Read<char>(file, pool_bytes), v = Read<char>(file, pool_bytes);
   const auto q = Read<char>(file, answers * item);
   const auto table = Read<int32_t>(file, rows.rows * rows.table_width);
   const auto start = Read<int32_t>(file, rows.rows), length = Read<int32_t>(file, rows.rows);
   const auto expected = Read<float>(file, answers);
-  const size_t scales = is_int8 ? pool_bytes / pool.head_dim : 0;
+  const size_t scales = is_scaled ? cells : 0;
   const auto k_scale = Read<uint16_t>(file, scales), v_scale = Read<uint16_t>(file, scales);
-  if (is_int8) a.k_scale = k_scale.get(), a.v_scale = v_scale.get();
+  if (is_scaled) a.k_scale = k_scale.get(), a.v_scale = v_scale.get();
   if (!file) Fail(name + ": the file ends early");
   rows.table = table.get(), rows.start = start.get(), rows.length = length.get();
   a.k_pool = k.get(), a.v_pool = v.get(), a.q = q.get();
 
-  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048, 2e-6f};
+  const float tolerances[] = {2e-6f, 1.f / 256, 1.f / 2048, 2e-6f, 2e-6f, 2e-6f};
   for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {
     jaxserve_set_isa_limit(level);
     if (static_cast<int>(CurrentIsa()) != level) continue;
@@ -279,7 +305,7 @@ void CheckCase(const std::string& line, std::istream& file, const std::vector<Po
   a.narrow = false;
   for (Pool* executor : pools) {
     CheckRagged(name, a, pool_bytes, *executor);
-    if (is_int8) {
+    if (is_scaled) {
       CheckQuantizedAppend(name, a, k.get(), *executor);
     } else {
       CheckAppend(name, a, k.get(), pool_bytes, *executor);

@@ -281,9 +281,12 @@ def test_native_and_xla_round_to_the_same_bits(seed: int, exponent: int, format:
 # -- attention -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [(INT8, "float32"), (INT8, "bfloat16"), (INT8, "float16"), (FP8, "float32"), (INT4, "float32")],
+    ids=lambda value: value.name if isinstance(value, Format) else value,
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@every_format
 def test_native_equals_the_reference(case: Case, dtype: str, isa: native.Isa, format: Format):
     """Cells that no row sees have scales of NaN and infinity, so a leak of one shows."""
     if dtype == "float16" and isa is native.Isa.PORTABLE:
