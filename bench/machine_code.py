@@ -18,11 +18,11 @@ def faults_of(case: CompileCase, row: dict[str, Any], donated_bytes: int) -> lis
     wrong = []
     if not row["kernels"]:
         wrong.append("there is no Mosaic kernel in it, or another case has the same")
-    wrong += [
-        f"{kernel['name']} spills {kernel['spill_bytes']} bytes"
-        for kernel in row["kernels"]
-        if kernel["spill_bytes"] or kernel["stack_bytes"]
-    ]
+    for kernel in row["kernels"]:
+        if max(kernel["spill_bytes"], kernel["stack_bytes"]) > case.most_spill_bytes:
+            wrong.append(f"{kernel['name']} spills {kernel['spill_bytes']} bytes")
+        if kernel["spills_between_products"]:
+            wrong.append(f"{kernel['name']} spills between its products")
     used = Counter[str]()
     for kernel in row["kernels"]:
         used.update(kernel["instructions"])
@@ -52,11 +52,23 @@ def kernels_of(dump: Path) -> list[dict[str, Any]]:
                 "stack_bytes": _number(r"(\d+) bytes stack frame", text),
                 "spill_bytes": _number(r"(\d+) bytes spill stores", text)
                 + _number(r"(\d+) bytes spill loads", text),
+                "spills_between_products": _spills_between_products(code),
                 "shared_bytes": _number(r"smem_scratch_bytes=(\d+)", resources),
                 "instructions": {name: counted[name] for name in shown if counted[name]},
             }
         )
     return kernels
+
+
+def _spills_between_products(code: str) -> int:
+    """Counts what is spilled, or read back, between the first and the last tensor instruction."""
+    lines = code.splitlines()
+    is_product = re.compile(rf"\b(?:{'|'.join(TENSOR_CORES)})\b")
+    products = [number for number, line in enumerate(lines) if is_product.search(line)]
+    if not products:
+        return 0
+    between = lines[products[0] : products[-1]]
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in between)
 
 
 def launches_of(program: str) -> dict[str, int]:
@@ -101,3 +113,64 @@ def _number(pattern: str, text: str) -> int:
 
 def _counts(counted: dict[str, int], names: tuple[str, ...]) -> str:
     return ", ".join(f"{counted[name]} {name}" for name in names if name in counted) or "none"
+
+
+def loop_launches(program: str) -> dict[str, int]:
+    """Counts what one turn of the loop over layers launches, by kind.
+
+    The loop's body is the computation that calls Mosaic kernels; without one, nothing is counted.
+    """
+    counted = Counter[str]()
+    for line in _layer_loop(program):
+        found = INSTRUCTION.match(line)
+        if found is None or (op := found["op"]) in FREE or op.endswith("-done"):
+            continue
+        if op == "custom-call":
+            op = "Mosaic kernel" if MOSAIC in line else "product"
+        elif op == "fusion" and "dynamic_slice_fusion" in found["name"] and "kCustom" in line:
+            op = "product"  # Of a matrix where it lies in its stack.
+        counted[op.removesuffix("-start")] += 1
+    return dict(sorted(counted.items()))
+
+
+def large_copies(program: str, least_bytes: int) -> list[tuple[int, str]]:
+    """Finds what one turn of the loop over layers copies, and how many bytes.
+
+    Those are copies, and slices that are written out; a slice within a product is none.
+    """
+    copies = []
+    for line in _layer_loop(program):
+        found = INSTRUCTION.match(line)
+        if found is None or "kCustom" in line:
+            continue
+        if found["op"] == "copy" or SLICES.match(found["name"]):
+            size = _bytes(found["type"])
+            if size >= least_bytes:
+                copies.append((size, line.strip()[:120]))
+    return copies
+
+
+MOSAIC = 'custom_call_target="mosaic_gpu'
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\([^=]*?\)|\S+) (?P<op>[a-z][a-z-]*)\("
+)
+SLICES = re.compile(r"^(?:loop_|input_|wrapped_)?(?:dynamic[-_]slice|slice|copy)")
+NUMBER_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s16": 2}
+
+
+def _layer_loop(program: str) -> list[str]:
+    """The lines of the computation that calls Mosaic kernels, the entry apart."""
+    for computation in re.split(r"\n(?=%|ENTRY)", program):
+        if not computation.startswith("ENTRY") and MOSAIC in computation:
+            return computation.splitlines()
+    return []
+
+
+def _bytes(type: str) -> int:
+    total = 0
+    for dtype, sizes in re.findall(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\]", type):
+        count = 1
+        for size in filter(None, sizes.split(",")):
+            count *= int(size)
+        total += count * NUMBER_BYTES.get(dtype, 4)
+    return total

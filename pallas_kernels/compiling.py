@@ -31,6 +31,8 @@ class CompileCase:
     """``jax.ShapeDtypeStruct`` or trees of them, without shardings."""
     instructions: tuple[str, ...]
     """Of ``TENSOR_CORES`` and ``BULK_COPIES``: those that the kernels, taken together, must use."""
+    most_spill_bytes: int = 0
+    """Of registers, in each kernel, outside of the loop of its products, where none may be."""
     donated: tuple[int, ...] = ()
     """Which arguments are written in place, all their bytes: a copy of one fails the check."""
     most_launches: int | None = None

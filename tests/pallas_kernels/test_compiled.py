@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.machine_code import faults_of, kernels_of, launches_of, table
+from bench.machine_code import (
+    faults_of,
+    kernels_of,
+    large_copies,
+    launches_of,
+    loop_launches,
+    table,
+)
 from pallas_kernels.compiling import CompileCase, all_cases
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +41,7 @@ KERNEL = {
     "registers": 168,
     "stack_bytes": 0,
     "spill_bytes": 0,
+    "spills_between_products": 0,
     "shared_bytes": 2048,
     "instructions": {"HGMMA": 12, "UTMALDG": 2},
 }
@@ -80,6 +88,7 @@ def test_nothing_is_wrong_with_a_kernel_as_declared() -> None:
     [
         ({"spill_bytes": 68}, "attend spills 68 bytes"),
         ({"stack_bytes": 16}, "attend spills 0 bytes"),
+        ({"spills_between_products": 3}, "attend spills between its products"),
         ({"instructions": {"UTMALDG": 2}}, "no HGMMA is left"),
         ({"instructions": {"HGMMA": 2}}, "no UTMALDG is left"),
     ],
@@ -118,6 +127,7 @@ def test_a_dump_is_read(tmp_path: Path) -> None:
     (tmp_path / "attend_0.sass_ctrl").write_text(
         "   -:1:-:Y:01        /*0a80*/                   @UP1 UTMALDG.5D [UR16], [UR26]\n"
         "   -:1:-:Y:01        /*0a90*/                   HGMMA.64x64x16.F32.BF16 R24, R4\n"
+        "   -:1:-:Y:01        /*0a98*/                   LDL R3, [R1]\n"
         "   -:1:-:Y:01        /*0aa0*/                   HGMMA.64x64x16.F32.BF16 R24, R8\n"
     )
     assert kernels_of(tmp_path) == [
@@ -126,6 +136,7 @@ def test_a_dump_is_read(tmp_path: Path) -> None:
             "registers": 168,
             "stack_bytes": 8,
             "spill_bytes": 28,
+            "spills_between_products": 1,
             "shared_bytes": 105472,
             "instructions": {"HGMMA": 2, "UTMALDG": 1},
         }
@@ -148,6 +159,43 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
     assert launches_of(program) == {"copy": 1, "custom-call": 1, "fusion": 1}
+
+
+LOOP = """
+%body (p: (bf16[64,960], bf16[30,960,576])) -> (bf16[64,960]) {
+  %p = (bf16[64,960]{1,0}, bf16[30,960,576]{2,1,0}) parameter(0)
+  %w = bf16[30,960,576]{2,1,0} get-tuple-element(%p), index=1
+  %dynamic_slice_fusion = (bf16[64,960]{1,0}, s8[64]{0}) fusion(%w), kind=kCustom, calls=%fused
+  %loop_dynamic_slice_fusion.2 = bf16[1,960,576]{2,1,0} fusion(%w), kind=kLoop, calls=%slice
+  %attend = (bf16[64,960]{1,0}, f32[8]{0}) custom-call(%w), custom_call_target="mosaic_gpu_v2"
+  %all-reduce-start.1 = bf16[64,960]{1,0} all-reduce-start(%attend), to_apply=%add
+  %all-reduce-done.1 = bf16[64,960]{1,0} all-reduce-done(%all-reduce-start.1)
+  %dot = (f32[64,960]{1,0}, s8[9]{0}) custom-call(%w), custom_call_target="__cublas$lt$matmul"
+  ROOT %copy.1 = bf16[64,960]{1,0} copy(%all-reduce-done.1)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %copy.7 = f32[8388608]{0} copy(%x)
+}
+"""
+
+
+def test_launches_of_a_layer_are_those_of_the_loop_that_has_kernels() -> None:
+    assert loop_launches(LOOP) == {
+        "Mosaic kernel": 1,
+        "all-reduce": 1,
+        "copy": 1,
+        "fusion": 1,
+        "product": 2,
+    }
+    assert loop_launches("\nENTRY %main {\n}\n") == {}
+
+
+def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
+    [(size, line)] = large_copies(LOOP, 1_000_000)
+    assert size == 960 * 576 * 2
+    assert line.startswith("%loop_dynamic_slice_fusion.2 = bf16[1,960,576]")
+    assert [size for size, _ in large_copies(LOOP, 100)] == [960 * 576 * 2, 64 * 960 * 2]
 
 
 def test_the_table_has_a_line_for_each_kernel() -> None:

@@ -511,7 +511,8 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
         (
             lambda: append(
                 arrays(BY_NAME["tiny"], seed=0).pools,
-                *[jnp.zeros((2, 4, 2, 32))] * 2,
+                jnp.zeros((2, 4, 2, 32)),
+                jnp.zeros((2, 4, 2, 32)),
                 *arrays(BY_NAME["tiny"], seed=0)[2:],
                 layer=0,
             ),
@@ -520,7 +521,7 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
         (_refused(lambda pools: pools, scale=0.0), r"scale must be above 0, got 0\.0"),
         (
             _refused(lambda pools: pools, implementation="fast"),
-            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'native'",
+            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'mosaic', 'native'",
         ),
     ],
 )
