@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import native
 from pallas_kernels.paged_attention import (
+    FORMATS,
     IMPLEMENTATIONS,
     POOL_DTYPES,
     append,
@@ -42,7 +43,7 @@ REPEATS = 7
 def main() -> None:
     """Runs the cases that the arguments select."""
     parser = argparse.ArgumentParser(description="Measures the kernels of cases.SERVING.")
-    parser.add_argument("--dtype", choices=(*POOL_DTYPES, "int8"), default="float32")
+    parser.add_argument("--dtype", choices=(*POOL_DTYPES, *FORMATS), default="float32")
     parser.add_argument(
         "--implementation",
         choices=IMPLEMENTATIONS,
@@ -72,12 +73,15 @@ def measurements(dtype: str, implementation: str, only: str) -> Iterator[dict[st
         if only not in case.name:
             continue
         before = copy_bytes_per_s()
-        is_int8 = dtype == "int8"  # Of pages; queries and answers are float32 then.
-        inputs = arrays(case, seed=0) if is_int8 else case.arrays(seed=0, dtype=dtype)
+        format = FORMATS.get(dtype)  # Of pages; queries and answers are float32 then.
+        if format is not None:
+            inputs = arrays(case, seed=0, format=format)
+        else:
+            inputs = case.arrays(seed=0, dtype=dtype)
         writes = "native" if implementation == "native" else "scatter"
         seconds = best_seconds(layer_step(case, inputs, implementation, writes))
         bandwidth = max(before, copy_bytes_per_s())
-        moved = bytes_moved(case, jnp.dtype(dtype), inputs.q.dtype)
+        moved = bytes_moved(case, inputs.pools.k.dtype, inputs.q.dtype)
         yield {
             "kernel": "paged_attention",
             "case": case.name,

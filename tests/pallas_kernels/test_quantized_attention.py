@@ -468,6 +468,9 @@ def _refused(
     return lambda: quantized_attention(*inputs, **{"layer": 0, "scale": 0.25, **options})
 
 
+TINY, WIDE = arrays(BY_NAME["tiny"], seed=0), jnp.zeros((2, 4, 2, 32))
+
+
 def _with(**changes: object) -> Callable[[Pools], Pools]:
     return lambda pools: replace(pools, **changes)
 
@@ -509,6 +512,7 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
             "head_dim is 15, and pages of int4 hold 2 numbers in a byte; choose int8 or fp8",
         ),
         (
+<<<<<<< HEAD
             lambda: append(
                 arrays(BY_NAME["tiny"], seed=0).pools,
                 jnp.zeros((2, 4, 2, 32)),
@@ -516,6 +520,9 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
                 *arrays(BY_NAME["tiny"], seed=0)[2:],
                 layer=0,
             ),
+=======
+            lambda: append(TINY.pools, WIDE, WIDE, TINY.table, TINY.start, TINY.length, layer=0),
+>>>>>>> kv
             "new tokens have head_dim 32 and the pool 16; they must agree",
         ),
         (_refused(lambda pools: pools, scale=0.0), r"scale must be above 0, got 0\.0"),
