@@ -512,23 +512,13 @@ def _with(**changes: object) -> Callable[[Pools], Pools]:
             "head_dim is 15, and pages of int4 hold 2 numbers in a byte; choose int8 or fp8",
         ),
         (
-<<<<<<< HEAD
-            lambda: append(
-                arrays(BY_NAME["tiny"], seed=0).pools,
-                jnp.zeros((2, 4, 2, 32)),
-                jnp.zeros((2, 4, 2, 32)),
-                *arrays(BY_NAME["tiny"], seed=0)[2:],
-                layer=0,
-            ),
-=======
             lambda: append(TINY.pools, WIDE, WIDE, TINY.table, TINY.start, TINY.length, layer=0),
->>>>>>> kv
             "new tokens have head_dim 32 and the pool 16; they must agree",
         ),
         (_refused(lambda pools: pools, scale=0.0), r"scale must be above 0, got 0\.0"),
         (
             _refused(lambda pools: pools, implementation="fast"),
-            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'mosaic', 'native'",
+            "paged_attention has no implementation 'fast'; choose 'auto' or one of 'mosaic'",
         ),
     ],
 )
