@@ -61,8 +61,9 @@ class ServeConfig:
     step_tokens: int | None = None
     """Prompt tokens of one step; None is 256 on a CPU and 512 elsewhere. Small: prompts take long.
     Large: running answers stutter meanwhile."""
-    page_tokens: int = 32
-    """Tokens in one page. Small wastes table space; large the tail of every sequence."""
+    page_tokens: int | None = None
+    """Tokens in one page; None is 32 on a CPU and 64 elsewhere, which is what a GPU's kernel takes at
+    once. Small wastes table space; large the tail of every sequence."""
     kv_memory_fraction: float | None = None
     """Share of the memory free after weights and temporaries that becomes pages. None is 0.9, and
     on a CPU at most the lesser of 2 GiB and a quarter of free memory."""
@@ -151,7 +152,7 @@ class ServeConfig:
                 f"step_tokens is {self.step_tokens}; choose 16 to 65536",
             ),
             (
-                self.page_tokens in PAGE_TOKENS,
+                self.page_tokens in (None, *PAGE_TOKENS),
                 f"page_tokens is {self.page_tokens}; choose one of "
                 f"{', '.join(map(str, PAGE_TOKENS))}",
             ),

@@ -40,6 +40,7 @@ CPU_CALL_PLACES = 24
 # Of a step. 32 streaming clients: first token after 571 ms and p99 of gaps 230 ms with 256, 746 and
 # 525 with 512, at the same tokens/s; 128 cost 5 % of them with 64 requests at once.
 CPU_STEP_TOKENS, STEP_TOKENS = 256, 512
+CPU_PAGE_TOKENS, PAGE_TOKENS = 32, 64
 CPU_UNROLLED_ROWS = 4  # One stream took 36 ms a step instead of 50, four 67 instead of 80.
 BF16_CPU_ROWS = 16  # XLA's CPU backend has no fast bfloat16 product for fewer rows.
 
@@ -156,10 +157,11 @@ def resolve_sizes(
     has_native = on_cpu and native.is_built()
     smallest = BF16_CPU_ROWS if on_cpu and not has_native and dtype == jnp.bfloat16 else 1
     step_tokens = config.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
+    page_tokens = config.page_tokens or (CPU_PAGE_TOKENS if on_cpu else PAGE_TOKENS)
     prefill = prefill_buckets(min(step_tokens, max(16, context)))
     step = StepShape(
         max_rows=config.max_rows,
-        table_width=math.ceil(context / config.page_tokens),
+        table_width=math.ceil(context / page_tokens),
         vocab_size=model.vocab_size,
         decode_buckets=decode_buckets(config.max_rows, smallest),
         prefill_buckets=prefill,
@@ -181,7 +183,7 @@ def resolve_sizes(
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,
-        page_tokens=config.page_tokens,
+        page_tokens=page_tokens,
         kv_bytes=config.kv_memory_bytes,
         kv_fraction=config.kv_memory_fraction or KV_FRACTION,
         most_kv_bytes=most_kv_bytes,

@@ -1,6 +1,6 @@
 """Flags made from the fields of a config dataclass: names, types, defaults and help are its own.
 
-``page_tokens: int = 32`` with its docstring becomes ``--page-tokens``; ``prefix_cache: bool``
+``max_rows: int = 64`` with its docstring becomes ``--max-rows``; ``prefix_cache: bool``
 becomes ``--prefix-cache`` and ``--no-prefix-cache``. So flags and fields cannot drift apart.
 """
 
