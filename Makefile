@@ -200,6 +200,7 @@ prove-aot: aot ## Plans compiled for an H200 that is not there
 .PHONY: prove-compile
 prove-compile: aot ## Every GPU kernel compiled for an H200 that is not there; ARGS=--record
 	PYTHONPATH=.aot $(BIN)/python -m bench.compiled $(ARGS)
+	PYTHONPATH=.aot $(BIN)/python -m bench.compiled_step
 
 .PHONY: prove-kernels
 prove-kernels: $(STAMP) ## Every GPU kernel in the interpreter, races and planted faults included
