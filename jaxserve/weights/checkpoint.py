@@ -72,6 +72,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def says_nothing(self, name: str) -> bool:
+        """Whether a tensor that the model has no place for changes no answer."""
+        ...
+
     def read_order(self, name: str) -> np.ndarray | None:
         """Returns, for a stored format with an order, the column of each stored one: int32."""
         ...

@@ -165,6 +165,10 @@ class GgufCheckpoint:
         kind = self._tensor(name).type
         return kind.name if kind in _QUANTIZED else None
 
+    def says_nothing(self, name: str) -> bool:
+        """Returns False: no tool adds tensors."""
+        return False
+
     def read_order(self, name: str) -> None:
         """Returns None: columns are in order."""
 

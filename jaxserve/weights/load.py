@@ -176,8 +176,7 @@ def check_tensors(sources: WeightSources, layers: int, checkpoint: Checkpoint) -
         name
         for name in sorted(stored - needed.keys())
         if not any(fnmatchcase(name, pattern) for pattern in sources.ignored)
-        # Tools that quantize give matrices a bias that has none to say.
-        and not (name.endswith(".bias") and not checkpoint.read(name).any())
+        and not checkpoint.says_nothing(name)
     ]
     problems = []
     if missing:

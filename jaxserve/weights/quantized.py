@@ -86,6 +86,12 @@ class QuantizedCheckpoint:
             return None
         return f"{self._scheme.method} of {self._scheme.bits} bits"
 
+    def says_nothing(self, name: str) -> bool:
+        """Whether it is a bias of zeros, which some versions give every matrix that they pack."""
+        matrix, _, end = name.rpartition(".")
+        has_matrix = end == "bias" and f"{matrix}.weight" in self._linears
+        return has_matrix and not self._files.read(name).any()
+
     def read_order(self, name: str) -> np.ndarray | None:
         """Returns which column of the activations each stored column is for."""
         linear = self._linears.get(name)

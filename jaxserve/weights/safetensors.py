@@ -121,6 +121,10 @@ class SafetensorsCheckpoint:
     def stored_as(self, name: str) -> None:
         """Returns None, likewise."""
 
+    def says_nothing(self, name: str) -> bool:
+        """Returns False: no tool adds tensors."""
+        return False
+
     def read_order(self, name: str) -> None:
         """Returns None, likewise."""
 
