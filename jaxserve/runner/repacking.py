@@ -62,7 +62,7 @@ def repack(model: Model, params: Params, shardings: Params) -> Params:
         shardings: of the result.
     """
 
-    def made(axes: Axes, weight: Quantized, to: OnGpu) -> OnGpu:
+    def made(axes: Axes, to: OnGpu, weight: Quantized) -> OnGpu:
         # Values are written over. Scales, which are few, are there twice for a moment.
         places = (to.values, to.scale, to.minimum)
         program = jax.jit(partial(_repacked, axes), donate_argnums=0, out_shardings=places)
@@ -72,7 +72,7 @@ def repack(model: Model, params: Params, shardings: Params) -> Params:
                 array.delete()
         return OnGpu(*parts, weight.order)
 
-    return _each(model, made, params, params, shardings)
+    return _each(model, made, params, shardings, params)
 
 
 def unpacked(model: Model, params: Params) -> Params:

@@ -103,9 +103,7 @@ class Quantized:
 
     def rows(self, start: Any, count: int) -> Quantized:
         """So many rows of a matrix without an order, from one that may be traced."""
-        return jax.tree.map(
-            lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), self
-        )
+        return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), self)
 
     def stored(self) -> Quantized:
         """The same matrix, laid out as said above; see ``on_gpu.py`` for another way."""
