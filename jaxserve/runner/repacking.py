@@ -29,7 +29,8 @@ def repacked_shapes(model: Model, abstract: Params) -> Params:
 
     def shape(axes: Axes, weight: Quantized) -> OnGpu:
         parts = (weight.values, weight.scale, weight.minimum)
-        return OnGpu(*jax.eval_shape(partial(_repacked, axes), *parts), weight.order)
+        values, scale, minimum = jax.eval_shape(partial(_repacked, axes), *parts)
+        return OnGpu(values, scale, minimum, weight.order)
 
     return _each(model, shape, abstract, abstract)
 
@@ -66,11 +67,11 @@ def repack(model: Model, params: Params, shardings: Params) -> Params:
         # Values are written over. Scales, which are few, are there twice for a moment.
         places = (to.values, to.scale, to.minimum)
         program = jax.jit(partial(_repacked, axes), donate_argnums=0, out_shardings=places)
-        parts = program(weight.values, weight.scale, weight.minimum)
+        values, scale, minimum = program(weight.values, weight.scale, weight.minimum)
         for array in (weight.scale, weight.minimum):
             if array is not None:
                 array.delete()
-        return OnGpu(*parts, weight.order)
+        return OnGpu(values, scale, minimum, weight.order)
 
     return _each(model, made, params, shardings, params)
 

@@ -82,6 +82,7 @@ def repacked_on(runner: Runner, loaded: Params) -> Params:
 def test_scales_have_the_outputs_last_and_are_divided_as_their_weights(tensor: int) -> None:
     weights, specs = runner_of(model_of("int4", tensor), h200s(tensor))._weights(KEY)
     layers, where = weights.layers, specs.layers
+    assert isinstance(layers, dict)
     expected = {
         # Layers, what is summed over, outputs.
         "w_qkv": ((2, 4, 2, 4, 64), (None, None, "tensor", None, None)),
@@ -107,6 +108,7 @@ def test_scales_have_the_outputs_last_and_are_divided_as_their_weights(tensor: i
 def test_looked_up_rows_and_experts_stay_as_they_were_loaded() -> None:
     config = replace(preset("tiny-mixtral"), head_dim=32, tie_embeddings=False)
     weights, _ = runner_of(model_of("int8", 1, config), h200s(1))._weights(KEY)
+    assert isinstance(weights.layers, dict)
     kinds = {
         name: type(weight)
         for name, weight in (weights.ends | weights.layers).items()
