@@ -123,8 +123,7 @@ class Service:
         Raises:
             CheckpointError: the path exists or cannot be written.
         """
-        assert self.runner.params is not None, "the service is closed"
-        save_model(path, self.runner.model, self.runner.params, self.source)
+        save_model(path, self.runner.model, self.runner.stored_params(), self.source)
 
     def close(self) -> None:
         """Stops the engine, and the other hosts, and drops every array. Safe to call again."""

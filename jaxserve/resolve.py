@@ -29,6 +29,7 @@ from pallas_kernels import native
 from pallas_kernels.families import parse_choices
 from pallas_kernels.paged_attention import FORMATS
 from pallas_kernels.quantized_matmul import Format
+from pallas_kernels.target import is_hopper
 from sharding.mesh import MeshShapeError, make_mesh, parse_mesh
 from sharding.rules import ShardingRules
 
@@ -109,11 +110,13 @@ def resolve(
         CheckpointError: the weights cannot be held as they should be.
     """
     mesh = _mesh(config)
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
     sizes = resolve_sizes(
         config,
         model,
         platform,
+        kind=device.device_kind,
         data_shards=mesh.shape["data"],
         tensor=mesh.shape["tensor"],
         formats=formats(resolve_quantization(config, platform)),
@@ -135,6 +138,7 @@ def resolve_sizes(
     model: ModelConfig,
     platform: str,
     *,
+    kind: str = "",
     data_shards: int,
     tensor: int = 1,
     formats: dict[str, Format] | None = None,
@@ -142,6 +146,7 @@ def resolve_sizes(
     """The part of ``resolve`` that asks for no device. Without ``formats`` no weight is quantized.
 
     Those are of the checkpoint; ``held_formats`` decides what they are on ``tensor`` devices.
+    ``kind`` is how these call themselves.
 
     Raises:
         ConfigError: the context is longer than the model's.
@@ -179,6 +184,8 @@ def resolve_sizes(
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
         formats=held_formats(formats or {}, model, has_native=has_native, tensor=tensor),
+        # The kernel multiplies activations of 16 bits.
+        repacked=is_hopper(platform, kind) and bool(formats) and dtype.itemsize == 2,
         kernels=_kernels(config.kernels),
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,

@@ -143,6 +143,7 @@ def make_runner(plan: LaunchPlan, model: Model, num_pages: int) -> Runner:
         activations=plan.activations,
         kernels=plan.kernels,
         unrolled_rows=plan.unrolled_rows,
+        repacked=plan.repacked,
     )
     return Runner(model, runner_config, plan.mesh)
 
@@ -207,6 +208,7 @@ def _pages_key(config: ServeConfig, plan: LaunchPlan, model: Model) -> str:
         config.kv_memory_bytes,
         config.kv_memory_fraction,
         plan.unrolled_rows,
+        plan.repacked,
         plan.kernels,
         native.build_name(),
     ]

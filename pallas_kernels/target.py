@@ -17,6 +17,11 @@ HOPPER = re.compile(r"\bG?H(100|200|20|800)\b")
 """Of the names of devices of compute capability 9.0."""
 
 
+def is_hopper(platform: str, kind: str) -> bool:
+    """Whether devices of a kind have the instructions of sm_90a, which no later ones have."""
+    return platform == "gpu" and HOPPER.search(kind) is not None
+
+
 class Target(NamedTuple):
     """A kind of device."""
 
@@ -29,8 +34,8 @@ class Target(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        """Whether it has the instructions of sm_90a, which no later device has."""
-        return self.platform == "gpu" and HOPPER.search(self.kind) is not None
+        """See the function."""
+        return is_hopper(self.platform, self.kind)
 
 
 def target() -> Target:

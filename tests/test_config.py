@@ -248,6 +248,29 @@ def test_heads_that_no_byte_divides_are_refused() -> None:
         resolve(config(device="cpu", kv_dtype="int4"), odd)
 
 
+@pytest.mark.parametrize(
+    ("platform", "kind", "format", "dtype", "is_repacked"),
+    [
+        ("gpu", "NVIDIA H200", "int4", "auto", True),
+        ("gpu", "NVIDIA H100 80GB HBM3", "int8/row", "float16", True),
+        ("gpu", "NVIDIA H200", "int4", "float32", False),  # Activations that the kernel declines.
+        ("gpu", "NVIDIA H200", "", "auto", False),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "int4", "auto", False),
+        ("gpu", "NVIDIA B200", "int4", "auto", False),
+        ("cpu", "cpu", "int4", "auto", False),
+    ],
+)
+def test_quantized_weights_are_repacked_for_hopper_gpus(
+    platform: str, kind: str, format: Format, dtype: str, is_repacked: bool
+) -> None:
+    formats = {"w_down": format} if format else {}
+    asked = config(dtype=dtype)
+    sizes = resolve_sizes(asked, TINY, platform, kind=kind, data_shards=1, formats=formats)
+    assert sizes.repacked == is_repacked
+    if platform == "gpu":
+        assert sizes.formats == formats
+
+
 def test_auto_leaves_weights_quantized_but_on_a_cpu_without_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

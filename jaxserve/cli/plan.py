@@ -83,7 +83,8 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     where = {"assets_dir": config.assets_dir, "offline": config.offline}
     model, formats = read_model_facts(config.model, quantization, **where)
     shards = {"data_shards": shape.data, "tensor": shape.tensor}
-    sizes = resolve_sizes(config, model, facts.platform, formats=formats, **shards)
+    asked = (config, model, facts.platform)
+    sizes = resolve_sizes(*asked, kind=facts.kind, formats=formats, **shards)
     traffic = typical(options.prompt_tokens, options.output_tokens, sizes.context_tokens)
     compile_on = why_estimated = None
     if facts.simulated:

@@ -32,7 +32,7 @@ from jaxserve.models.layers import (
 )
 from jaxserve.models.layout import choose_layout
 from jaxserve.models.modules import INPUT_AXES, Axes, Ends, Layer
-from jaxserve.models.stacked import LayerOf
+from jaxserve.models.stacked import LayerOf, in_rows
 from pallas_kernels.quantized_matmul import (
     GROUP,
     Best,
@@ -245,7 +245,11 @@ class Model:
         self, run: Callable[..., Any], x: Array, cache: Any, stacks: dict[str, Any]
     ) -> tuple[Array, Any]:
         """Runs stacked layers one after the other; their matrices stay where they are."""
-        matrices = {name: stack for name, stack in stacks.items() if name.startswith("w_")}
+        matrices = {
+            name: in_rows(stack, INPUT_AXES.get(name, 1))
+            for name, stack in stacks.items()
+            if name.startswith("w_")
+        }
         vectors = {name: stack for name, stack in stacks.items() if name not in matrices}
 
         windows = self.config.windows

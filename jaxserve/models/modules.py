@@ -127,10 +127,10 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], products: Products
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         w = self.w_qkv[...]
-        K, rows, H, D = w.shape
-        B, T = x.shape[:2]
+        rows, H = self.config.group + 2, self.config.head_dim
+        B, T, D = x.shape
         with jax.named_scope("qkv"):
-            heads = project(x, w.reshape(K * rows * H, D), products).reshape(B, T, K, rows, H)
+            heads = project(x, w.reshape(-1, D), products).reshape(B, T, -1, rows, H)
             if self.config.qkv_bias:
                 heads = heads + self.b_qkv[...][None, None]
             q, k, v = jnp.split(heads, (rows - 2, rows - 1), axis=3)

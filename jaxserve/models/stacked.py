@@ -7,10 +7,12 @@ product that is told the stack and the layer's number reads it in place.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pallas_kernels.quantized_matmul import Matrix
+import jax
+
+from pallas_kernels.quantized_matmul import Matrix, OnGpu
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,27 @@ class LayerOf:
         """Itself, for ``[...]``."""
         assert index is Ellipsis
         return self
+
+
+def in_rows(stack: Matrix, inputs: int) -> Matrix:
+    """A stack as products take it, if it was repacked for GPUs; any other as it is.
+
+    Args:
+        stack: values ``[L, *O, *I]``; scales of a repacked one ``[L, *groups, *O]``.
+        inputs: how many axes a product sums over.
+    """
+    if not isinstance(stack, OnGpu):
+        return stack
+    layers, *axes = stack.scale.shape
+    groups, outs = math.prod(axes[:inputs]), math.prod(axes[inputs:])
+    scale, minimum = jax.tree.map(
+        lambda array: array.reshape(layers, groups, outs), (stack.scale, stack.minimum)
+    )
+    order = None if stack.order is None else stack.order.reshape(layers, 1, -1)
+    return replace(
+        stack,
+        values=stack.values.reshape(layers, outs, -1),
+        scale=scale,
+        minimum=minimum,
+        order=order,
+    )

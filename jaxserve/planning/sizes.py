@@ -24,6 +24,8 @@ class Sizes:
     """Of what goes from layer to layer."""
     formats: dict[str, Format]
     """Of the weights that are held quantized, by name."""
+    repacked: bool
+    """They are repacked for the device's kernel; see ``RunnerConfig``."""
     kernels: dict[str, str]
     """Implementations that were asked for, by family."""
     unrolled_rows: int

@@ -57,6 +57,9 @@ class RunnerConfig:
     and eight times to load."""
     has_native: bool = True
     """Programs may call native kernels, where this machine has them; see ``StepPrograms``."""
+    repacked: bool = False
+    """Quantized weights are repacked for the kernel of Hopper GPUs when they are loaded; see
+    ``repacking``. Then no program is unrolled."""
     kernels: Mapping[str, str] = field(default_factory=dict[str, str])
     """Implementations that programs must be made of, by family of kernels; others are the best that
     accept."""

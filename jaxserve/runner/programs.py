@@ -23,7 +23,7 @@ from jaxserve.runner.cache import DeviceState
 from jaxserve.runner.sampling import Lines, bits, choose, merge_top
 from jaxserve.runner.vocab import VocabShard
 from pallas_kernels.paged_attention import Pools, paged_attention, places_of, rope_append
-from pallas_kernels.quantized_matmul import Matrix, Products
+from pallas_kernels.quantized_matmul import Matrix, Products, Quantized
 
 SCORE_VOCAB_CHUNK = 8192  # Vocabulary scored at once: T x 8192 float32 instead of T x V.
 ChunkLogits = Callable[[Array], tuple[Array, Array]]
@@ -132,7 +132,10 @@ class StepPrograms:
         def chunk_logits(start: Array) -> tuple[Array, Array]:
             # The last chunk starts early enough to be whole; what it repeats is masked.
             begin = jnp.minimum(start, here - size)
-            rows = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, begin, size), head)
+            if isinstance(head, Quantized):
+                rows = head.rows(begin, size)
+            else:
+                rows = lax.dynamic_slice_in_dim(head, begin, size)
             logits = self.model.partial_logits(rows, hidden, products=self.products)
             ids = lax.dynamic_slice_in_dim(all_ids, begin, size)
             new = (begin + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocab.total)

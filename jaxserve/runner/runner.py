@@ -47,6 +47,7 @@ from jaxserve.runner.executables import (
     without_jax_cache,
 )
 from jaxserve.runner.programs import StepPrograms
+from jaxserve.runner.repacking import repack, repacked_shapes, repacked_specs, unpacked
 from pallas_kernels.dispatch import forced, recorded
 from sharding.placement import unstack_in_place
 from sharding.specs import check_divisible, named_shardings, partition_specs
@@ -82,7 +83,13 @@ class Runner:
 
         Raises:
             MeshShapeError: the mesh does not divide a weight or the pool.
+            ValueError: weights are to be repacked and programs unrolled.
         """
+        if config.repacked and config.unrolled_rows:
+            raise ValueError(
+                f"unrolled_rows is {config.unrolled_rows} and repacked weights stay stacked: it "
+                "must be 0"
+            )
         self._model = model
         self._config = config
         self._mesh = mesh
@@ -99,6 +106,11 @@ class Runner:
         self._abstract_params = model.abstract(config.dtype, stacked=True)
         self._param_specs = partition_specs(model.logical_axes(stacked=True), config.rules)
         check_divisible(self._abstract_params, self._param_specs, mesh)
+        self._held_params, self._held_specs = self._abstract_params, self._param_specs
+        if config.repacked:
+            loaded = (self._abstract_params, self._param_specs)
+            self._held_params = repacked_shapes(model, loaded[0])
+            self._held_specs = repacked_specs(model, *loaded)
         self._abstract_state = abstract_state(config.cache, model.config)
         self._state_specs = state_specs(self._abstract_state, config.rules)
         self._by_row = partition_specs(("batch",), config.rules)
@@ -190,12 +202,12 @@ class Runner:
 
     @property
     def param_shardings(self) -> Params:
-        """Where every weight lives."""
+        """Where every weight is to be loaded."""
         return named_shardings(self._param_specs, self._mesh)
 
     @property
     def abstract_params(self) -> Params:
-        """Global shape and dtype of every weight."""
+        """Global shape and dtype of every weight, as it is loaded."""
         return self._abstract_params
 
     @property
@@ -259,9 +271,13 @@ class Runner:
     def make_ready(self, params: Params, *, strict: bool = False) -> None:
         """Takes the weights, allocates the device state and runs what has to be run once.
 
-        After this no request waits for XLA, and device memory does not grow.
+        After this no request waits for XLA, and device memory does not grow. Weights that are
+        repacked are deleted where they were.
         """
         assert isinstance(self._mesh, Mesh), "an abstract mesh holds no arrays"
+        if self._config.repacked:
+            held = named_shardings(self._held_specs, self._mesh)
+            params = repack(self._model, params, held)
         self._params = params
         if self._config.unrolled_rows:
             assert isinstance(params.layers, dict)
@@ -413,7 +429,7 @@ class Runner:
     def _weights(self, key: ProgramKey) -> tuple[Params, Any]:
         """The weights that a program takes, abstract, and their specs."""
         if not self._is_unrolled(key.kind, key.rows):
-            return self._abstract_params, self._param_specs
+            return self._held_params, self._held_specs
         model, config = self._model, self._config
         specs = partition_specs(model.logical_axes(stacked=False), config.rules)
         return model.abstract(config.dtype, stacked=False), specs
@@ -497,6 +513,11 @@ class Runner:
     def params(self) -> Params | None:
         """The weights, for looking inside; None before ``make_ready`` and after ``close``."""
         return self._params
+
+    def stored_params(self) -> Params:
+        """Returns the weights as they were loaded; repacked ones are copied to the host."""
+        assert self._params is not None, "make_ready comes first, and close last"
+        return unpacked(self._model, self._params)
 
     def arrays(self) -> dict[str, Any]:
         """Everything that is held on the devices, by what it is for."""

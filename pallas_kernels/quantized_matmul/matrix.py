@@ -101,6 +101,10 @@ class Quantized:
         """Rows of it: an index of leading axes; of a matrix with an order, of layers alone."""
         return jax.tree.map(lambda array: array[index], self)
 
+    def rows(self, start: Any, count: int) -> Quantized:
+        """So many rows of a matrix without an order, from one that may be traced."""
+        return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), self)
+
     def stored(self) -> Quantized:
         """The same matrix, laid out as said above; see ``on_gpu.py`` for another way."""
         return self

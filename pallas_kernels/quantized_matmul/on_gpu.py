@@ -6,6 +6,7 @@ the way back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,35 @@ class OnGpu(Quantized):
         return jnp.dtype(jnp.int4 if self.kind == "int4" else self.values.dtype)
 
     def reshape(self, *shape: int) -> Quantized:
-        """See ``Quantized``; in the layout there."""
-        return self.stored().reshape(*shape)
+        """See ``Quantized``; in the layout there, unless these are the axes that it has."""
+        known = -math.prod(shape) if -1 in shape else 1
+        sizes = (*(math.prod(self.shape) // known if size == -1 else size for size in shape),)
+        return self if sizes == self.shape else self.stored().reshape(*shape)
 
     def __getitem__(self, index: Any) -> Quantized:
         """See ``Quantized``; rows are in the layout there, and layers in that of here."""
-        of_layers = isinstance(index, int) and self.ndim > 2
-        return jax.tree.map(lambda array: array[index], self if of_layers else self.stored())
+        if isinstance(index, int) and self.ndim > 2:
+            return jax.tree.map(lambda array: array[index], self)
+        if self.ndim > 2 or self.order is not None:
+            return self.stored()[index]
+
+        # Only what is asked for is turned back.
+        def columns(array: Leaf) -> Leaf:
+            return None if array is None else jnp.moveaxis(array[:, index], 0, -1)
+
+        values = self.values[index]
+        if self.kind == "int4":
+            values = values ^ SIGNS
+        return Quantized(values, columns(self.scale), columns(self.minimum))
+
+    def rows(self, start: Any, count: int) -> OnGpu:
+        """See ``Quantized``."""
+        scale, minimum = jax.tree.map(
+            lambda array: jax.lax.dynamic_slice_in_dim(array, start, count, axis=-1),
+            (self.scale, self.minimum),
+        )
+        values = jax.lax.dynamic_slice_in_dim(self.values, start, count)
+        return OnGpu(values, scale, minimum)
 
     def stored(self) -> Quantized:
         """The same matrix in the layout of ``Quantized``."""

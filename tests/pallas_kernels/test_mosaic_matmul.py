@@ -246,8 +246,16 @@ def test_a_repacked_matrix_is_the_same_matrix(format: str):
     for layer in (repacked[LAYER], repacked.stored()[LAYER], for_gpu(repacked)[LAYER]):
         found = np.asarray(dequantized(layer, jnp.float32))
         np.testing.assert_allclose(found, matrix, rtol=1e-6, atol=1e-6)
-    rows = dequantized(repacked[LAYER][jnp.array([5, 3])], jnp.float32)
-    np.testing.assert_allclose(rows, matrix[[5, 3]], rtol=1e-6, atol=1e-6)
+    one = repacked[LAYER]
+    for index in ([[5, 3], [0, 9]], slice(7, 30), 4):
+        rows = dequantized(one[jnp.array(index) if isinstance(index, list) else index], jnp.float32)
+        np.testing.assert_allclose(rows, matrix[index], rtol=1e-6, atol=1e-6)
+    for kept in (one, one.stored()):
+        some = jax.jit(lambda kept, start: kept.rows(start, 16))(kept, 32)
+        assert type(some) is type(kept)
+        found = dequantized(some, jnp.float32)
+        np.testing.assert_allclose(found, matrix[32:48], rtol=1e-6, atol=1e-6)
+    assert repacked.reshape(LAYERS, -1, 256) is repacked
     wide = dequantized(repacked.reshape(LAYERS * 64, 256), jnp.float32)
     np.testing.assert_allclose(wide[LAYER * 64 :], matrix, rtol=1e-6, atol=1e-6)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 256)), jnp.float32)
