@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 SHORT, LONG = 4_000, 100_000
 PAGE_TOKENS = 32
 TOP = 20
-MOST_OFF = {"float32": 1e-3, "int8": 0.02, "fp8": 0.05, "int4": 0.1}
+MOST_OFF = {"float32": 2e-3, "int8": 0.02, "fp8": 0.05, "int4": 0.1}
 """Of a log-probability, by what holds keys and values. Numpy rounds them too, but where the two
 differ in a last bit of float32, a number on the edge of a step falls to another side."""
 
