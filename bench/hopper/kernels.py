@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Protocol
@@ -62,6 +62,8 @@ DRY_STEPS = {
     "prefill": ("2 of 5 at 16", (Row(16, 5), Row(20, 3))),
 }
 PAGES = ("bfloat16", *FORMATS)
+NUMBERS = {"int8": 64, "fp8": 1, "int4": 4}
+"""How large ``draw`` makes the numbers of pages with scales."""
 MATRICES = {
     "Llama-3-8B gate and up": (28_672, 4096),
     "Llama-3-8B down": (4096, 14_336),
@@ -212,7 +214,16 @@ class Attention:
             head_dim=case.head_dim,
             dtype=self.dtype,
         )
-        return jax.tree.map(draw, shapes)
+        pools = jax.tree.map(draw, shapes)
+        if not pools.has_scales:
+            return pools
+
+        # Numbers of about one: with larger ones a softmax would see a single key.
+        def scale(drawn: jax.Array) -> jax.Array:
+            usual = jnp.asarray(NUMBERS[self.pages], FLOAT)
+            return (1 + jnp.clip(drawn, -2, 2) / 4) / usual
+
+        return replace(pools, k_scale=scale(pools.k_scale), v_scale=scale(pools.v_scale))
 
     def state(self) -> Any:
         """Pools, queries, rows, and room for answers."""
