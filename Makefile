@@ -162,6 +162,10 @@ prove-kv: $(STAMP) assets ## SmolLM2 over int8 pages as over bfloat16 ones; fp8 
 prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts
 	$(ONE_DEVICE) $(PYTEST) tests/agreement/test_references.py --timeout 3600 $(ARGS)
 
+.PHONY: prove-long
+prove-long: $(STAMP) ## The first token after 100,000, served in chunks, is that of plain numpy
+	$(ONE_DEVICE) OPENBLAS_NUM_THREADS=1 $(PYTEST) tests/agreement/test_long_prompt.py -m prove -s $(ARGS)
+
 .PHONY: prove-storm
 prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a small pool
 	@$(BIN)/python -m jaxserve.assets smollm2

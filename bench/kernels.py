@@ -1,6 +1,7 @@
 """Measures paged attention over the shapes of ``cases.SERVING``: one JSON line per measurement.
 
     python -m bench.kernels [--dtype bfloat16] [--only decode] [--out FILE]
+    python -m bench.kernels --device gpu ...    another script: the kernels for Hopper, bench/hopper
 
 Each line says the microseconds of one layer (append and attend), the bytes that layer cannot avoid
 moving, the share that is of the copy bandwidth reached just before and after, and the arithmetic
@@ -14,6 +15,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,7 +44,16 @@ REPEATS = 7
 
 def main() -> None:
     """Runs the cases that the arguments select."""
-    parser = argparse.ArgumentParser(description="Measures the kernels of cases.SERVING.")
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    chosen, words = chooser.parse_known_args()
+    if chosen.device == "gpu":
+        from bench.hopper import run
+
+        sys.exit(run.main(words))
+    parser = argparse.ArgumentParser(
+        description="Measures the kernels of cases.SERVING.", parents=[chooser]
+    )
     parser.add_argument("--dtype", choices=(*POOL_DTYPES, *FORMATS), default="float32")
     parser.add_argument(
         "--implementation",

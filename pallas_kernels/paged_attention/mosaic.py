@@ -6,27 +6,28 @@ Here a step is cut into units and its answers are gathered (``work.py``, in XLA)
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import LINES, SHARED_BYTES, cores, decline_elsewhere
+from pallas_kernels.mosaic import LINES, decline_elsewhere
+from pallas_kernels.paged_attention.mosaic_config import (
+    PIECE_TOKENS,
+    TILE_KEYS,
+    Problem,
+    best_known,
+    compute_dtype,
+    rule,
+)
 from pallas_kernels.paged_attention.mosaic_kernel import attend
-from pallas_kernels.paged_attention.mosaic_launch import Config, Launch, shared_bytes
+from pallas_kernels.paged_attention.mosaic_launch import Config, Launch
 from pallas_kernels.paged_attention.pool import Pools
 from pallas_kernels.paged_attention.ragged import places_of
 from pallas_kernels.paged_attention.work import Shape, merge, most_units, pack, plan_work
+from pallas_kernels.target import target
 
-ROOM_BYTES = 4_096
-"""Of shared memory, for barriers and for aligning what is in it."""
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
-TILE_KEYS = 64
-PIECE_TOKENS = 512
-"""A row with one query is cut into pieces of at least so many keys."""
 MOST_PIECES = 16
 ALL_KEYS = 1 << 30
 """A window as wide as any context."""
@@ -76,7 +77,10 @@ def paged_attention_mosaic(
     group = q_heads // kv_heads
     places = lines_of_places * tokens
     one_query = first is None and tokens == 1
-    config = config or choose_config(head_dim=head_dim, pages=k.dtype, one_query=one_query)
+    problem = Problem(head_dim, group, pools.page_tokens, k.dtype, one_query)
+    config = config or choose_config(problem)
+    if reason := problem.why_not(config):
+        raise NotImplementedError(reason)
     shape = Shape(
         group=group,
         tile_queries=config.tiles * LINES,
@@ -151,34 +155,6 @@ def as_numbers(pages: Array) -> Array:
     return pairs.reshape(*pages.shape[:-1], -1)
 
 
-def compute_dtype(numbers: Any) -> jnp.dtype:
-    """The dtype of the tensor cores' operands."""
-    if numbers == jnp.float8_e4m3fn:
-        return jnp.dtype(jnp.float16)  # The processor cannot make bfloat16 of e4m3.
-    if jnp.issubdtype(numbers, jnp.integer):
-        return jnp.dtype(jnp.bfloat16)  # float16 of int8 takes a slower unit.
-    return jnp.dtype(numbers)
-
-
-def choose_config(*, head_dim: int, pages: Any, one_query: bool) -> Config:
-    """Returns how to tile a launch: as deep a ring as shared memory holds.
-
-    Args:
-        head_dim: of the model.
-        pages: dtype of the numbers in the pool.
-        one_query: whether every row has one new token.
-    """
-    compute = compute_dtype(pages)
-    out = jnp.dtype(jnp.float32) if one_query else compute
-    is_wide = head_dim > 128
-    config = Config(
-        tiles=1 if one_query or is_wide or pages != compute else 2,
-        columns=2 if is_wide else 1,
-        tile_keys=TILE_KEYS,
-        stages=6,
-        query_stages=1 if is_wide else 2,
-        blocks=cores(),
-    )
-    while shared_bytes(config, head_dim, pages, compute, out) > SHARED_BYTES - ROOM_BYTES:
-        config = replace(config, stages=config.stages - 1)
-    return config
+def choose_config(problem: Problem) -> Config:
+    """Returns how to tile a launch: as is best known for this device, or by the rule."""
+    return best_known(problem, target().kind) or rule(problem)
