@@ -62,7 +62,7 @@ class ServeConfig:
     """Prompt tokens of one step; None is 256 on a CPU and 512 elsewhere. Small: prompts take long.
     Large: running answers stutter meanwhile."""
     page_tokens: int | None = None
-    """Tokens in one page; None is 32 on a CPU and 64 elsewhere, which is what a GPU's kernel takes at
+    """Tokens in one page; None is 32 on a CPU and 64 elsewhere, as many as a GPU's kernel takes at
     once. Small wastes table space; large the tail of every sequence."""
     kv_memory_fraction: float | None = None
     """Share of the memory free after weights and temporaries that becomes pages. None is 0.9, and

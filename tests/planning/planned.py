@@ -24,11 +24,17 @@ def sizes_of(model: str, facts: DeviceFacts, mesh: str = "1x1", **changes: Any) 
     settings: dict[str, Any] = {"assets_dir": Path("none"), "cache_dir": Path("none"), **changes}
     config = ServeConfig(model=f"dummy:{model}", mesh=mesh, **settings)
     shape = parse_mesh(mesh)
-    shards = {"data_shards": shape.data, "tensor": shape.tensor}
     quantization = resolve_quantization(config, facts.platform)
     where = {"assets_dir": config.assets_dir, "offline": True}
     read, formats = read_model_facts(config.model, quantization, **where)
-    return resolve_sizes(config, read, facts.platform, formats=formats, **shards)
+    return resolve_sizes(
+        config,
+        read,
+        facts.platform,
+        formats=formats,
+        data_shards=shape.data,
+        tensor=shape.tensor,
+    )
 
 
 @cache

@@ -107,8 +107,9 @@ def test_a_launch_with_quantized_weights_holds_what_was_predicted(
         model, formats = read_model_facts(str(tmp_path), "int4", **where)
         shape = MeshShape(**service.plan.mesh.shape)
         facts = device_facts("cpu")
-        shards = {"data_shards": shape.data}
-        sizes = resolve_sizes(config, model, facts.platform, formats=formats, **shards)
+        sizes = resolve_sizes(
+            config, model, facts.platform, formats=formats, data_shards=shape.data
+        )
         planned = predict("", model, shape, facts, sizes, typical(None, None, 256))
         assert planned.weight_bytes_per_device == beside.predicted.weight_bytes_per_device
         assert planned.flops_per_step == beside.predicted.flops_per_step
