@@ -241,13 +241,6 @@ def test_a_short_name_of_the_caches_precision_becomes_the_long_one() -> None:
     assert config(kv_dtype="bf16") == config(kv_dtype="bfloat16")
 
 
-def test_heads_that_no_byte_divides_are_refused() -> None:
-    odd = replace(TINY, head_dim=15)
-    assert resolve(config(device="cpu", kv_dtype="int8"), odd).kv_name == "int8"
-    with pytest.raises(ConfigError, match="--kv-dtype int4: head_dim is 15, and pages of int4"):
-        resolve(config(device="cpu", kv_dtype="int4"), odd)
-
-
 @pytest.mark.parametrize(
     ("platform", "kind", "format", "dtype", "is_repacked"),
     [
