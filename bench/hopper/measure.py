@@ -46,9 +46,8 @@ def measure(
         expected = reference(case, state)
     with interpreted() if dry else contextlib.nullcontext():
         try:
-            found = jax.jit(partial(case.step, layer=1, implementation="mosaic", config=config))(
-                state
-            )
+            once = partial(case.step, layer=1, implementation="mosaic", config=config)
+            found = jax.jit(once)(state)
             error = _error(list(map(_float, case.answers(found))), expected)
         except Exception as failure:
             return {"wrong": f"{type(failure).__name__}: {str(failure)[:300]}"}
@@ -57,8 +56,8 @@ def measure(
         del found
         least_s = max(case.moved / rates["copy_bytes_per_s"], case.flops / rates["flops_per_s"])
         calls = 1 if dry else max(1, min(MOST_CALLS, int(LOOP_S / (least_s + CALL_S))))
-        seconds = _seconds(partial(case.step, implementation="mosaic", config=config), case, state,
-                           calls, 1 if dry else REPEATS)  # fmt: skip
+        step = partial(case.step, implementation="mosaic", config=config)
+        seconds = _seconds(step, case, state, calls, 0 if dry else REPEATS)
     median_s = statistics.median(seconds)
     return {
         "error": round(error, 6),
@@ -85,17 +84,17 @@ def _error(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
     """The worst vector's difference over the size of the usual one."""
     worst = 0.0
     for here, there in zip(found, expected, strict=True):
+        if not (np.isfinite(here).all() and np.isfinite(there).all()):
+            return float("inf")
         usual = np.sqrt(np.mean(np.sum(there**2, axis=-1)))
         worst = max(worst, float(np.max(np.linalg.norm(here - there, axis=-1)) / usual))
-        if not np.isfinite(here).all():
-            return float("inf")
     return worst
 
 
 def _seconds(
     step: Callable[..., Any], case: KernelCase, state: Any, calls: int, repeats: int
 ) -> list[float]:
-    """Seconds of a call in each of some loops, after one that compiles."""
+    """Seconds of a call in each of some loops after one that compiles; of none: in that one."""
 
     def loop(state: Any) -> Any:
         return jax.lax.fori_loop(
@@ -103,13 +102,12 @@ def _seconds(
         )
 
     run = jax.jit(loop, donate_argnums=0)
-    state = jax.block_until_ready(run(state))
     seconds = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         began = time.perf_counter()
         state = jax.block_until_ready(run(state))
         seconds.append((time.perf_counter() - began) / calls)
-    return seconds
+    return seconds[1:] or seconds
 
 
 @contextlib.contextmanager
