@@ -48,7 +48,7 @@ def test_int8_pages_take_a_byte_for_each_number_and_two_for_each_scale(tensor: i
     """Llama 3.1 8B: 32 layers, keys and values of 8 heads, 128 numbers and a scale each."""
     token = 32 * 2 * 8 * (128 + 2)
     memory = memory_of("llama-3.1-8b", f"1x{tensor}", dtype="bfloat16", kv_dtype="int8")
-    assert memory.budget.page_bytes == 32 * token // tensor
+    assert memory.budget.page_bytes == 64 * token // tensor
     if tensor == 1:
         plan = planned("llama-3.1-8b", "h200", kv_dtype="int8")
         floats = planned("llama-3.1-8b", "h200", kv_dtype="bfloat16")
