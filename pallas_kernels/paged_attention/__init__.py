@@ -82,7 +82,7 @@ def paged_attention(
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
     narrow: bool = False,
-    sinks: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " M"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R T N H"]:
     """Attends from each row's new tokens to that row's pages, causally.
@@ -301,7 +301,7 @@ def _check(
     scale: float,
     window: int | Int[Array, ""],
     softcap: float,
-    sinks: Float[Array, " N"] | None,
+    sinks: Float[Array, " M"] | None,
 ) -> None:
     """Refuses what is wrong for every implementation; runs while tracing only."""
     _check_pools(pools)

@@ -23,6 +23,7 @@ Chosen on SmolLM2-135M, 3,072 tokens of real text, by the divergence of the next
 distribution from that of float32 pages (mean, nats), keys and values alike unless said:
 
     int8                                  0.0008    bytes for a token and head of 64: 66
+    int8, rotated                         0.0003    66
     fp8                                   0.0051    66    (0.0074 without scales)
     int4, rotated, as above               0.054     34
     int4, rotated, with a minimum         0.051     36

@@ -29,7 +29,7 @@ def quantized_attention(
     first: Int[Array, " F"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
-    sinks: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " M"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention`` over pages with scales; see there for all other arguments.
