@@ -119,8 +119,8 @@ def test_other_bytes_are_refused_with_an_example(text: str) -> None:
 
 def test_help_is_the_docstring_of_the_field() -> None:
     text = " ".join(parsed("launch").parser.format_help().split())
-    assert "Tokens in one page. Small wastes table space" in text
-    assert "(default: 32)" in text
+    assert "Sequences computed together. Small wastes bandwidth" in text
+    assert "(default: 64)" in text
     assert "if not given, the model's own window" in text
     assert "None" not in text
 
