@@ -13,5 +13,13 @@ needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 def usable(names: Iterable[str]) -> list[object]:
-    """The implementations to run a test with; the native one is skipped where it is not built."""
-    return [pytest.param(name, marks=needs_native) if name == "native" else name for name in names]
+    """The implementations to run a test with on a CPU.
+
+    The native one is skipped where it is not built. Mosaic's need a GPU or the interpreter: they
+    have tests of their own.
+    """
+    return [
+        pytest.param(name, marks=needs_native) if name == "native" else name
+        for name in names
+        if name != "mosaic"
+    ]
