@@ -1,6 +1,6 @@
 """Writes a model as an orbax checkpoint that restores straight onto any mesh.
 
-    open the source -> decide mesh and dtype -> load shard by shard -> write (weights/source.py)
+    open the source -> decide mesh and dtype -> load shard by shard -> write (weights/saved.py)
 
 No step program is compiled and no engine is made.
 """
@@ -18,7 +18,8 @@ from jaxserve.launch import Report, open_configured, silent
 from jaxserve.models.decoder import Model, Params
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve
 from jaxserve.weights.orbax import check_new
-from jaxserve.weights.source import ModelSource, save_model
+from jaxserve.weights.saved import save_model
+from jaxserve.weights.source import ModelSource
 from sharding.rules import ShardingRules
 from sharding.specs import named_shardings, partition_specs, where_divisible
 

@@ -69,7 +69,8 @@ from jaxserve.sizing import (
     size_pool,
 )
 from jaxserve.version import __version__
-from jaxserve.weights.source import ModelSource, open_source, save_model
+from jaxserve.weights.saved import save_model
+from jaxserve.weights.source import ModelSource, open_source
 from pallas_kernels import native
 from sharding.multihost import every_host_caches, join_runtime
 

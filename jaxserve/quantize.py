@@ -26,7 +26,7 @@ from jaxserve.launch import Report, silent
 from jaxserve.models.decoder import Model, Params
 from jaxserve.weights.orbax import check_new
 from jaxserve.weights.packed import rounded_formats
-from jaxserve.weights.source import save_model
+from jaxserve.weights.saved import save_model
 from pallas_kernels.quantized_matmul import Format, Quantized, Spec, quantized, spec
 
 FORMATS = ("int4", "int8", "fp8")

@@ -21,7 +21,7 @@ from jaxserve.errors import CheckpointError, MeshError, UnsupportedModelError
 from jaxserve.models.decoder import Params
 from jaxserve.runner.compiling import CompileCounter
 from jaxserve.weights import orbax
-from jaxserve.weights.source import save_model
+from jaxserve.weights.saved import save_model
 from tests.agreement.ways import GREEDY, ask_together, engine_over, make_service, requests
 
 TINY = Path(__file__).parent / "golden" / "tiny"

@@ -23,7 +23,8 @@ from jaxserve.models.presets import preset
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_params, random_params
 from jaxserve.weights.packed import choose_formats, rounded_formats
-from jaxserve.weights.source import open_source, save_model
+from jaxserve.weights.saved import save_model
+from jaxserve.weights.source import open_source
 from pallas_kernels.quantized_matmul import (
     GROUP,
     Format,

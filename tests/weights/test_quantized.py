@@ -20,7 +20,8 @@ from jaxserve.errors import CheckpointError, UnsupportedModelError
 from jaxserve.models.decoder import Model
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.packed import choose_formats, held_formats, rounded_formats, why_widened
-from jaxserve.weights.source import open_source, read_model_facts, save_model
+from jaxserve.weights.saved import save_model
+from jaxserve.weights.source import open_source, read_model_facts
 from pallas_kernels.quantized_matmul import Quantized, dequantized, quantized
 from tests.weights import tool_files
 from tests.weights.test_packed import loaded
