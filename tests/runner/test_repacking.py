@@ -26,7 +26,8 @@ from jaxserve.runner.repacking import repack, repacked_specs, unpacked
 from jaxserve.runner.runner import Runner
 from jaxserve.weights.load import random_params
 from jaxserve.weights.packed import rounded_formats
-from jaxserve.weights.source import open_source, save_model
+from jaxserve.weights.saved import save_model
+from jaxserve.weights.source import open_source
 from pallas_kernels.quantized_matmul import Format, OnGpu, Quantized
 from sharding.mesh import AXES, MeshShape, make_mesh, parse_mesh
 from sharding.specs import named_shardings
