@@ -25,9 +25,10 @@ from pallas_kernels.paged_attention import (
     cell_bytes,
     paged_attention,
     rope_append,
+    rotate,
 )
 from pallas_kernels.paged_attention.cases import Case, Row
-from pallas_kernels.paged_attention.formats import dequantize, rotate
+from pallas_kernels.paged_attention.formats import dequantize
 from pallas_kernels.paged_attention.mosaic import paged_attention_mosaic
 from pallas_kernels.quantized_matmul import (
     OnGpu,
@@ -238,9 +239,12 @@ class Attention:
         if config is None:
             out = paged_attention(**given, implementation=implementation)
         else:
-            turn = rotate if self.pages == "int4" else lambda x: x
-            given["q"] = turn(given["q"])
-            out = turn(paged_attention_mosaic(**given, config=config))
+            format = given["pools"].format
+            if format is not None and format.rotates_keys:
+                given["q"] = rotate(given["q"])
+            out = paged_attention_mosaic(**given, config=config)
+            if format is not None and format.rotates_values:
+                out = rotate(out)
         return state | {"out": out}
 
     def answers(self, state: Any) -> list[jax.Array]:

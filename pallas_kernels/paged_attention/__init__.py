@@ -22,10 +22,14 @@ from pallas_kernels.paged_attention.formats import (
     Format,
     cell_bytes,
     format_of,
-    rotate,
+    rotate_xla,
 )
 from pallas_kernels.paged_attention.mosaic import paged_attention_mosaic
-from pallas_kernels.paged_attention.native import append_native, paged_attention_native
+from pallas_kernels.paged_attention.native import (
+    append_native,
+    paged_attention_native,
+    rotate_native,
+)
 from pallas_kernels.paged_attention.pool import (
     NULL_PAGE,
     Pools,
@@ -52,6 +56,7 @@ __all__ = [
     "places_of",
     "pool_shape",
     "rope_append",
+    "rotate",
 ]
 
 IMPLEMENTATIONS = {
@@ -64,6 +69,9 @@ IMPLEMENTATIONS = {
 
 APPENDS = {"native": append_native, "scatter": append_scatter}
 """Of ``append``, by name, best first."""
+
+ROTATIONS = {"native": rotate_native, "xla": rotate_xla}
+"""Of what ``rotate`` does, by name, best first."""
 
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 """Of pools without scales; those with scales have one of ``FORMATS``."""
@@ -120,12 +128,12 @@ def paged_attention(
     _check(q, pools, scale=scale, window=window, softcap=softcap, sinks=sinks)
     _check_places("queries", q.shape[0], table, first)
     with jax.named_scope("paged_attention"):
-        is_rotated = _is_rotated(pools)
+        format = pools.format
         out = dispatch(
             "paged_attention",
             IMPLEMENTATIONS,
             implementation,
-            rotate(q) if is_rotated else q,
+            rotate(q) if format is not None and format.rotates_keys else q,
             pools,
             table,
             start,
@@ -138,7 +146,7 @@ def paged_attention(
             narrow=narrow,
             sinks=sinks,
         )
-        return rotate(out) if is_rotated else out
+        return rotate(out) if format is not None and format.rotates_values else out
 
 
 def append(
@@ -263,6 +271,18 @@ def rope_append(
     )
 
 
+def rotate(numbers: Float[Array, "*B H"], implementation: str = "auto") -> Float[Array, "*B H"]:
+    """Multiplies heads by an orthonormal Walsh-Hadamard matrix, which is its own inverse.
+
+    See ``formats`` for what it is good for. All implementations compute the same bits.
+
+    Args:
+        numbers: Heads; computed in float32, and returned as they came.
+        implementation: A name in ``ROTATIONS``, or ``"auto"`` for the first that accepts.
+    """
+    return dispatch("rotation", ROTATIONS, implementation, numbers)
+
+
 def _in_parts(
     write: str,
     pools: Pools,
@@ -325,14 +345,14 @@ def _as_held(
     pools: Pools, k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]
 ) -> tuple[Float[Array, "R T K H"], Float[Array, "R T K H"]]:
     """Keys and values as the implementations of ``append`` take them."""
-    if not _is_rotated(pools):
+    if (format := pools.format) is None:
         return k, v
     # In float32, which is what they are rounded from.
-    return rotate(k.astype(jnp.float32)), rotate(v.astype(jnp.float32))
-
-
-def _is_rotated(pools: Pools) -> bool:
-    return pools.format is not None and pools.format.rotates
+    if format.rotates_keys:
+        k = rotate(k.astype(jnp.float32))
+    if format.rotates_values:
+        v = rotate(v.astype(jnp.float32))
+    return k, v
 
 
 def _check_pools(pools: Pools) -> None:

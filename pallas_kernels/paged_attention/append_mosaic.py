@@ -5,6 +5,12 @@ queries, then its keys, then its values. They are rotated in registers, rounded 
 and hardware copies them out: the queries to where attention reads them, keys and values into the
 token's cell of the pool, which is written where it lies. Blocks are short, many share a core, and
 so one's copies pass while another computes.
+
+Keys of int8 are spread over all channels before they are rounded (``formats``): a Walsh-Hadamard
+matrix is four of half its size, so the tensor cores multiply each half of a head by one such, and
+their sum and difference are the halves of the product. Products with 1 and -1 are exact, and sums
+in float32 of few numbers of bfloat16 nearly always, so that the numbers are those of
+``formats.rotate_xla``.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import LINES
 from pallas_kernels.paged_attention.cells import NOWHERE, cells_of
-from pallas_kernels.paged_attention.formats import INT4, LEAST, Format
+from pallas_kernels.paged_attention.formats import INT4, INT8, LEAST, Format, hadamard
 from pallas_kernels.paged_attention.pool import Pools
 
 ALIGNED = 8
@@ -74,8 +80,10 @@ def rope_append_mosaic(
         kernel_name="rope_append",
     )
     base = (jnp.asarray(layer, jnp.int32) * pools.pages).reshape(1)
+    half = head_dim // 2
+    spread = [jnp.asarray(hadamard(half), q.dtype)] if body.spreads else []
     with jax.named_scope("append"):
-        turned = run(heads, rope.reshape(2, places, head_dim // 2), cells, base, *refs)
+        turned = run(heads, rope.reshape(2, places, half), cells, base, *spread, *refs)
     written = dict(zip(("k", "v", "k_scale", "v_scale"), map(jax.freeze, refs), strict=False))
     return turned.reshape(q.shape), replace(pools, **written)
 
@@ -90,6 +98,11 @@ def _decline(pools: Pools, q: Float[Array, "R T N H"]) -> None:
         raise NotImplementedError(
             "pages of int4 take heads that are spread over all channels and packed in pairs, "
             "which this kernel does not do"
+        )
+    if pools.format is INT8 and head_dim & (head_dim - 1):
+        raise NotImplementedError(
+            "keys of int8 are spread over all channels, which this kernel does for a head_dim of "
+            f"64, 128 or 256, got {head_dim}"
         )
     if pools.format is None and pages != dtype:
         raise NotImplementedError(f"pages without scales are {dtype}, as the heads, got {pages}")
@@ -113,6 +126,11 @@ class _Body:
     dtype: Any
     format: Format | None
     """Of pages with scales."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether keys are rotated before they are rounded."""
+        return self.format is not None and self.format.rotates_keys
 
     @property
     def keys(self) -> int:
@@ -142,32 +160,38 @@ class _Body:
         made = {
             "wide": plgpu.SMEM((count, self.head_dim), self.dtype),
             "angles": plgpu.SMEM((2, self.head_dim // 2), jnp.float32),
-            "here": plgpu.Barrier(num_arrivals=self.copies_in + 1),
+            "here": plgpu.Barrier(num_arrivals=self.copies_in + 1 + self.spreads),
         }
         if self.format is not None:
             made |= {
                 "codes": plgpu.SMEM((count, self.head_dim), self.format.storage),
                 "scales": plgpu.SMEM((self.lines,), jnp.bfloat16),
             }
+        if self.spreads:
+            half = self.head_dim // 2
+            made["spread"] = mosaic.tile((half, half), self.dtype)
         return made
 
     def __call__(
         self, heads: Any, rope: Any, cells: Any, base: Any, *refs: Any, **scratch: Any
     ) -> None:
         """Takes one token through."""
-        *pools, q = refs
+        *matrix, q = refs
+        pools = matrix[self.spreads :]
         wide, here = scratch["wide"], scratch["here"]
         place = lax.axis_index("place")
         cell = cells[place]
         self._fetch(heads.at[place], rope.at[:, place], wide, scratch["angles"], here)
+        if self.spreads:
+            plgpu.copy_gmem_to_smem(matrix[0], scratch["spread"], here)
         plgpu.barrier_wait(here)
         for begin in range(0, self.lines, LINES):
-            self._rotate(begin, wide, scratch["angles"])
+            halves = self._rotate(begin, wide, scratch["angles"])
+            if self.format is not None and begin + LINES > self.keys:
+                if self.spreads:
+                    halves = self._spread(begin, halves, scratch["spread"])
+                self._quantize(begin, self.format, halves, scratch["codes"], scratch["scales"])
         plgpu.commit_smem()
-        if self.format is not None:
-            for begin in range(self.keys // LINES * LINES, self.lines, LINES):
-                self._quantize(begin, self.format, wide, scratch["codes"], scratch["scales"])
-            plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(wide.at[pl.ds(0, self.kv_heads * self.group)], q.at[place])
 
         @pl.when(cell != NOWHERE)
@@ -191,39 +215,55 @@ class _Body:
         for which, begin in ((group, self.keys), (group + 1, self.values)):
             plgpu.copy_gmem_to_smem(heads.at[:, which], wide.at[pl.ds(begin, kv_heads)], here)
 
-    def _rotate(self, begin: int, wide: Any, angles: Any) -> None:
-        """Rotates so many lines where they lie; values stay as they are."""
+    def _rotate(self, begin: int, wide: Any, angles: Any) -> list[Array]:
+        """Rotates so many lines where they lie; values stay as they are. Returns both halves."""
         half = self.head_dim // 2
         shape = (LINES, half)
         refs = [wide.at[pl.ds(begin, LINES), part] for part in self._halves()]
         one, two = (_lines(ref).astype(jnp.float32) for ref in refs)
         cos, sin = (lax.broadcast_in_dim(angles[i], shape, [1]) for i in range(2))
-        line = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        is_turned = line < self.values - begin
+        is_turned = self._line(shape) < self.values - begin
         turned = (one * cos - two * sin, two * cos + one * sin)
+        halves = []
         for ref, new, old in zip(refs, turned, (one, two), strict=True):
             # A value is rounded back to what it was.
-            ref[...] = jnp.where(is_turned, new, old).astype(self.dtype)
+            halves.append(jnp.where(is_turned, new, old).astype(self.dtype))
+            ref[...] = halves[-1]
+        return halves
 
-    def _quantize(self, begin: int, format: Format, wide: Any, codes: Any, scales: Any) -> None:
+    def _spread(self, begin: int, halves: list[Array], matrix: Any) -> list[Array]:
+        """Multiplies keys by a Walsh-Hadamard matrix, as both halves; the rest stays as it is."""
+        shape = (LINES, self.head_dim // 2)
+        one, two = (mosaic.product(None, half, matrix, shape) for half in halves)
+        factor = jnp.float32(self.head_dim**-0.5)
+        is_key = self._line(shape) < self.values - begin
+        return [
+            jnp.where(is_key, new * factor, old.astype(jnp.float32))
+            for new, old in zip((one + two, one - two), halves, strict=True)
+        ]
+
+    def _quantize(
+        self, begin: int, format: Format, halves: list[Array], codes: Any, scales: Any
+    ) -> None:
         """Rounds so many lines as ``formats.quantize`` does, to the same bits."""
         lines = pl.ds(begin, LINES)
-
-        def numbers(part: Any) -> Float32[Array, "M half"]:
-            return _lines(wide.at[lines, part]).astype(jnp.float32)
-
-        largest = jnp.maximum(*(jnp.abs(numbers(part)).max(axis=1) for part in self._halves()))
+        numbers = [half.astype(jnp.float32) for half in halves]
+        largest = jnp.maximum(*(jnp.abs(half).max(axis=1) for half in numbers))
         scale = jnp.where(largest < LEAST, 0.0, largest * jnp.float32(1 / format.most))
         scale = mosaic.rounded(scale, jnp.bfloat16)
         scales[lines] = scale.astype(jnp.bfloat16)
         is_usable = (scale > 0) & (scale < jnp.inf)
         inverse = jnp.where(is_usable, 1 / jnp.where(is_usable, scale, 1.0), 0.0)
-        for part in self._halves():
-            factor = lax.broadcast_in_dim(inverse, (LINES, self.head_dim // 2), [0])
+        factor = lax.broadcast_in_dim(inverse, (LINES, self.head_dim // 2), [0])
+        for part, half in zip(self._halves(), numbers, strict=True):
             # Not a product with 0: that of an infinity would be NaN.
-            ratio = jnp.where(factor > 0, numbers(part) * factor, 0.0)
+            ratio = jnp.where(factor > 0, half * factor, 0.0)
             whole = jnp.round(ratio) if format.dtype == jnp.int8 else ratio
             codes[lines, part] = whole.astype(format.storage)
+
+    def _line(self, shape: tuple[int, ...]) -> Array:
+        """The number of each line, counted from the first of those at hand."""
+        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     def _halves(self) -> tuple[Any, Any]:
         """The members of all pairs: the first ones, and their partners."""

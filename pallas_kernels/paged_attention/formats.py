@@ -13,11 +13,13 @@ Float32 scales would take two more bytes for each token and head (3 % of an int8
 
 Byte ``j`` of a cell of int4 holds number ``2 j`` in its low four bits and ``2 j + 1`` in its high
 ones, as two's complements: what ``lax.bitcast_convert_type`` to int4 gives. A token's head is whole
-bytes, so that no byte belongs to two tokens. Its numbers are those of the rotated vector: before
-rounding, ``rotate`` multiplies keys and values by an orthonormal Walsh-Hadamard matrix, which
-spreads the few channels that are large in every token over all of them. It multiplies queries,
-too, and scores are as before; and answers, since the matrix is its own inverse. This is done in the
-public ``append`` and ``paged_attention``: implementations see rotated numbers only.
+bytes, so that no byte belongs to two tokens.
+
+Keys of int8 and int4, and values of int4, are those of the rotated vector: before rounding,
+``rotate`` multiplies them by an orthonormal Walsh-Hadamard matrix, which spreads the few channels
+that are large in every token over all of them. Where keys are rotated it multiplies queries, too,
+and scores are as before; where values are, answers, since the matrix is its own inverse. This is
+done in this package's public functions: implementations see rotated numbers only.
 
 Chosen on SmolLM2-135M, 3,072 tokens of real text, by the divergence of the next token's
 distribution from that of float32 pages (mean, nats), keys and values alike unless said:
@@ -66,8 +68,10 @@ class Format:
     """What the number of a token's head that is largest in size becomes; its sign may change."""
     packed: int = 1
     """Numbers in one place of that array."""
-    rotates: bool = False
-    """Whether keys and values are rotated first."""
+    rotates_keys: bool = False
+    """Whether keys are rotated before they are rounded, and queries with them."""
+    rotates_values: bool = False
+    """Whether values are rotated before they are rounded, and answers back."""
 
     def check(self, head_dim: int) -> None:
         """Refuses what cannot be packed.
@@ -87,9 +91,17 @@ class Format:
         return head_dim // self.packed
 
 
-INT8 = Format("int8", np.dtype(jnp.int8), np.dtype(jnp.int8), 127)
+INT8 = Format("int8", np.dtype(jnp.int8), np.dtype(jnp.int8), 127, rotates_keys=True)
 FP8 = Format("fp8", np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e4m3fn), 448)
-INT4 = Format("int4", np.dtype(jnp.int4), np.dtype(jnp.uint8), -8, packed=2, rotates=True)
+INT4 = Format(
+    "int4",
+    np.dtype(jnp.int4),
+    np.dtype(jnp.uint8),
+    -8,
+    packed=2,
+    rotates_keys=True,
+    rotates_values=True,
+)
 FORMATS = {format.name: format for format in (INT8, FP8, INT4)}
 """By name."""
 
@@ -152,22 +164,28 @@ def dequantize(
     return values.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
 
 
-def rotate(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+def rotate_xla(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """Multiplies by an orthonormal Walsh-Hadamard matrix, which is its own inverse.
 
     In blocks of the largest power of two that divides the last axis. In sums and differences of
-    float32, whose order is the same in every program, and so are their bits.
+    float32, whose order is the same in every program and in rotate.cc, and so are their bits: those
+    of both halves of a block, in pairs beside each other, as many times as a block can be halved.
     """
     head_dim = numbers.shape[-1]
     block = head_dim & -head_dim
-    exact = numbers.astype(jnp.float32)
-    half = 1
-    while half < block:
-        pairs = exact.reshape(*exact.shape[:-1], -1, 2, half)
-        left, right = pairs[..., 0, :], pairs[..., 1, :]
-        exact = jnp.stack((left + right, left - right), axis=-2).reshape(numbers.shape)
-        half *= 2
-    return (exact * np.float32(block**-0.5)).astype(numbers.dtype)
+    exact = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], -1, block)
+    for _ in range(block.bit_length() - 1):
+        left, right = jnp.split(exact, 2, axis=-1)
+        exact = jnp.stack((left + right, left - right), axis=-1).reshape(exact.shape)
+    return (exact * np.float32(block**-0.5)).astype(numbers.dtype).reshape(numbers.shape)
+
+
+def hadamard(size: int) -> np.ndarray:
+    """The Walsh-Hadamard matrix of 1 and -1, ``[size, size]``, whose size is a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def _encode(ratio: Float32[Array, "*B H"], format: Format) -> Shaped[Array, "*B C"]:

@@ -2,6 +2,7 @@
 #include "append.h"
 #include "attention.h"
 #include "native/xla.h"
+#include "rotate.h"
 
 namespace jaxserve {
 namespace {
@@ -150,6 +151,18 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
+ffi::Error RotateHandler(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> numbers,
+                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  const int64_t head_dim = numbers.dimensions().back();
+  if (head_dim < 1 || head_dim > kMostRotated) {
+    return ffi::Error::InvalidArgument("rotate: a head_dim that there is no room for");
+  }
+  XlaExecutor executor(threads);
+  RunRotate(numbers.typed_data(), numbers.element_count() / head_dim, head_dim, out->typed_data(),
+            executor);
+  return ffi::Error::Success();
+}
+
 auto AppendBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -189,8 +202,16 @@ auto AttendBinding() {
       .Attr<bool>("narrow");
 }
 
+auto RotateBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32>>()   // numbers
+      .Ret<ffi::Buffer<ffi::F32>>();
+}
+
 }  // namespace
 }  // namespace jaxserve
 
 JAXSERVE_FFI_HANDLER(jaxserve_append, jaxserve::AppendHandler, jaxserve::AppendBinding());
 JAXSERVE_FFI_HANDLER(jaxserve_paged_attention, jaxserve::AttendHandler, jaxserve::AttendBinding());
+JAXSERVE_FFI_HANDLER(jaxserve_rotate, jaxserve::RotateHandler, jaxserve::RotateBinding());

@@ -128,6 +128,19 @@ def append_native(
     return replace(pools, **dict(zip(("k", "v", "k_scale", "v_scale"), written, strict=False)))
 
 
+def rotate_native(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """Computes ``rotate``, to the same bits."""
+    if reason := native.why_not():
+        raise NotImplementedError(reason)
+    if numbers.shape[-1] > MAX_HEAD_DIM:
+        raise NotImplementedError(f"head_dim is at most {MAX_HEAD_DIM}, got {numbers.shape[-1]}")
+    exact = numbers.astype(jnp.float32)
+    (rotated,) = native.call(
+        "jaxserve_rotate", [jax.ShapeDtypeStruct(exact.shape, exact.dtype)], exact
+    )
+    return rotated.astype(numbers.dtype)
+
+
 def _scales(pools: Pools) -> tuple[Array, ...]:
     """The last operands of both kernels: of pools with a format their scales, of others nothing."""
     return (pools.k_scale, pools.v_scale) if pools.has_scales else ()

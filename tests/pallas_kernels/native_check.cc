@@ -12,12 +12,14 @@
 #include <sstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "native_check_feed_forward.h"
 #include "native_check_matmul.h"
 #include "paged_attention/append.h"
 #include "paged_attention/attention.h"
+#include "paged_attention/rotate.h"
 
 namespace {
 
@@ -331,6 +333,29 @@ void CheckLoopsShareThreads(Pool& pool) {
   if (sum != 8 * 200 * (21 + 10)) Fail("parallel loops");
 }
 
+// Against sums of all numbers with the signs of a Walsh-Hadamard matrix.
+void CheckRotate(const std::vector<Pool*>& pools) {
+  for (const auto& [vectors, head_dim] : std::vector<std::pair<int64_t, int64_t>>{
+           {700, 64}, {3, 96}, {130, 256}, {5, 2}, {2, 7}, {0, 64}}) {
+    const int64_t count = vectors * head_dim, block = head_dim & -head_dim;
+    Array<float> numbers(new float[count]), out(new float[count]);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = static_cast<float>(i * 37 % 101) - 50;
+    for (Pool* pool : pools) {
+      RunRotate(numbers.get(), vectors, head_dim, out.get(), *pool);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = i / block * block;
+        double sum = 0;
+        for (int64_t j = 0; j < block; ++j) {
+          sum += __builtin_parityll((i - first) & j) ? -numbers[first + j] : numbers[first + j];
+        }
+        if (std::abs(sum / std::sqrt(static_cast<double>(block)) - out[i]) > 1e-4) {
+          Fail("rotate: another number");
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -350,6 +375,7 @@ int main(int, char** arguments) {
     }
   }
   if (cases == 0 || matmuls.cases == 0) Fail(std::string("no case in ") + arguments[1]);
+  CheckRotate(pools);
   CheckLoopsShareThreads(two);
   std::cout << cases << " cases of attention\n" << matmuls.cases << " of products, run";
   for (int level = 0; level < JAXSERVE_ISA_LEVELS; ++level) {

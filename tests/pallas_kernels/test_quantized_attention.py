@@ -19,11 +19,13 @@ from pallas_kernels import native
 from pallas_kernels.paged_attention import (
     IMPLEMENTATIONS,
     NULL_PAGE,
+    ROTATIONS,
     SCALE_DTYPE,
     Pools,
     abstract_pools,
     cell_bytes,
     paged_attention,
+    rotate,
 )
 from pallas_kernels.paged_attention.cases import Inputs, Row
 from pallas_kernels.paged_attention.formats import (
@@ -36,7 +38,7 @@ from pallas_kernels.paged_attention.formats import (
     dequantize,
     format_of,
     quantize,
-    rotate,
+    rotate_xla,
 )
 from pallas_kernels.quantized_attention import append, dequantized, quantized, quantized_attention
 from pallas_kernels.quantized_attention.cases import CASES, LAYER, Case, arrays
@@ -159,13 +161,32 @@ def test_no_number_is_off_by_more_than_half_a_step(seed: int, exponent: int, for
     assert np.all(off <= half * (1 + 1e-5))
 
 
-@pytest.mark.parametrize("head_dim", [2, 64, 80, 96, 128, 7])
-def test_a_rotation_is_a_hadamard_matrix_and_its_own_inverse(head_dim: int):
+@pytest.mark.parametrize("implementation", usable(ROTATIONS))
+@pytest.mark.parametrize("head_dim", [2, 64, 80, 96, 128, 7, 256])
+def test_a_rotation_is_a_hadamard_matrix_and_its_own_inverse(head_dim: int, implementation: str):
     numbers = np.random.default_rng(0).standard_normal((5, 3, head_dim)).astype(np.float32)
-    once = rotate(jnp.asarray(numbers))
+    once = rotate(jnp.asarray(numbers), implementation)
     np.testing.assert_allclose(once, numbers @ hadamard(head_dim), rtol=0, atol=2e-6)
-    np.testing.assert_allclose(rotate(once), numbers, rtol=0, atol=2e-6)
-    assert rotate(jnp.ones((1, 64), jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(rotate(once, implementation), numbers, rtol=0, atol=2e-6)
+    assert rotate(jnp.ones((1, 64), jnp.bfloat16), implementation).dtype == jnp.bfloat16
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "shape", [(300, 2, 64), (70, 1, 96), (1, 5, 256), (9, 16), (3, 4), (0, 64)]
+)
+def test_every_rotation_has_the_same_bits(shape: tuple[int, ...]):
+    numbers = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
+    np.testing.assert_array_equal(rotate(numbers, "native"), rotate(numbers, "xla"))
+
+
+@needs_native
+def test_a_head_that_is_too_large_is_rotated_by_xla():
+    numbers = jnp.ones((2, 512))
+    with pytest.raises(ExceptionGroup) as caught:
+        rotate(numbers, "native")
+    assert "head_dim is at most 256, got 512" in str(caught.value.exceptions[0])
+    np.testing.assert_array_equal(rotate(numbers)[:, 1:], np.zeros((2, 511)))
 
 
 @every_format
@@ -236,8 +257,9 @@ def test_append_rounds_the_new_cells_and_writes_no_others(
         values, scale = np.array(getattr(pools, name)), np.array(getattr(pools, f"{name}_scale"))
         exact = np.asarray(numbers, np.float32)
         # Rotated by what is tested above: a last bit would be another number.
+        is_rotated = format.rotates_keys if name == "k" else format.rotates_values
         new_values, new_scale = rounded(
-            np.asarray(rotate(jnp.asarray(exact))) if format.rotates else exact, format
+            np.asarray(rotate_xla(jnp.asarray(exact))) if is_rotated else exact, format
         )
         for b, row in enumerate(case.rows):
             for t in range(row.length):
@@ -315,7 +337,7 @@ def test_the_reference_is_that_of_the_floats_that_the_pages_stand_for(case: Case
     ours = attend(case, inputs, "reference")
     theirs = attending.attend(paged, case, floats, "reference")
     # Rotations there and back have their own rounding.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 if format.rotates else 0)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 if format.rotates_keys else 0)
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 112, 240])
