@@ -173,7 +173,7 @@ def rotate_xla(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """
     head_dim = numbers.shape[-1]
     block = head_dim & -head_dim
-    exact = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], -1, block)
+    exact = numbers.astype(jnp.float32).reshape(*numbers.shape[:-1], head_dim // block, block)
     for _ in range(block.bit_length() - 1):
         left, right = jnp.split(exact, 2, axis=-1)
         exact = jnp.stack((left + right, left - right), axis=-1).reshape(exact.shape)

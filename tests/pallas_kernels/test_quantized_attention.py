@@ -95,15 +95,17 @@ def rounded(numbers: np.ndarray, format: Format = INT8) -> tuple[np.ndarray, np.
     return (codes[..., ::2] + 16 * codes[..., 1::2]).astype(np.uint8), scale
 
 
-def meant(pool: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """An oracle: the numbers that stored values stand for, not rotated any more."""
-    values = np.asarray(pool)
-    if values.dtype == np.uint8:
-        nibbles = np.stack((values % 16, values // 16), axis=-1).reshape(*values.shape[:-1], -1)
+def meant(pools: Pools, name: str) -> np.ndarray:
+    """An oracle: the numbers that stored keys, or values, stand for, not rotated any more."""
+    pool, scale = getattr(pools, name), getattr(pools, f"{name}_scale")
+    stored = values = np.asarray(pool)
+    if stored.dtype == np.uint8:
+        nibbles = np.stack((stored % 16, stored // 16), axis=-1).reshape(*stored.shape[:-1], -1)
         values = np.where(nibbles > 7, nibbles - 16.0, nibbles)
     with np.errstate(invalid="ignore"):  # Cells that nobody sees: zeros times infinity.
         numbers = values.astype(np.float64) * np.asarray(scale, np.float64)[..., None]
-        return numbers @ hadamard(numbers.shape[-1]) if pool.dtype == np.uint8 else numbers
+        is_rotated = stored.dtype == np.uint8 or (stored.dtype == np.int8 and name == "k")
+        return numbers @ hadamard(numbers.shape[-1]) if is_rotated else numbers
 
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
@@ -358,8 +360,7 @@ def test_the_answer_is_dense_attention_over_what_the_pages_stand_for(
 ):
     inputs = arrays(case, seed=1, format=format)
     answer = attend(case, inputs, implementation)
-    pools = inputs.pools
-    k_pool, v_pool = meant(pools.k, pools.k_scale), meant(pools.v, pools.v_scale)
+    k_pool, v_pool = meant(inputs.pools, "k"), meant(inputs.pools, "v")
     expect_dense(case, inputs, k_pool, v_pool, answer)
 
 
