@@ -20,7 +20,7 @@ KV_DTYPES = (*DTYPES, "int8", "fp8", "int4")
 STEP_OVERLAPS = ("auto", "on", "off")
 READY_WITHS = ("auto", "first", "all")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", "awq", "gptq")
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", "w8a8", "awq", "gptq")
 PAGE_TOKENS = (8, 16, 32, 64, 128)
 
 
@@ -39,9 +39,10 @@ class ServeConfig:
     dtype: str = "auto"
     """Of weights and activations. auto: bfloat16 where it is fast, else float32."""
     quantization: str = "auto"
-    """Of weight matrices: ``none``; ``int8``, ``int4`` and ``fp8`` round to it; ``auto`` rounds
-    nothing and leaves weights as the checkpoint stores them (AWQ, GPTQ, compressed-tensors, GGUF);
-    ``awq`` and ``gptq`` do too, and refuse a checkpoint of another tool."""
+    """Of weight matrices: ``none``; ``int8``, ``int4`` and ``fp8`` round to it, ``w8a8`` to int8
+    with a scale a row, so that activations may be rounded, too; ``auto`` rounds nothing and leaves
+    weights as the checkpoint stores them (AWQ, GPTQ, compressed-tensors, GGUF); ``awq`` and
+    ``gptq`` do too, and refuse a checkpoint of another tool."""
     kv_dtype: str = "auto"
     """Of cached keys and values. auto: as dtype. Half the bytes hold twice the tokens. int8, fp8
     and int4 keep a scale for each token and head, and are not exact: answers may part from those

@@ -160,6 +160,7 @@ def resolve_sizes(
         )
     on_cpu = platform == "cpu"
     has_native = on_cpu and native.is_built()
+    kernels = _kernels(config.kernels)
     smallest = BF16_CPU_ROWS if on_cpu and not has_native and dtype == jnp.bfloat16 else 1
     step_tokens = config.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
     page_tokens = config.page_tokens or (CPU_PAGE_TOKENS if on_cpu else PAGE_TOKENS)
@@ -183,10 +184,15 @@ def resolve_sizes(
         # Native products multiply by bfloat16 weights whatever x is, and the rest of a layer is
         # faster in float32; XLA's own need one dtype, of which AMX has no float32.
         activations=jnp.dtype(jnp.float32) if has_native and not native.has_amx() else dtype,
-        formats=held_formats(formats or {}, model, has_native=has_native, tensor=tensor),
+        formats=held_formats(
+            formats or {},
+            model,
+            has_native=has_native and kernels.get("quantized_matmul", "native") == "native",
+            tensor=tensor,
+        ),
         # The kernel multiplies activations of 16 bits.
         repacked=is_hopper(platform, kind) and bool(formats) and dtype.itemsize == 2,
-        kernels=_kernels(config.kernels),
+        kernels=kernels,
         unrolled_rows=max(smallest, CPU_UNROLLED_ROWS) if on_cpu and not has_native else 0,
         context_tokens=context,
         step=step,

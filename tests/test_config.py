@@ -264,6 +264,20 @@ def test_quantized_weights_are_repacked_for_hopper_gpus(
         assert sizes.formats == formats
 
 
+@pytest.mark.parametrize(
+    ("kernels", "held"),
+    [("auto", "int8"), ("feed_forward=parts", "int8"), ("quantized_matmul=xla", "int8/row")],
+)
+def test_a_cpu_holds_groups_of_32_for_its_own_kernels_alone(
+    kernels: str, held: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_built", lambda: True)
+    asked = config(kernels=kernels)
+    formats: dict[str, Format] = {"w_down": "int8/row"}
+    sizes = resolve_sizes(asked, TINY, "cpu", data_shards=1, formats=formats)
+    assert sizes.formats == {"w_down": held}
+
+
 def test_auto_leaves_weights_quantized_but_on_a_cpu_without_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

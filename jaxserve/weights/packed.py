@@ -26,7 +26,7 @@ from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.reading import Index
 from pallas_kernels.quantized_matmul import GROUP, Format, Kind, Quantized, Spec, quantized, spec
 
-type Quantization = Literal["none", "int8", "int4", "fp8", "awq", "gptq", "auto"]
+type Quantization = Literal["none", "int8", "int4", "fp8", "w8a8", "awq", "gptq", "auto"]
 type ArrayName = Literal["values", "scale", "minimum"]
 """The arrays of ``Quantized`` that have the weight's axes."""
 Boxes = Callable[[Index], Iterable[tuple[Index, Index]]]
@@ -34,6 +34,14 @@ Boxes = Callable[[Index], Iterable[tuple[Index, Index]]]
 MATRICES = ("embed", "head")
 """Of the ends. An embedding of 4 bits costs more than it saves, and one of fp8 is coarser than one
 of int8 for the same bytes, so both have them as int8."""
+ROUNDED: dict[Quantization, Format] = {
+    "int8": "int8",
+    "int4": "int4",
+    "fp8": "fp8",
+    "w8a8": "int8/row",
+}
+"""What each quantization that rounds makes of a layer's matrices. Of ``w8a8`` products are integers
+throughout: activations are rounded, too, which a scale for each row of the matrix allows."""
 SPLIT_INPUTS = ("w_o", "w_down")
 """Weights whose last axes are divided among the devices of a mesh's tensor axis."""
 
@@ -59,7 +67,7 @@ def choose_formats(
     if quantization in ("awq", "gptq"):
         check_method(checkpoint.source, getattr(checkpoint, "method", None), quantization)
     elif quantization != "auto":
-        return rounded_formats(config, checkpoint.source, quantization)
+        return rounded_formats(config, checkpoint.source, ROUNDED[quantization])
     formats: dict[str, Format] = {}
     for name, source in _matrices(config).items():
         stored = _stored(name, source, config, checkpoint)
@@ -114,7 +122,7 @@ def held_formats(
         formats: as ``choose_formats`` returns them.
         config: of the model.
         has_native: products are the CPU's kernels, which read groups of 32: the scales of larger
-            ones are repeated.
+            ones are repeated, and what is rounded while it is read has groups of its own.
         tensor: devices that share one copy of the model. Where they divide columns, these are not
             in another order: such a weight is widened.
     """

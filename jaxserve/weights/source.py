@@ -23,6 +23,7 @@ from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.hub import resolve_model
 from jaxserve.weights.load import load_params, random_params
 from jaxserve.weights.packed import (
+    ROUNDED,
     Quantization,
     check_method,
     choose_formats,
@@ -258,7 +259,7 @@ def _formats_of_numbers(
     if quantization in ("awq", "gptq"):
         check_method(name, scheme and scheme.method, quantization)
     elif quantization not in ("none", "auto"):
-        return rounded_formats(config, name, quantization)
+        return rounded_formats(config, name, ROUNDED[quantization])
     if scheme is None or quantization == "none":
         return {}
     formats = rounded_formats(config, name, scheme.format)

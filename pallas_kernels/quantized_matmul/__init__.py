@@ -125,8 +125,8 @@ def quantized_matmul(
             of its groups: an error of at most 1/254 of the largest in a group. One of bfloat16
             meets them as bfloat16 (2^-8 of each), or, like one of float16, as float16 with sums of
             a few products in float16 (2^-11; weights below 2^-14 lose digits). All else is float32.
-            On a GPU, a matrix of 8 bits with one scale a row meets activations of its own dtype,
-            with a scale for each of their rows.
+            In Mosaic, a matrix of 8 bits with one scale a row meets activations of its own dtype,
+            with a scale for each of their rows; in XLA, one of int8 does.
 
     Raises:
         ValueError: Shapes or dtypes that no implementation could take.

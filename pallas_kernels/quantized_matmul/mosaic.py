@@ -27,6 +27,7 @@ from pallas_kernels.quantized_matmul.mosaic_config import (
 )
 from pallas_kernels.quantized_matmul.mosaic_kernel import mosaic_product
 from pallas_kernels.quantized_matmul.on_gpu import OnGpu, for_gpu
+from pallas_kernels.quantized_matmul.reference import rounded_rows
 from pallas_kernels.target import target
 
 MOST_ROWS = 512
@@ -165,16 +166,11 @@ def _activations(
     """Activations in the dtype in which they are multiplied, and what scales the answers."""
     if x.dtype == dtype:
         return x, None
-    wide = x.astype(jnp.float32)
-    most = jnp.abs(wide).max(axis=-1)
     if dtype == jnp.float16:
+        wide = x.astype(jnp.float32)
         # bfloat16 has more exponents; a power of two changes nothing else.
-        _, exponent = jnp.frexp(most)
+        _, exponent = jnp.frexp(jnp.abs(wide).max(axis=-1))
         shift = jnp.clip(HEADROOM - exponent, -126, 126)
         return jnp.ldexp(wide, shift[:, None]).astype(dtype), jnp.ldexp(1.0, -shift)
-    limit = MAX_INT8 if dtype == jnp.int8 else MAX_FP8
-    factor = jnp.where(most == 0, 1, most / limit)  # That of a row that is not finite is not, too.
-    scaled = wide / factor[:, None]
-    if dtype == jnp.int8:
-        scaled = jnp.rint(scaled)
-    return jnp.clip(scaled, -limit, limit).astype(dtype), factor
+    ratio, factor = rounded_rows(x, MAX_INT8 if dtype == jnp.int8 else MAX_FP8)
+    return (jnp.rint(ratio) if dtype == jnp.int8 else ratio).astype(dtype), factor

@@ -87,6 +87,33 @@ def test_native_activations_of_16_bits_are_rounded_once(dtype: str, storage: Sto
     check(BY_NAME["chunk"], storage, "native", dtype)
 
 
+def test_a_matrix_of_int8_rows_meets_activations_of_int8() -> None:
+    """In XLA. Of integers, so the answer has the same digits whatever the sums' order."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 96), np.float32) * np.array([[1], [100], [1e-3], [0], [7]], "f4")
+    stack = jax.tree.map(
+        lambda *layers: jnp.stack(layers),
+        *(quantized(rng.standard_normal((7, 96), np.float32), "int8/row") for _ in range(2)),
+    )
+    answer = compiled(jnp.asarray(x), stack, layer=jnp.int32(1), implementation="xla", narrow=True)
+    largest = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
+    steps = np.rint(np.divide(x * 127.0, largest, out=np.zeros(x.shape), where=largest > 0))
+    values, scale = np.asarray(stack.values[1], np.int64), np.asarray(stack.scale[1], np.float64)
+    expected = steps.astype(np.int64) @ values.T * (largest / 127) * scale[:, 0]
+    np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=0)
+    exact = compiled(jnp.asarray(x), stack, layer=jnp.int32(1), implementation="xla")
+    assert np.abs(np.asarray(exact) - expected)[[0, 1, 2, 4]].max(axis=-1).min() > 0
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_shows_in_its_own_answer(odd: float) -> None:
+    matrix = quantized(np.ones((3, 32), np.float32), "int8/row")
+    x = jnp.ones((2, 32)).at[1, 4].set(odd)
+    answer = np.asarray(compiled(x, matrix, implementation="xla", narrow=True))
+    assert np.isfinite(answer[0]).all()
+    assert np.isnan(answer[1]).all()
+
+
 def rounding(storage: Storage, isa: native.Isa) -> str:
     """How narrow products round activations for a matrix stored so."""
     if storage in ("int8", "int4"):

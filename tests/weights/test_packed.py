@@ -26,11 +26,11 @@ from jaxserve.weights.packed import choose_formats, rounded_formats
 from jaxserve.weights.saved import save_model
 from jaxserve.weights.source import open_source
 from pallas_kernels.quantized_matmul import (
-    GROUP,
     Format,
     Quantized,
     dequantized,
     quantized,
+    spec,
 )
 from sharding.rules import ShardingRules
 from sharding.specs import named_shardings, partition_specs
@@ -173,7 +173,7 @@ def test_an_axis_that_is_no_whole_groups_is_refused() -> None:
     assert choose_formats(config, checkpoint, "none") == {}
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int8/row", "int4"])
 def test_random_weights_are_rounded_where_they_are_made(format: Format) -> None:
     """The same ones on two devices as on one, and half a step from the plain ones."""
     formats = rounded_formats(TINY, "dummy", format)
@@ -181,9 +181,11 @@ def test_random_weights_are_rounded_where_they_are_made(format: Format) -> None:
     expected = plain(random_on(Model(TINY), 1))
     for name, found in one.items():
         if name in formats:
-            most = np.abs(expected[name]).reshape(-1, GROUP).max(axis=-1, keepdims=True)
-            step = most / 127 if formats[name] == "int8" else 2 * most / 15
-            error = np.abs(found - expected[name]).reshape(-1, GROUP)
+            its = spec(formats[name])
+            grouped = expected[name].reshape(-1, its.group or found.shape[-1])
+            most = np.abs(grouped).max(axis=-1, keepdims=True)
+            step = most / 127 if its.kind == "int8" else 2 * most / 15
+            error = np.abs(found - expected[name]).reshape(grouped.shape)
             assert (error <= 0.52 * step + 2e-3 * most).all()
             assert (error > 0).any()
         else:
@@ -191,6 +193,13 @@ def test_random_weights_are_rounded_where_they_are_made(format: Format) -> None:
     two = plain(random_on(Model(TINY, 2, formats), 2))
     for name, found in one.items():
         np.testing.assert_array_equal(two[name], found)
+
+
+def test_w8a8_has_a_scale_for_each_row() -> None:
+    checkpoint = checkpoint_for(Model(TINY))
+    layers = ("w_qkv", "w_o", "w_gate_up", "w_down")
+    expected = dict.fromkeys(layers, "int8/row") | {"embed": "int8"}
+    assert choose_formats(TINY, checkpoint, "w8a8") == expected
 
 
 def test_saved_weights_are_not_rounded(tmp_path: Path) -> None:
