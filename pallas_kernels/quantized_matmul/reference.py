@@ -79,7 +79,8 @@ def _integer_product(x: Float[Array, "*B I"], matrix: Quantized) -> Float32[Arra
         contract,
         preferred_element_type=sums,
     )
-    return whole.astype(jnp.float32) * factor[..., None] * matrix.scale[..., 0].astype(jnp.float32)
+    scale = matrix.scale[:, 0].astype(jnp.float32)
+    return whole.astype(jnp.float32) * factor[..., None] * jnp.expand_dims(scale, range(x.ndim - 1))
 
 
 def best_product_reference(
