@@ -8,8 +8,11 @@ have the same names. Environment variables are read in ``cli/`` only.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from jaxserve.errors import ConfigError
 
@@ -106,10 +109,20 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all problems together."""
-        object.__setattr__(self, "kv_dtype", DTYPE_ALIASES.get(self.kv_dtype, self.kv_dtype))
-        problems = [text for ok, text in self._checks() if not ok]
-        if problems:
+        if problems := [*self._of_another_type()]:
             raise ConfigError("; ".join(problems))
+        object.__setattr__(self, "kv_dtype", DTYPE_ALIASES.get(self.kv_dtype, self.kv_dtype))
+        if problems := [text for ok, text in self._checks() if not ok]:
+            raise ConfigError("; ".join(problems))
+
+    def _of_another_type(self) -> Iterator[str]:
+        for name, kinds in _field_types().items():
+            value = getattr(self, name)
+            # True is an int to Python and to nobody else; an int is a float to everybody else.
+            meant = (*kinds, int) if float in kinds else kinds
+            if not isinstance(value, meant) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
+                yield f"{name} is {value!r}; give {wanted}"
 
     def _checks(self) -> list[tuple[bool, str]]:
         return [
@@ -175,6 +188,21 @@ class ServeConfig:
             ),
             (self.watchdog_s > 0, f"watchdog_s is {self.watchdog_s:g}; give seconds above 0"),
         ]
+
+
+_TYPE_NAMES = {
+    type(None): "None",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a Path",
+}
+
+
+@cache
+def _field_types() -> dict[str, tuple[type, ...]]:
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(ServeConfig).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

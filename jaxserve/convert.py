@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import ServeConfig
+from jaxserve.errors import CheckpointError
 from jaxserve.launch import Report, open_configured, silent
 from jaxserve.models.decoder import Model, Params
 from jaxserve.resolve import LaunchPlan, configure_jax, resolve
 from jaxserve.weights.orbax import check_new
-from jaxserve.weights.saved import save_model
+from jaxserve.weights.saved import SavedSource, save_model
 from jaxserve.weights.source import ModelSource
+from pallas_kernels.quantized_matmul import spec
 from sharding.rules import ShardingRules
 from sharding.specs import named_shardings, partition_specs, where_divisible
 
@@ -80,6 +82,12 @@ def open_model(config: ServeConfig, *, stretched: bool = True) -> Iterator[OpenM
     configure_jax(config)
     source = open_configured(config)
     try:
+        if isinstance(source, SavedSource) and (held := source.formats("auto")):
+            kinds = "+".join(sorted({spec(format).kind for format in held.values()}))
+            raise CheckpointError(
+                f"{source.name} was saved as {kinds}, which is neither rounded nor widened again; "
+                "give the checkpoint that it was made from"
+            )
         plan = resolve(config, source.model_config())
         tensor = plan.mesh.shape["tensor"] if stretched else 1
         yield OpenModel(source, plan, Model(plan.model, tensor))

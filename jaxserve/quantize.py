@@ -88,8 +88,14 @@ def quantize(
     check_new(out)  # Before the weights are loaded for nothing.
     config = replace(config, mesh="1x1", dtype="float32")
     with open_model(config, stretched=False) as opened:
+        model, name = opened.plan.model, opened.source.name
+        if calibration is not None and model.experts:
+            raise UnsupportedModelError(
+                f"{name} is a mixture of {model.experts} experts, for which scales are not "
+                "searched; leave --calibration out to round its weights as they are"
+            )
         tokens = None if calibration is None else _calibration_tokens(opened, calibration)
-        formats = rounded_formats(opened.plan.model, opened.source.name, wanted)
+        formats = rounded_formats(model, name, wanted, "it can only be served as it is")
         params = opened.load(report)
         made = _Rounding(opened, params, formats, report)
         layers, seconds = made.layers(tokens)
@@ -124,11 +130,6 @@ class _Rounding:
         assert isinstance(self._params.layers, dict)
         searches: Iterator[list[Found]] | None = None
         if tokens is not None:
-            if self._model.experts:
-                raise UnsupportedModelError(
-                    f"{self._name} is a mixture of {self._model.experts} experts, for which scales "
-                    "are not searched; leave --calibration out to round its weights as they are"
-                )
             searches = search_scales(self._model, self._params, self._formats, tokens)
         made, seconds = list[dict[str, Any]](), list[float]()
         for number in range(self._model.layers):
@@ -154,6 +155,11 @@ class _Rounding:
 
     def _rounded(self, name: str, array: np.ndarray) -> np.ndarray | Quantized:
         if name not in self._formats:
+            if not np.isfinite(array).all():
+                raise ConfigError(
+                    f"{self._name}: {name} has a number that is not finite; fetch the checkpoint "
+                    "again"
+                )
             return array
         try:
             return quantized(array, self._formats[name])
@@ -189,9 +195,14 @@ def _calibration_tokens(opened: OpenModel, calibration: Calibration) -> np.ndarr
         raise ConfigError(
             f"--calibration {path} cannot be read: {reason}; give a file of text"
         ) from error
+    length = min(SEQUENCE_TOKENS, opened.plan.model.context_tokens)
+    if calibration.tokens < length:
+        raise ConfigError(
+            f"--calibration-tokens is {calibration.tokens}; give at least {length}, the tokens of "
+            f"a sequence ({CALIBRATION_TOKENS} are usual)"
+        )
     files = opened.source.tokenizer()
     tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
-    length = min(SEQUENCE_TOKENS, opened.plan.model.context_tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[: calibration.tokens]
     if len(ids) < length:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,6 +236,28 @@ def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
     if dict(asked).get("dtype") == "float32" and has_native:
         assert plan.unrolled_rows == 0
     assert (plan.dtype.name, plan.kv_name, plan.activations.name) == got
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kernels", None, "kernels is None; give a string"),
+        ("kv_memory_fraction", "0.5", "kv_memory_fraction is '0.5'; give a number or None"),
+        ("kv_memory_fraction", True, "kv_memory_fraction is True; give a number or None"),
+        ("max_rows", 2.5, "max_rows is 2.5; give a whole number"),
+        ("prefix_cache", 1, "prefix_cache is 1; give True or False"),
+        ("cache_dir", "here", "cache_dir is 'here'; give a Path"),
+        ("dtype", ["float32"], "dtype is ['float32']; give a string"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**{field: value})
+    assert str(caught.value) == message
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert config(watchdog_s=3).watchdog_s == 3
 
 
 def test_a_short_name_of_the_caches_precision_becomes_the_long_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from jaxserve import LLM
 from jaxserve.calibration import SEARCHED
 from jaxserve.config import ServeConfig
-from jaxserve.convert import OpenModel
+from jaxserve.convert import OpenModel, convert
 from jaxserve.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jaxserve.models.decoder import Params
 from jaxserve.models.presets import PRESETS, preset
@@ -115,6 +116,30 @@ def test_text_that_says_nothing_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("tokens", [-5000, 0, 100])
+def test_too_few_tokens_to_search_on_are_refused(
+    tokens: int, wide_preset: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("much to read " * 1000)
+    with pytest.raises(ConfigError, match=rf"--calibration-tokens is {tokens}; give at least 256"):
+        quantize(
+            *(config_of(wide_preset, tmp_path), tmp_path / "out", "int4"),
+            calibration=Calibration(path=text, tokens=tokens),
+        )
+
+
+def test_what_was_saved_quantized_is_not_rounded_again(wide_preset: str, tmp_path: Path) -> None:
+    config = config_of(wide_preset, tmp_path)
+    quantize(config, tmp_path / "out", "int4")
+    saved = replace(config, model=str(tmp_path / "out"))
+    said = r"out was saved as int4\+int8, which is neither rounded nor widened again; give the"
+    with pytest.raises(CheckpointError, match=said):
+        quantize(saved, tmp_path / "again", "int8")
+    with pytest.raises(CheckpointError, match=said):
+        convert(saved, tmp_path / "again")
+
+
 def test_what_cannot_be_asked_for_is_refused(wide_preset: str, tmp_path: Path) -> None:
     config, out = config_of(wide_preset, tmp_path), tmp_path / "out"
     with pytest.raises(ConfigError, match=r"format is 'int3'; choose one of int4, int8, fp8"):
@@ -122,7 +147,9 @@ def test_what_cannot_be_asked_for_is_refused(wide_preset: str, tmp_path: Path) -
     for group in (0, 48, -32):
         with pytest.raises(ConfigError, match=rf"group is {group}; give a multiple of 32"):
             quantize(config, out, "int4", group=group)
-    with pytest.raises(CheckpointError, match=r"the last axis of w_o is not a multiple of 32"):
+    with pytest.raises(
+        CheckpointError, match=r"the last axis of w_o \(16\) is not a multiple of 32"
+    ):
         quantize(config_of("dummy:tiny-llama", tmp_path), out, "int4")
 
 

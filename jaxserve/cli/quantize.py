@@ -12,6 +12,7 @@ from jaxserve.cli.environment import Environment
 from jaxserve.cli.launch import config_defaults
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.config import ServeConfig
+from jaxserve.errors import ConfigError
 from jaxserve.progress import show_progress
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
     group.add_argument(
         "--calibration-tokens",
         type=int,
-        default=4096,
         metavar="N",
         help="of the text at most (default: 4096)",
     )
@@ -67,6 +67,10 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
 
 def run(options: argparse.Namespace, environment: Environment) -> int:
     """Quantizes; says what each layer lost, what was written and how to serve it."""
+    if options.calibration is None and options.calibration_tokens is not None:
+        raise ConfigError(
+            "--calibration-tokens is given and --calibration is not; give the text, or neither"
+        )
     config = ServeConfig(**flags.field_values(options, ServeConfig))
     with show_progress() as progress:
         report_environment(progress)
@@ -76,7 +80,9 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
 
         calibration = None
         if options.calibration is not None:
-            calibration = Calibration(path=options.calibration, tokens=options.calibration_tokens)
+            tokens = options.calibration_tokens
+            more = {} if tokens is None else {"tokens": tokens}
+            calibration = Calibration(path=options.calibration, **more)
         done = quantize(
             *(config, options.out, options.format),
             group=options.group,

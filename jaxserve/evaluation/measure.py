@@ -85,7 +85,7 @@ def evaluate(
     start = len(start_tokens(tokenizer))
     # The engine wants room for one new token behind a prompt.
     room = context - start - 1
-    window = window or min(WINDOW_TOKENS, room)
+    window = min(WINDOW_TOKENS, room) if window is None else window
     if not 2 <= window <= room:
         raise ConfigError(
             f"--window is {window:,} and the model's context of {context:,} tokens has room for 2 "
@@ -125,7 +125,9 @@ def prepare(config: ServeConfig, setting: Setting, prompt_tokens: int) -> Prepar
         with closing(open_configured(asked)) as source:
             plan = resolve(asked, source.model_config(), source.formats)
     except LaunchError as error:
-        raise ConfigError(f"setting {setting.name!r} is refused: {error}") from error
+        is_stored = "--quantization auto" in str(error)
+        instead = "; among settings that is 'stored'" if is_stored else ""
+        raise ConfigError(f"setting {setting.name!r} is refused: {error}{instead}") from error
     return Prepared(setting, asked, plan)
 
 
@@ -155,10 +157,10 @@ def measure(
                         "this setting's arithmetic, are damaged",
                     )
                 nats.append(cost)
-                if against is None:
-                    kept.append(hidden)
-                else:
+                if against is not None:
                     against.add(number, cost, hidden)
+                elif len(prepared) > 1:
+                    kept.append(hidden)
                 report(each.setting.name, number + 1, len(windows.prompts), "windows")
             seconds = time.perf_counter() - start_s
             if base is None:
@@ -208,7 +210,8 @@ def _score(service: Service, windows: Windows) -> Iterator[tuple[float, Hidden]]
         call = GenerationCall(token_ids=prompt, sampling=SAMPLING)
         tokens = score(service.text, service.info.model_digest, call).tokens
         logprobs = [token.logprob for token in tokens[first:]]
-        nats = -math.fsum(logprob for logprob in logprobs if logprob is not None)
+        # One that is missing is not finite, either.
+        nats = -math.fsum(math.nan if logprob is None else logprob for logprob in logprobs)
         yield nats / windows.scored_each, _hidden_of(calls, len(prompt) - 1)[first - 1 :]
 
 

@@ -11,7 +11,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.config import DTYPES, KV_DTYPES, PAGE_TOKENS, QUANTIZATIONS
+from jaxserve.config import DTYPE_ALIASES, DTYPES, KV_DTYPES, PAGE_TOKENS, QUANTIZATIONS
 from jaxserve.errors import ConfigError
 
 PLAIN: dict[str, Any] = {"quantization": "none", "kv_dtype": "auto"}
@@ -120,7 +120,7 @@ def _flag(setting: str, text: str) -> tuple[str, Any]:
         )
     value = value.strip()
     if field not in NUMBERS:
-        return field, value
+        return field, DTYPE_ALIASES.get(value, value) if field.endswith("dtype") else value
     if not value.isdecimal():
         raise ConfigError(f"setting {setting!r} sets {flag} to {value!r}; give a whole number")
     return field, int(value)

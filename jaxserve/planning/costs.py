@@ -26,6 +26,8 @@ NATIVE_PRODUCTS = ("jaxserve_matmul.", "jaxserve_best.", "jaxserve_grouped_matmu
 fast on CPUs that have instructions for them."""
 NATIVE_FEED_FORWARD = "jaxserve_feed_forward."
 """The one with two."""
+NATIVE_ROTATION = "jaxserve_rotate."
+"""Of heads of pages of few bits: sums and differences, which are not counted in XLA either."""
 IN_PLACE = ("scatter", "scatter-add", "dynamic_update_slice", "reshape", "squeeze", "expand_dims")
 """Their result lies where their first operand did, which the program does not use again."""
 
@@ -111,6 +113,8 @@ def _count_one(equation: Any, axis_sizes: Mapping[str, int]) -> Costs:
         x, stack, out = equation.invars[0].aval, equation.invars[1].aval, equation.outvars[0].aval
         products = x.size * stack.shape[1] + out.size * (stack.shape[1] // 2)
         return Costs(flops=Counter({"float32": 2 * products}))
+    if name == "ffi_call" and equation.params["target_name"].startswith(NATIVE_ROTATION):
+        return Costs()
     if name in OPAQUE:
         # A kernel that only writes into its operands computes nothing, as a scatter does not.
         writes = {result for _, result in equation.params.get("input_output_aliases", ())}

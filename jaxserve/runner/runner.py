@@ -30,6 +30,7 @@ from jaxserve.engine.step import (
     StepShape,
     prompt_columns,
 )
+from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Model, Params
 from jaxserve.runner.cache import (
     DeviceState,
@@ -390,8 +391,17 @@ class Runner:
         Returns:
             JAX's ``Traced``: what it computes stands in its ``jaxpr``.
         """
-        with forced(self._config.kernels), recorded() as choices:
-            traced = self._trace(key)
+        try:
+            with forced(self._config.kernels), recorded() as choices:
+                traced = self._trace(key)
+        except ExceptionGroup as error:
+            if not self._config.kernels:
+                raise
+            asked = ",".join(f"{family}={name}" for family, name in self._config.kernels.items())
+            reasons = "; ".join(map(str, error.exceptions))
+            raise ConfigError(
+                f"--kernels {asked}: {error.message}: {reasons}; choose another, or auto"
+            ) from error
         self._made_of[_name(key)] = choices.taken
         return traced
 

@@ -81,8 +81,9 @@ class Linear:
         groups = self._read("g_idx")
         if (groups == np.arange(self.shape[1]) // self.group).all():
             return None
-        sizes = np.bincount(np.maximum(groups, 0), minlength=self.shape[1] // self.group)
-        if groups.min() < 0 or (sizes != self.group).any():
+        count = self.shape[1] // self.group
+        is_known = groups.min() >= 0 and groups.max() < count
+        if not is_known or (np.bincount(groups, minlength=count) != self.group).any():
             raise CheckpointError(
                 f"{self.files.source}: {self._name('g_idx')!r} does not give every group "
                 f"{self.group} columns; fetch the checkpoint again"
@@ -204,7 +205,7 @@ class Linear:
                     "qzeros": (((groups, out // per),), whole),
                     "scales": (((groups, out),), floats),
                 }
-                if self.files.has(self._name("g_idx")):
+                if self.scheme.has_order or self.files.has(self._name("g_idx")):
                     tensors["g_idx"] = (((depth,),), whole)
                 return tensors
             case "compressed-tensors":

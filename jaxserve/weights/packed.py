@@ -91,13 +91,16 @@ def check_method(name: str, method: str | None, asked: Quantization) -> None:
         )
 
 
-def rounded_formats(config: ModelConfig, name: str, format: Format) -> dict[str, Format]:
+def rounded_formats(
+    config: ModelConfig, name: str, format: Format, remedy: str = "give --quantization none"
+) -> dict[str, Format]:
     """Returns what every matrix is held as where all are rounded.
 
     Args:
         config: of the model.
         name: of the model, for messages.
         format: of the layers' matrices; in smaller groups where an axis has no whole ones.
+        remedy: what is to be done where that cannot be, for the message.
 
     Raises:
         CheckpointError: a matrix cannot be, since its last axis is not a multiple of 32.
@@ -107,8 +110,9 @@ def rounded_formats(config: ModelConfig, name: str, format: Format) -> dict[str,
     fitting = {matrix: _fitting(wanted[matrix], depth_of(matrices[matrix])) for matrix in matrices}
     if odd := [matrix for matrix, found in fitting.items() if found is None]:
         raise CheckpointError(
-            f"{name} cannot be held as {format}: the last axis of {', '.join(odd)} is not a "
-            f"multiple of {GROUP}; give --quantization none"
+            f"{name} cannot be held as {format}: the last axis of "
+            f"{', '.join(f'{matrix} ({depth_of(matrices[matrix])})' for matrix in odd)} is not a "
+            f"multiple of {GROUP}; {remedy}"
         )
     return {matrix: found for matrix, found in fitting.items() if found is not None}
 

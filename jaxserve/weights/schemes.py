@@ -21,6 +21,8 @@ SUPPORTED = (
     "compressed-tensors' pack-quantized with 4 or 8 bits, int-quantized with 8 and float-quantized "
     "with 8"
 )
+GROUP_OF_A_ROW = 128
+"""Columns of int8 that share a scale where the file has one for a row, and floats multiply them."""
 _SAME_PER_MODULE = "modules that are quantized alike, or not at all"
 
 
@@ -40,13 +42,21 @@ class Scheme:
     """Added to a stored zero point: GPTQ's first format stores one less."""
     has_zeros: bool = True
     """Zero points are stored; without them the middle of the range stands for zero."""
+    has_order: bool = False
+    """Columns of a group need not be neighbours, and a tensor says which is in which."""
+    rounds_activations: bool = False
+    """The tool's own kernels multiply by activations of as few bits."""
 
     @property
     def format(self) -> Format:
         """Of a layer whose columns are in order."""
         from pallas_kernels.quantized_matmul import Spec
 
-        return Spec(self.kind, self.group).name
+        group = self.group
+        if self.kind == "int8" and group is None and not self.rounds_activations:
+            # With one scale for a row activations may be rounded, too. Repeated ones forbid it.
+            group = GROUP_OF_A_ROW
+        return Spec(self.kind, group).name
 
 
 def scheme_of(source: str, config: Mapping[str, Any]) -> Scheme | None:
@@ -91,7 +101,10 @@ def _gptq(source: str, said: Mapping[str, Any]) -> Scheme:
     if layout not in ("gptq", "gptq_v2") or said.get("is_marlin_format"):
         raise _unsupported(source, f"GPTQ's checkpoint_format is {layout!r}")
     # "-:" leaves modules out, which their tensors show; anything else quantizes them otherwise.
-    if changed := [key for key in said.get("dynamic") or {} if not str(key).startswith("-:")]:
+    dynamic = said.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise _unsupported(source, f"GPTQ's dynamic is {dynamic!r}", _SAME_PER_MODULE)
+    if changed := [key for key in dynamic if not str(key).startswith("-:")]:
         raise _unsupported(source, f"GPTQ's dynamic has {changed[0]!r}", _SAME_PER_MODULE)
     return Scheme(
         "gptq",
@@ -99,6 +112,7 @@ def _gptq(source: str, said: Mapping[str, Any]) -> Scheme:
         bits,
         _group(source, said.get("group_size")),
         zero_shift=1 if layout == "gptq" else 0,
+        has_order=bool(said.get("desc_act")),
     )
 
 
@@ -107,10 +121,15 @@ def _compressed(source: str, said: Mapping[str, Any]) -> Scheme:
         value = said.get(key)
         if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
             raise _unsupported(source, f"compressed-tensors' {key} is set")
-    groups = list((said.get("config_groups") or {}).values())
-    if len(groups) != 1 or not isinstance(groups[0].get("weights"), Mapping):
+    said_groups = said.get("config_groups")
+    groups = list(said_groups.values()) if isinstance(said_groups, Mapping) else []
+    if len(groups) != 1:
         raise _unsupported(
             source, f"compressed-tensors' config_groups are {len(groups)}", _SAME_PER_MODULE
+        )
+    if not isinstance(groups[0], Mapping) or not isinstance(groups[0].get("weights"), Mapping):
+        raise _unsupported(
+            source, "compressed-tensors' config_groups do not say how weights are quantized"
         )
     layout = str(groups[0].get("format") or said.get("format"))
     weights = groups[0]["weights"]
@@ -135,7 +154,13 @@ def _compressed(source: str, said: Mapping[str, Any]) -> Scheme:
     kind = "fp8" if number == "float" else ("int4" if bits == 4 else "int8")
     group = _group(source, weights.get("group_size")) if strategy == "group" else None
     return Scheme(
-        "compressed-tensors", kind, bits, group, is_packed=is_packed, has_zeros=not symmetric
+        "compressed-tensors",
+        kind,
+        bits,
+        group,
+        is_packed=is_packed,
+        has_zeros=not symmetric,
+        rounds_activations=bool(groups[0].get("input_activations")),
     )
 
 

@@ -77,7 +77,12 @@ def test_the_table_says_what_limits_a_step_and_what_is_padded(shell: Any) -> Non
         (["dummy:tiny-llama", "--context-tokens", "1024"], "model's window is 512"),
         (["dummy:tiny-llama", "--prompt-tokens", "512"], "no sequence within 512 tokens"),
         (["dummy:tiny-llama", "--max-rows", "0"], "max_rows is 0"),
-        (["dummy:tiny-llama", "--quantization", "int8"], "the last axis of w_o is not a multiple"),
+        (
+            ["dummy:tiny-llama", "--kernels", "paged_attention=mosaic", "--device", "cpu"],
+            "--kernels paged_attention=mosaic: no implementation of paged_attention accepts these "
+            "arguments (tried mosaic): Mosaic kernels run on Hopper GPUs, and this program is for ",
+        ),
+        (["dummy:tiny-llama", "--quantization", "int8"], "the last axis of w_o (16) is not a mul"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(

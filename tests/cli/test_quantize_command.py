@@ -41,3 +41,6 @@ def test_errors_are_one_line(shell: Any, tmp_path: Path) -> None:
     result = shell("quantize", "dummy:smollm2-135m", out, "--calibration", str(empty))
     assert result.status == 2
     assert "empty.txt gives 0 tokens and at least 256 are needed" in result.err
+    result = shell("quantize", "dummy:smollm2-135m", out, "--calibration-tokens", "300")
+    assert result.status == 2
+    assert "--calibration-tokens is given and --calibration is not" in result.err

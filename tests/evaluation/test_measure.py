@@ -203,7 +203,7 @@ def test_an_evaluation_says_what_was_scored(cache_dir: Path) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [1, 512, 4096])
+@pytest.mark.parametrize("window", [0, 1, 512, 4096])
 def test_a_window_has_to_fit_the_context(window: int, cache_dir: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         evaluate(

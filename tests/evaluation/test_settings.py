@@ -82,3 +82,8 @@ def test_what_cannot_be_read_is_refused_with_what_can(text: str, message: str) -
     with pytest.raises(ConfigError) as caught:
         parse_settings(text)
     assert message in str(caught.value)
+
+
+def test_short_names_of_dtypes_are_taken() -> None:
+    (setting,) = parse_settings("x=kv-dtype:bf16")
+    assert setting.flags["kv_dtype"] == "bfloat16"

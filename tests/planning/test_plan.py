@@ -79,6 +79,14 @@ def test_the_plan_says_what_each_precision_would_hold() -> None:
     assert 3.4 < tokens["int4"] / tokens["bfloat16"] < 4.4
 
 
+@pytest.mark.parametrize("pages", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("device", ["cpu", "h200"])
+def test_pages_of_few_bits_are_planned_for_every_device(device: str, pages: str) -> None:
+    floats, few = (planned("tiny-llama", device, kv_dtype=kv) for kv in ("float32", pages))
+    assert few.flops_per_step == floats.flops_per_step
+    assert few.kv_bytes_per_token < floats.kv_bytes_per_token / 2
+
+
 def test_what_does_not_fit_holds_no_token() -> None:
     plan = planned("llama-3.3-70b", "h200", kv_dtype="bf16")
     assert not plan.fits

@@ -38,12 +38,13 @@ FORMATS = {
     "gptq-8-asymmetric": None,
     "w4a16": "int4/128",
     "w4a16-asymmetric": "int4/64",
-    "w8a16": "int8/row",
+    "w8a16": "int8/128",
     "w8a8": "int8/row",
     "fp8": "fp8",
     "fp8-tensor": "fp8",
 }
-"""What the linear layers are held as, but for a head size of 64, which ends groups of ``w_o``."""
+"""What the linear layers are held as, but for a head size of 64, which ends groups of ``w_o``. Of
+w8a16 the one scale of a row is repeated: held as one, activations might be rounded, too."""
 
 
 def opened(path: Path) -> Any:
@@ -279,6 +280,7 @@ GATE = "model.layers.1.mlp.gate_proj"
             r"qweight' has 96 columns, not a multiple of the group of 128; correct group_size",
         ),
         ("gptq", "g_idx", np.ones(7, np.int32), r"g_idx' is I32\[7\]; it must be I32 \[256\]"),
+        ("gptq-act-order", "g_idx", None, r"has no '.*gate_proj.g_idx': a matrix of gptq has qw"),
         ("gptq", "qzeros", np.ones((2, 4), np.int32), r"it must be I32 \[2, 48\]"),
         ("w8a8", "weight", np.ones((384, 256), np.uint8), r"is U8\[384, 256\]; it must be I8 \["),
         ("w8a16", "weight_scale", np.ones((384, 2), np.float32), r"\[384, 1\] or \[384\] or \[1\]"),
@@ -330,9 +332,10 @@ def test_a_scale_beyond_float16_is_refused_with_the_remedy(tmp_path: Path) -> No
             checkpoint.read_stored(f"{GATE}.weight", "scale", index)
 
 
-def test_groups_of_unequal_sizes_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [1, -1, 2**31 - 1])
+def test_groups_of_unequal_sizes_are_refused(group: int, tmp_path: Path) -> None:
     tool_files.write(tmp_path, *TOOLS["gptq-act-order"])
-    rewritten(tmp_path, lambda tensors: tensors[f"{GATE}.g_idx"].__setitem__(slice(0, 9), 1))
+    rewritten(tmp_path, lambda tensors: tensors[f"{GATE}.g_idx"].__setitem__(slice(0, 9), group))
     with (
         closing(open_checkpoint(tmp_path)) as checkpoint,
         pytest.raises(CheckpointError, match=r"g_idx' does not give every group 64 columns"),
@@ -395,6 +398,9 @@ WEIGHTS = "config_groups.group_0.weights"
         ("gptq", "bits", None, "GPTQ's bits are None"),
         ("gptq", "checkpoint_format", "marlin", "GPTQ's checkpoint_format is 'marlin'"),
         ("gptq", "dynamic", {"+:.*down.*": {"bits": 8}}, "dynamic has '+:.*down.*'; supported: mo"),
+        ("gptq", "dynamic", 5, "GPTQ's dynamic is 5; supported: modules that are quantized alike"),
+        ("w8a8", "config_groups", [1], "config_groups are 0; supported: modules that"),
+        ("w8a8", "config_groups", {"g": None}, "config_groups do not say how weights are quantiz"),
         ("w8a8", "sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config is set"),
         ("w8a8", "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is set"),
         ("w8a8", "config_groups", {}, "config_groups are 0; supported: modules that are quantized"),
@@ -431,5 +437,7 @@ def test_groups_shrink_to_what_an_axis_has_whole(tmp_path: Path) -> None:
     assert formats["w_down"] == "int4/128"
     assert formats["w_o"] == "int4/64"
     narrow = replace(config, head_dim=16)
-    with pytest.raises(CheckpointError, match="the last axis of w_o is not a multiple of 32"):
+    with pytest.raises(
+        CheckpointError, match=r"the last axis of w_o \(16\) is not a multiple of 32"
+    ):
         rounded_formats(narrow, "tiny", "int4/128")

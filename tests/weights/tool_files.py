@@ -250,10 +250,15 @@ def compressed(
         "group_size": group,
         "dynamic": False,
     }
+    activations = None
+    if layout != "pack-quantized":
+        activations = weights | {"strategy": "token", "dynamic": True}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": layout,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+        },
         "ignore": ["lm_head"],
     }
     return config, one
