@@ -294,7 +294,18 @@ def test_parts_are_chosen_on_a_cpu_and_their_padding_is_harmless() -> None:
         ("int4", (4, 2, 64), "pages of int4 take heads that are spread over all channels"),
         ("float32", (4, 2, 64), "heads are bfloat16 or float16, got float32"),
         ("bfloat16", (4, 2, 24), "head_dim must be a multiple of 16 up to 256, got 24"),
-        ("bfloat16", (6, 2, 96), "3 of head_dim 96 do not"),
+        (
+            "bfloat16",
+            (6, 2, 96),
+            "the queries of a key head must begin at a multiple of 128 bytes, and 3 of head_dim 96",
+        ),
+        (
+            "fp8",
+            (128, 128, 256),
+            "128 query and 128 key/value heads of head_dim 256 need 300032 bytes of shared memory, "
+            "and there are 232448",
+        ),
+        ("bfloat16", (160, 160, 256), "need 265216 bytes of shared memory"),
         ("int8", (4, 2, 96), "head_dim of 64, 128 or 256, got 96"),
     ],
 )
@@ -315,6 +326,30 @@ def test_declines_what_it_was_not_written_for(
     with interpreted(), pytest.raises(ExceptionGroup) as caught:
         rope_append(*arrays, layer=0, implementation="mosaic")
     assert reason in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize(
+    ("heads", "pages", "needed"),
+    [
+        # Lines of 64 query and twice 16 key heads, one more, and the angles, each to a whole KiB.
+        ((64, 16, 128), "bfloat16", (129 * 256 + 1023) // 1024 * 1024 + 1024 + 1024),
+        # And codes, scales and half a Walsh-Hadamard matrix.
+        ((8, 8, 64), "int8", 9 * 1024 + 1024 + 5 * 1024 + 1024 + 2048 + 1024),
+    ],
+)
+def test_shared_memory_is_counted_with_the_space_between_arrays(
+    heads: tuple[int, int, int], pages: str, needed: int
+) -> None:
+    q_heads, kv_heads, head_dim = heads
+    body = append_mosaic._Body(
+        kv_heads=kv_heads,
+        group=q_heads // kv_heads,
+        head_dim=head_dim,
+        page_tokens=16,
+        dtype=jnp.dtype("bfloat16"),
+        format=FORMATS.get(pages),
+    )
+    assert body.shared_bytes() == needed
 
 
 def test_pages_of_another_dtype_than_the_heads_are_declined() -> None:
