@@ -40,6 +40,8 @@ APART = 1024
 """Arrays in shared memory begin at a multiple of so many bytes: JAX's compiler of these kernels
 lays them out so."""
 BARRIER_BYTES = 8
+REDUCTION_BYTES = 2048
+"""What it reserves where there is a maximum of each line."""
 
 
 def rope_append_mosaic(
@@ -184,10 +186,11 @@ class _Body:
         return made
 
     def shared_bytes(self) -> int:
-        """Of a thread block, with what the compiler leaves between arrays."""
+        """Of a thread block, with what the compiler adds; never less than it reports."""
         arrays = [ref for ref in self.scratch().values() if hasattr(ref, "shape")]
         sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in arrays]
-        return sum(_up(size, APART) for size in (*sizes, BARRIER_BYTES))
+        own = (BARRIER_BYTES, 0 if self.format is None else REDUCTION_BYTES)
+        return sum(_up(size, APART) for size in (*sizes, *own))
 
     def __call__(
         self, heads: Any, rope: Any, cells: Any, base: Any, *refs: Any, **scratch: Any

@@ -302,7 +302,7 @@ def test_parts_are_chosen_on_a_cpu_and_their_padding_is_harmless() -> None:
         (
             "fp8",
             (128, 128, 256),
-            "128 query and 128 key/value heads of head_dim 256 need 300032 bytes of shared memory, "
+            "128 query and 128 key/value heads of head_dim 256 need 302080 bytes of shared memory, "
             "and there are 232448",
         ),
         ("bfloat16", (160, 160, 256), "need 265216 bytes of shared memory"),
@@ -331,10 +331,11 @@ def test_declines_what_it_was_not_written_for(
 @pytest.mark.parametrize(
     ("heads", "pages", "needed"),
     [
-        # Lines of 64 query and twice 16 key heads, one more, and the angles, each to a whole KiB.
-        ((64, 16, 128), "bfloat16", (129 * 256 + 1023) // 1024 * 1024 + 1024 + 1024),
-        # And codes, scales and half a Walsh-Hadamard matrix.
-        ((8, 8, 64), "int8", 9 * 1024 + 1024 + 5 * 1024 + 1024 + 2048 + 1024),
+        # 128 lines and one more, the angles, and barriers, each to a whole KiB.
+        ((64, 16, 128), "bfloat16", 33 * 1024 + 1024 + 1024),
+        # The compiler reports 18,432 bytes for this one, and 38,912 for the next: no barriers.
+        ((32, 8, 128), "bfloat16", 18_432 + 1024),
+        ((32, 8, 128), "int8", 38_912 + 1024),
     ],
 )
 def test_shared_memory_is_counted_with_the_space_between_arrays(
