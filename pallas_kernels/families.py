@@ -8,6 +8,7 @@ from pallas_kernels import grouped_matmul, paged_attention, quantized_matmul
 
 FAMILIES: Mapping[str, Iterable[str]] = {
     "paged_attention": paged_attention.IMPLEMENTATIONS,
+    "append": paged_attention.APPENDS,
     "rope_append": paged_attention.ROPE_APPENDS,
     "rotation": paged_attention.ROTATIONS,
     "quantized_matmul": quantized_matmul.IMPLEMENTATIONS,

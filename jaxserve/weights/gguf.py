@@ -173,7 +173,11 @@ class GgufCheckpoint:
         """Returns None: columns are in order."""
 
     def read_stored(self, name: str, array: str, index: Index) -> np.ndarray:
-        """Reads a box of one array of the tensor's blocks; see ``Checkpoint``."""
+        """Reads a box of one array of the tensor's blocks; see ``Checkpoint``.
+
+        Raises:
+            CheckpointError: the file ended early, or a scale or minimum is not finite in float16.
+        """
         tensor = self._tensor(name)
         blocks = BLOCKS[tensor.type]
         entries, size = blocks.entries(array), blocks.size
@@ -188,9 +192,33 @@ class GgufCheckpoint:
             packed = self._read_packed(tensor, packed_shape, packed_spans)
             box = packed.reshape(*packed.shape[:-1], last - first, size)
             taken = blocks.take(box, array).reshape(*packed.shape[:-1], -1)
+            if array != "values":
+                self._check_finite(tensor, array, blocks.stored(box, array), taken)
             return taken[..., start - first * entries : stop - first * entries]
 
         return self._in_order(tensor, spans, read_box)
+
+    def _check_finite(
+        self, tensor: GgufTensor, array: str, stored: np.ndarray, made: np.ndarray
+    ) -> None:
+        """Refuses scales or minima that would make every answer NaN, and says what helps.
+
+        Args:
+            tensor: of which they are.
+            array: ``scale`` or ``minimum``.
+            stored: the float16 of each block.
+            made: what they came to, with the blocks' other factors.
+        """
+        if not (finite := np.isfinite(stored)).all():
+            raise CheckpointError(
+                f"{self.source}: {tensor.name!r} has a block whose {array} is {stored[~finite][0]},"
+                " so the file is damaged; fetch it again, or convert the model again"
+            )
+        if not np.isfinite(made).all():
+            raise CheckpointError(
+                f"{self.source}: {tensor.name!r} has a block whose {array} is beyond float16, "
+                f"which ends at {np.finfo(np.float16).max:g}; give --quantization none"
+            )
 
     def _in_order(
         self,

@@ -34,6 +34,8 @@ class Blocks:
     scale: Callable[[np.ndarray], np.ndarray]
     """Likewise to float16, one for each 32 values."""
     minimum: Callable[[np.ndarray], np.ndarray] | None = None
+    minimum_at: int = 0
+    """The byte where the float16 begins that minima are made of; that of scales begins a block."""
     groups: int = 1
     """Of a block."""
 
@@ -45,6 +47,10 @@ class Blocks:
     def take(self, blocks: np.ndarray, array: str) -> np.ndarray:
         """Takes one array out of blocks, uint8 ``[..., size]``."""
         return getattr(self, array)(blocks)
+
+    def stored(self, blocks: np.ndarray, array: str) -> np.ndarray:
+        """Takes the float16 that a block's scales, or minima, are made of: ``[..., 1]``."""
+        return _float16(0 if array == "scale" else self.minimum_at)(blocks)
 
 
 def _float16(at: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -71,6 +77,12 @@ def _q5_0_values(blocks: np.ndarray) -> np.ndarray:
     pairs = blocks[..., 6:]
     low = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
     return (low | fifth << 4).view(np.int8) - np.int8(16)
+
+
+def _q4_0_minimum(blocks: np.ndarray) -> np.ndarray:
+    """Values are counted from -8."""
+    with np.errstate(over="ignore"):
+        return _float16(0)(blocks) * np.float16(-8)
 
 
 def _q4_k_values(blocks: np.ndarray) -> np.ndarray:
@@ -102,13 +114,16 @@ def _q4_k_factors(at: int) -> Callable[[np.ndarray], np.ndarray]:
 BLOCKS = {
     GGMLQuantizationType.Q8_0: Blocks("int8", 34, _q8_0_values, _float16(0)),
     GGMLQuantizationType.Q5_0: Blocks("int8", 22, _q5_0_values, _float16(0)),
-    GGMLQuantizationType.Q4_0: Blocks(
-        # Values are counted from -8.
-        *("int4", 18, _bytes(2), _float16(0)),
-        minimum=lambda blocks: _float16(0)(blocks) * -8,
+    GGMLQuantizationType.Q4_0: Blocks("int4", 18, _bytes(2), _float16(0), _q4_0_minimum),
+    GGMLQuantizationType.Q4_1: Blocks(
+        *("int4", 20, _bytes(4), _float16(0), _float16(2)),
+        minimum_at=2,
     ),
-    GGMLQuantizationType.Q4_1: Blocks("int4", 20, _bytes(4), _float16(0), _float16(2)),
     GGMLQuantizationType.Q4_K: Blocks(
-        "int4", 144, _q4_k_values, _q4_k_factors(0), _q4_k_factors(2), groups=8
+        *("int4", 144, _q4_k_values, _q4_k_factors(0), _q4_k_factors(2)),
+        minimum_at=2,
+        groups=8,
     ),
 }
+"""Scales and minima may come out infinite, of a block that says so or beyond float16: whoever takes
+them looks."""

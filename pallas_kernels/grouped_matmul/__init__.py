@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul.native import grouped_matmul_native
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference, grouped_matmul_xla
-from pallas_kernels.quantized_matmul import Matrix
+from pallas_kernels.quantized_matmul import Matrix, Quantized
 from pallas_kernels.quantized_matmul.matrix import check
 
 __all__ = ["grouped_matmul"]
@@ -48,7 +48,7 @@ def grouped_matmul(
 
     Args:
         x: Activations: the rows of the first group, then those of the second, and so on.
-        matrices: Floats ``[E, O, I]``, or a ``Quantized`` of that shape.
+        matrices: Floats ``[E, O, I]``, or a ``Quantized`` of that shape without an order.
         sizes: Rows of each group, int32, none negative; their sum is at most M.
         layer: Given, ``matrices`` is a stack ``[L, E, O, I]`` of which this one is meant; a Python
             int or a traced scalar. One that is not there becomes the nearest.
@@ -62,6 +62,13 @@ def grouped_matmul(
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
     check(matrices)
+    if isinstance(matrices, Quantized) and matrices.order is not None:
+        # It is one for all matrices of a layer, and rows of x are of several.
+        raise ValueError(
+            f"the matrices have an order of their columns, {matrices.order.dtype}"
+            f"{list(matrices.order.shape)}, and each group's would be its own; put the columns in "
+            "the order of the activations, or give dequantized() numbers in that order"
+        )
     axes = 3 if layer is None else 4
     if matrices.ndim != axes or matrices.shape[-1] != x.shape[-1]:
         raise ValueError(

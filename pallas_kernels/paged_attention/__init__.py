@@ -16,6 +16,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.paged_attention.append_mosaic import rope_append_mosaic
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
+from pallas_kernels.paged_attention.checks import (
+    POOL_DTYPES,
+    check_attention,
+    check_new_tokens,
+    check_places,
+    check_rope,
+)
 from pallas_kernels.paged_attention.formats import (
     FORMATS,
     SCALE_DTYPE,
@@ -44,6 +51,7 @@ from pallas_kernels.paged_attention.rope import apply_rope
 __all__ = [
     "FORMATS",
     "NULL_PAGE",
+    "POOL_DTYPES",
     "SCALE_DTYPE",
     "Format",
     "Pools",
@@ -72,9 +80,6 @@ APPENDS = {"native": append_native, "scatter": append_scatter}
 
 ROTATIONS = {"native": rotate_native, "xla": rotate_xla}
 """Of what ``rotate`` does, by name, best first."""
-
-POOL_DTYPES = ("float32", "bfloat16", "float16")
-"""Of pools without scales; those with scales have one of ``FORMATS``."""
 
 
 def paged_attention(
@@ -125,8 +130,8 @@ def paged_attention(
         ValueError: Shapes, dtypes or numbers that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
-    _check(q, pools, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    _check_places("queries", q.shape[0], table, first)
+    check_attention(q, pools, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    check_places("queries", q.shape[0], table, start, length, first)
     with jax.named_scope("paged_attention"):
         format = pools.format
         out = dispatch(
@@ -186,12 +191,11 @@ def append(
         before read, as they do in a model; a write that could overtake a read costs a copy.
 
     Raises:
-        ValueError: ``k`` has other rows than the table, and the places are not shared; or another
-            head_dim than the pool.
+        ValueError: ``k`` has other rows than the table, and the places are not shared; ``k`` and
+            ``v`` have other heads than the pool; or what says where is not int32, one for each row.
     """
-    _check_places("new tokens", k.shape[0], table, first)
-    _check_pools(pools)
-    _check_head_dim("new tokens", k.shape[3], pools)
+    check_places("new tokens", k.shape[0], table, start, length, first)
+    check_new_tokens(pools, k, v)
     with jax.named_scope("append"):
         k, v = _as_held(pools, k, v)
         return dispatch(
@@ -244,16 +248,9 @@ def rope_append(
     Raises:
         ValueError: What ``append`` refuses; queries or angles that do not belong to the keys.
     """
-    _check_places("new tokens", k.shape[0], table, first)
-    _check_pools(pools)
-    _check_head_dim("new tokens", k.shape[3], pools)
-    _check_heads(q.shape[2], pools)
-    half = (2, *k.shape[:2], k.shape[3] // 2)
-    if rope.shape != half:
-        raise ValueError(
-            f"the angles have the shape {list(rope.shape)}; for new tokens {list(k.shape)} they "
-            f"are {list(half)}: cosines and sines of each place's pairs"
-        )
+    check_places("new tokens", k.shape[0], table, start, length, first)
+    check_new_tokens(pools, k, v)
+    check_rope(pools, q, k, rope)
     return dispatch(
         "rope_append",
         ROPE_APPENDS,
@@ -314,33 +311,6 @@ ROPE_APPENDS = {
 ``append``."""
 
 
-def _check(
-    q: Float[Array, "R T N H"],
-    pools: Pools,
-    *,
-    scale: float,
-    window: int | Int[Array, ""],
-    softcap: float,
-    sinks: Float[Array, " M"] | None,
-) -> None:
-    """Refuses what is wrong for every implementation; runs while tracing only."""
-    _check_pools(pools)
-    q_heads, head_dim = q.shape[2:]
-    _check_head_dim("queries", head_dim, pools)
-    _check_heads(q_heads, pools)
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}; head_dim ** -0.5 is usual")
-    if isinstance(window, int) and window < 0:
-        raise ValueError(f"window must be 0 (none) or a number of tokens, got {window}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be 0 (none) or above, got {softcap}")
-    if sinks is not None and sinks.shape != (q_heads,):
-        raise ValueError(
-            f"sinks have the shape {list(sinks.shape)} and there are {q_heads} query heads; give "
-            "a logit for each"
-        )
-
-
 def _as_held(
     pools: Pools, k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]
 ) -> tuple[Float[Array, "R T K H"], Float[Array, "R T K H"]]:
@@ -353,73 +323,3 @@ def _as_held(
     if format.rotates_values:
         v = rotate(v.astype(jnp.float32))
     return k, v
-
-
-def _check_pools(pools: Pools) -> None:
-    """Refuses pages that are of no kind."""
-    if pools.k.shape != pools.v.shape or pools.k.dtype != pools.v.dtype:
-        raise ValueError(
-            f"the key pool is {pools.k.dtype}{list(pools.k.shape)} and the value pool "
-            f"{pools.v.dtype}{list(pools.v.shape)}; make both of pool_shape() and one dtype"
-        )
-    if pools.has_scales:
-        _check_scales(pools)
-    elif jnp.dtype(pools.k.dtype).name not in POOL_DTYPES:
-        raise ValueError(
-            f"the pool is {pools.k.dtype}; choose one of {', '.join(POOL_DTYPES)}, or give "
-            f"{', '.join(FORMATS)} their scales"
-        )
-    if pools.pages < 1 or pools.k.shape[0] % pools.pages:
-        raise ValueError(
-            f"the pool has {pools.k.shape[0]} rows, not a multiple of its {pools.pages} pages "
-            "per layer; make it of pool_shape()"
-        )
-
-
-def _check_heads(q_heads: int, pools: Pools) -> None:
-    if q_heads % pools.k.shape[1]:
-        raise ValueError(
-            f"{q_heads} query heads cannot be split over {pools.k.shape[1]} key/value heads; "
-            "make the first a multiple of the second"
-        )
-
-
-def _check_head_dim(what: str, head_dim: int, pools: Pools) -> None:
-    if head_dim != pools.head_dim:
-        raise ValueError(
-            f"{what} have head_dim {head_dim} and the pool {pools.head_dim}; they must agree"
-        )
-
-
-def _check_places(
-    what: str, rows: int, table: Int[Array, "B W"], first: Int[Array, " F"] | None
-) -> None:
-    """Refuses places that are neither each row's own nor shared by all."""
-    wanted = table.shape[0] if first is None else 1
-    if rows != wanted:
-        raise ValueError(
-            f"{what} have {rows} rows of places and the table {table.shape[0]} rows; give as many "
-            "as the table has, or one row of places for all of them, with first"
-        )
-    if first is not None and first.shape != table.shape[:1]:
-        raise ValueError(
-            f"first has the shape {list(first.shape)} and the table {table.shape[0]} rows; give "
-            "the place of each"
-        )
-
-
-def _check_scales(pools: Pools) -> None:
-    """Refuses scales that do not belong to the pages beside them."""
-    if pools.format is None:
-        raise ValueError(
-            f"the pool is {pools.k.dtype}; only pools of {', '.join(FORMATS)} have scales, and "
-            f"they are {', '.join(format.storage.name for format in FORMATS.values())}"
-        )
-    for name in ("k_scale", "v_scale"):
-        scale = getattr(pools, name)
-        if scale is None or scale.dtype != SCALE_DTYPE or scale.shape != pools.k.shape[:-1]:
-            got = "missing" if scale is None else f"{scale.dtype}{list(scale.shape)}"
-            raise ValueError(
-                f"{name} is {got}; the scales of a pool {pools.k.dtype}{list(pools.k.shape)} are "
-                f"{SCALE_DTYPE.name}{list(pools.k.shape[:-1])}"
-            )

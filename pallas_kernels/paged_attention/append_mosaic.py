@@ -15,6 +15,7 @@ in float32 of few numbers of bfloat16 nearly always, so that the numbers are tho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,13 @@ from pallas_kernels.paged_attention.pool import Pools
 ALIGNED = 8
 """Keys and values begin at a multiple of so many lines: hardware copies from multiples of 128
 bytes."""
+
+APART = 1024
+"""Arrays in shared memory begin at a multiple of so many bytes: JAX's compiler of these kernels
+lays them out so."""
+BARRIER_BYTES = 8
+REDUCTION_BYTES = 2048
+"""What it reserves where there is a maximum of each line."""
 
 
 def rope_append_mosaic(
@@ -55,10 +63,6 @@ def rope_append_mosaic(
     rows, tokens, q_heads, head_dim = q.shape
     kv_heads, places = k.shape[2], rows * tokens
     group = q_heads // kv_heads
-    # As projections give them, side by side: where they were split, XLA leaves both out.
-    groups = (x.reshape(rows, tokens, kv_heads, -1, head_dim) for x in (q, k, v))
-    heads = jnp.concatenate(list(groups), axis=3).reshape(places, kv_heads, -1, head_dim)
-    cells = cells_of(pools.page_tokens, table, start, length, tokens, first).reshape(places)
     body = _Body(
         kv_heads=kv_heads,
         group=group,
@@ -67,6 +71,15 @@ def rope_append_mosaic(
         dtype=q.dtype,
         format=pools.format,
     )
+    if (needed := body.shared_bytes()) > mosaic.SHARED_BYTES:
+        raise NotImplementedError(
+            f"a token's {q_heads} query and {kv_heads} key/value heads of head_dim {head_dim} need "
+            f"{needed} bytes of shared memory, and there are {mosaic.SHARED_BYTES}"
+        )
+    # As projections give them, side by side: where they were split, XLA leaves both out.
+    groups = (x.reshape(rows, tokens, kv_heads, -1, head_dim) for x in (q, k, v))
+    heads = jnp.concatenate(list(groups), axis=3).reshape(places, kv_heads, -1, head_dim)
+    cells = cells_of(pools.page_tokens, table, start, length, tokens, first).reshape(places)
     # Written where they lie: XLA sees an operand that is the result, too.
     refs = [jax.new_ref(x) for x in (pools.k, pools.v)]
     if pools.has_scales:
@@ -171,6 +184,13 @@ class _Body:
             half = self.head_dim // 2
             made["spread"] = mosaic.tile((half, half), self.dtype)
         return made
+
+    def shared_bytes(self) -> int:
+        """Of a thread block, with what the compiler adds; never less than it reports."""
+        arrays = [ref for ref in self.scratch().values() if hasattr(ref, "shape")]
+        sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in arrays]
+        own = (BARRIER_BYTES, 0 if self.format is None else REDUCTION_BYTES)
+        return sum(_up(size, APART) for size in (*sizes, *own))
 
     def __call__(
         self, heads: Any, rope: Any, cells: Any, base: Any, *refs: Any, **scratch: Any

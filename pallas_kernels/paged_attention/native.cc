@@ -1,4 +1,6 @@
 // What XLA calls: reads shapes and pointers out of its buffers, and hands them on.
+#include <algorithm>
+
 #include "append.h"
 #include "attention.h"
 #include "native/xla.h"
@@ -81,6 +83,35 @@ bool AliasScales(const Scales& in, ffi::RemainingRets more, uint16_t* (&out)[2])
   return true;
 }
 
+bool AreAlike(const ffi::AnyBuffer& left, const ffi::AnyBuffer& right) {
+  const auto ours = left.dimensions(), theirs = right.dimensions();
+  return left.element_type() == right.element_type() && ours.size() == theirs.size() &&
+         std::equal(ours.begin(), ours.end(), theirs.begin());
+}
+
+// Whether both pools are whole layers of pages, alike.
+bool ArePools(const ffi::AnyBuffer& k, const ffi::AnyBuffer& v, int64_t pages) {
+  const auto shape = k.dimensions();
+  return AreAlike(k, v) && shape.size() == 4 && pages > 0 && shape[0] > 0 &&
+         shape[0] % pages == 0 && shape[1] > 0;
+}
+
+// Whether each row of the table has a number in what else says where its tokens are.
+bool AreOfRows(const Int32Table& table, const Int32Rows& start, const Int32Rows& length,
+               const Int32Rows& first) {
+  const size_t rows = table.dimensions()[0], firsts = first.element_count();
+  return start.element_count() == rows && length.element_count() == rows &&
+         (firsts == 0 || firsts == rows);
+}
+
+// Whether heads are [rows, places, heads, head_dim], or with `first` [1, places, heads, head_dim].
+bool AreHeads(const ffi::AnyBuffer& heads, const Int32Table& table, const Int32Rows& first,
+              const PoolShape& pool) {
+  const auto shape = heads.dimensions();
+  if (shape.size() != 4 || shape[3] != pool.head_dim) return false;
+  return shape[0] == (first.element_count() > 0 ? 1 : table.dimensions()[0]);
+}
+
 ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::AnyBuffer v_pool,
                          ffi::AnyBuffer k, ffi::AnyBuffer v, Int32Table table, Int32Rows start,
                          Int32Rows length, Int32Rows first, Int32Scalar layer,
@@ -91,6 +122,11 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
       v_out->untyped_data() != v_pool.untyped_data()) {
     return ffi::Error::Internal("append: the results do not alias the pools");
   }
+  // What is read here by its shape would be read past its end if it had another: Python has checked
+  // the same with better words, unless it is not what calls.
+  if (!ArePools(k_pool, v_pool, pages) || !AreOfRows(table, start, length, first)) {
+    return ffi::Error::InvalidArgument("append: pools, or rows, that do not belong together");
+  }
   Append append;
   Scales scales;
   if (!ReadScales(k_pool, scales_in, scales) || !AliasScales(scales, scales_out, append.scales) ||
@@ -99,6 +135,11 @@ ffi::Error AppendHandler(ffi::ThreadPool threads, ffi::AnyBuffer k_pool, ffi::An
   }
   append.scaled = scales.scaled;
   append.pool = ReadPoolShape(k_pool, pages, scales.scaled);
+  if (!AreAlike(k, v) || !AreHeads(k, table, first, append.pool) ||
+      k.dimensions()[2] != append.pool.kv_heads ||
+      (scales.k == nullptr && k.element_type() != k_pool.element_type())) {
+    return ffi::Error::InvalidArgument("append: keys and values that are not of the pool's cells");
+  }
   append.rows = ReadRows(table, start, length, first, k.dimensions()[1]);
   append.layer = ReadLayer(layer, append.pool);
   append.item_bytes = ffi::ByteWidth(k.element_type());
@@ -117,6 +158,10 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
                          Int32Scalar window,
                          ffi::RemainingArgs scales_in, ffi::Result<ffi::AnyBuffer> out,
                          int64_t pages, float scale, float softcap, bool narrow) {
+  if (!ArePools(k_pool, v_pool, pages) || !AreOfRows(table, start, length, first)) {
+    return ffi::Error::InvalidArgument(
+        "paged_attention: pools, or rows, that do not belong together");
+  }
   Attention attention;
   Scales scales;
   if (!ReadScales(k_pool, scales_in, scales)) {
@@ -131,6 +176,9 @@ ffi::Error AttendHandler(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuff
   attention.k_scale = scales.k;
   attention.v_scale = scales.v;
   attention.pool = ReadPoolShape(k_pool, pages, scales.scaled);
+  if (!AreHeads(q, table, first, attention.pool) || !AreAlike(q, *out)) {
+    return ffi::Error::InvalidArgument("paged_attention: queries that are not of the pool's cells");
+  }
   attention.rows = ReadRows(table, start, length, first, q.dimensions()[1]);
   attention.layer = ReadLayer(layer, attention.pool);
   attention.q_heads = q.dimensions()[2];

@@ -29,12 +29,16 @@ def quantized_attention(
     first: Int[Array, " F"] | None = None,
     window: int | Int[Array, ""] = 0,
     softcap: float = 0.0,
+    narrow: bool = False,
     sinks: Float[Array, " M"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R T N H"]:
     """Computes ``paged_attention`` over pages with scales; see there for all other arguments.
 
-    Keys and values are float32 once they are loaded and scaled, as queries, softmax and sums are.
+    Softmax and sums are float32, and so are queries, and keys and values once they are loaded and
+    scaled, but for ``mosaic``: its tensor cores take bfloat16, or float16 for pages of fp8. Queries
+    are rounded to that. The pages' numbers lose nothing by it, and scales multiply scores and
+    softmax weights in float32; weights are rounded to 16 bits before they meet the values.
 
     Args:
         q: Queries.
@@ -47,6 +51,7 @@ def quantized_attention(
         first: Of ragged rows: where each one's queries begin among the T places.
         window: Sliding window in tokens; 0 for none.
         softcap: Of the scores; 0 for none.
+        narrow: Allows what there is for it; nothing yet of pages with scales.
         sinks: A logit of each query head; None for none.
         implementation: One of ``paged_attention``'s, or ``"auto"`` for the first that accepts.
 
@@ -71,6 +76,7 @@ def quantized_attention(
         first=first,
         window=window,
         softcap=softcap,
+        narrow=narrow,
         sinks=sinks,
         implementation=implementation,
     )

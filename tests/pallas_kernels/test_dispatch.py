@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import pallas_kernels
 from pallas_kernels.dispatch import dispatch, forced, recorded
 from pallas_kernels.families import FAMILIES, parse_choices
 
@@ -86,6 +90,26 @@ def test_choices_are_read_by_family():
     text = "paged_attention=reference,quantized_matmul=xla"
     assert parse_choices(text) == {"paged_attention": "reference", "quantized_matmul": "xla"}
     assert all(FAMILIES.values())
+
+
+def _dispatched(tree: ast.AST) -> list[ast.expr]:
+    """The first argument of every call of ``dispatch``."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        call.args[0]
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "dispatch"
+    ]
+
+
+def test_every_family_that_is_dispatched_may_be_chosen_for():
+    """By the source: a call's first argument is the family's name, as it is written."""
+    names: set[str] = set()
+    for path in Path(*pallas_kernels.__path__).rglob("*.py"):
+        for name in _dispatched(ast.parse(path.read_text())):
+            assert isinstance(name, ast.Constant), f"{path}:{name.lineno}"
+            names.add(str(name.value))
+    assert names == set(FAMILIES)
 
 
 @pytest.mark.parametrize(

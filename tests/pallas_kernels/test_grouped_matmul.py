@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -184,6 +185,19 @@ def test_shapes_that_do_not_belong_together_are_refused():
         grouped_matmul(x, stack, sizes.astype(jnp.int16), layer=0)
     with pytest.raises(ValueError, match="no implementation 'fast'; choose 'auto'"):
         grouped_matmul(x, stack, sizes, layer=0, implementation="fast")
+
+
+@pytest.mark.parametrize("layer", [None, LAYER])
+def test_columns_in_an_order_of_their_own_are_refused(layer: int | None):
+    x, stack, sizes = BY_NAME["padded"].arrays("int8")
+    assert isinstance(stack, Quantized)
+    order = jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32)[::-1], (2, 3, 1, 32))
+    ordered = replace(stack, order=order)
+    if layer is None:
+        ordered = ordered[0]
+    shape = r"\[2, 3, 1, 32\]" if layer else r"\[3, 1, 32\]"
+    with pytest.raises(ValueError, match=f"an order of their columns, int32{shape}.* put the colu"):
+        grouped_matmul(x, ordered, sizes, layer=layer)
 
 
 @needs_native

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import config as type_checks
 
+from pallas_kernels import native
 from pallas_kernels.paged_attention import (
     NULL_PAGE,
     SCALE_DTYPE,
@@ -19,6 +23,7 @@ from pallas_kernels.paged_attention import (
     append,
     paged_attention,
     pool_shape,
+    rope_append,
 )
 from pallas_kernels.paged_attention.pool import read
 
@@ -212,3 +217,203 @@ def test_a_donated_pool_is_updated_in_place(
     all_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
     assert memory.alias_size_in_bytes >= all_bytes
     assert memory.temp_size_in_bytes < pool_bytes
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in service: shapes are not compared with annotations before a function begins."""
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)
+
+
+def _wrong(**changes: Any) -> dict[str, Any]:
+    """Arguments of ``rope_append``, some of them changed."""
+    heads = jnp.zeros((ROWS, QUERY_TOKENS, KV_HEADS, HEAD_DIM))
+    rows = jnp.zeros(ROWS, jnp.int32)
+    given: dict[str, Any] = {
+        "pools": _pools(),
+        "q": heads,
+        "k": heads,
+        "v": heads,
+        "rope": jnp.zeros((2, ROWS, QUERY_TOKENS, HEAD_DIM // 2)),
+        "table": jnp.zeros((ROWS, WIDTH), jnp.int32),
+        "start": rows,
+        "length": rows,
+    }
+    return given | changes
+
+
+ONE_HEAD = jnp.zeros((ROWS, QUERY_TOKENS, 1, HEAD_DIM))
+WRONG_NEW = [
+    (
+        {"k": ONE_HEAD, "v": ONE_HEAD},
+        "new tokens have 1 key/value heads and the pool 2; they must agree",
+    ),
+    ({"v": ONE_HEAD}, r"new keys have the shape \[2, 3, 2, 8\] and new values \[2, 3, 1, 8\]"),
+    (
+        {"v": jnp.zeros((ROWS, QUERY_TOKENS, KV_HEADS, 4))},
+        r"new keys have the shape \[2, 3, 2, 8\] and new values \[2, 3, 2, 4\]; give both",
+    ),
+]
+WRONG_PLACES = [
+    ({"start": jnp.zeros(1, jnp.int32)}, r"start is int32\[1\] and the table has 2 rows; give in"),
+    ({"start": jnp.zeros(ROWS, jnp.int16)}, r"start is int16\[2\].*give int32\[2\], a number for"),
+    ({"length": jnp.zeros((ROWS, 1), jnp.int32)}, r"length is int32\[2, 1\].*give int32\[2\]"),
+    ({"length": jnp.zeros(ROWS)}, r"length is float32\[2\].*give int32\[2\]"),
+    ({"table": jnp.zeros((ROWS, WIDTH), jnp.uint32)}, r"the table is uint32\[2, 4\]; it must be"),
+    ({"table": jnp.zeros(ROWS, jnp.int32)}, r"the table is int32\[2\]; it must be int32 \[rows, p"),
+]
+WRONG_FIRST = {"first": jnp.zeros(ROWS, jnp.int16)}, r"first is int16\[2\].*give int32\[2\]"
+
+
+def _shared(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, with one row of places for all."""
+    places = {name: given[name][:1] for name in "qkv"}
+    return given | places | {"rope": given["rope"][:, :1]}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("changes", "message"), [*WRONG_NEW, *WRONG_PLACES, WRONG_FIRST])
+def test_what_would_be_read_past_its_end_is_not_appended(changes: dict[str, Any], message: str):
+    given = _wrong(**changes)
+    given = _shared(given) if "first" in changes else given
+    with pytest.raises(ValueError, match=message):
+        rope_append(**given, layer=0)
+    del given["q"], given["rope"]
+    with pytest.raises(ValueError, match=message):
+        append(**given, layer=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"q": jnp.zeros((ROWS, 1, KV_HEADS, HEAD_DIM))},
+            r"queries have \[2, 1\] places and new keys \[2, 3\]; give a query and a key for each",
+        ),
+        (
+            {"q": jnp.zeros((ROWS, QUERY_TOKENS, KV_HEADS, 4))},
+            "queries have head_dim 4 and the pool 8; they must agree",
+        ),
+    ],
+)
+def test_queries_of_other_places_or_heads_than_the_keys_are_not_rotated(
+    changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        rope_append(**_wrong(**changes), layer=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("changes", "message"), [*WRONG_PLACES, WRONG_FIRST])
+def test_what_would_be_read_past_its_end_is_not_attended_to(changes: dict[str, Any], message: str):
+    given = _wrong(**changes)
+    given = _shared(given) if "first" in changes else given
+    for name in ("k", "v", "rope"):
+        del given[name]
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**given, layer=0, scale=0.25)
+
+
+def test_pages_that_are_no_whole_layers_are_not_appended_to():
+    given = _wrong(pools=replace(_pools(), pages=5))
+    del given["q"], given["rope"]
+    with pytest.raises(ValueError, match=r"27 rows, not a multiple of its 5 pages per layer; make"):
+        append(**given, layer=0)
+
+
+WIDE = 16
+"""A head_dim that native attention takes."""
+
+
+def _handled(symbol: str, **changes: Any) -> None:
+    """Calls a handler of the library with no check of Python's in between."""
+    pool = jnp.zeros((*SHAPE[:3], WIDE))
+    heads = jnp.zeros((ROWS, QUERY_TOKENS, KV_HEADS, WIDE))
+    rows, none, zero = jnp.zeros(ROWS, jnp.int32), jnp.zeros(0, jnp.int32), jnp.int32(0)
+    given = {"k_pool": pool, "v_pool": pool, "k": heads, "v": heads, "start": rows, "length": rows}
+    given |= {"first": none, "pages": np.int64(PAGES)} | changes
+    k_pool, v_pool, k, v = (given[name] for name in ("k_pool", "v_pool", "k", "v"))
+    where = (jnp.zeros((ROWS, WIDTH), jnp.int32), given["start"], given["length"], given["first"])
+
+    def result(like: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype)
+
+    if symbol == "jaxserve_append":
+        results = native.call(
+            symbol,
+            [result(k_pool), result(v_pool)],
+            *(k_pool, v_pool, k, v, *where, zero),
+            aliases={0: 0, 1: 1},
+            pages=given["pages"],
+        )
+    else:
+        results = native.call(
+            symbol,
+            [result(given.get("out", k))],
+            *(k, k_pool, v_pool, *where, zero, zero),
+            pages=given["pages"],
+            scale=np.float32(1),
+            softcap=np.float32(0),
+            narrow=np.bool_(False),
+        )
+    jax.block_until_ready(results)
+
+
+def _heads(*shape: int) -> jax.Array:
+    return jnp.zeros(shape)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("symbol", "changes", "message"),
+    [
+        *(
+            (symbol, changes, "pools, or rows, that do not belong together")
+            for symbol in ("jaxserve_append", "jaxserve_paged_attention")
+            for changes in (
+                {"start": jnp.zeros(1, jnp.int32)},
+                {"length": jnp.zeros(1, jnp.int32)},
+                {"first": jnp.zeros(1, jnp.int32)},
+                {"v_pool": jnp.zeros((*SHAPE[:3], 8))},
+                {"pages": np.int64(5)},
+                {"pages": np.int64(0)},
+            )
+        ),
+        *(
+            ("jaxserve_append", changes, "keys and values that are not of the pool's cells")
+            for changes in (
+                {"k": ONE_HEAD, "v": ONE_HEAD},
+                {"v": _heads(ROWS, QUERY_TOKENS, KV_HEADS, 8)},
+                dict.fromkeys("kv", _heads(ROWS, QUERY_TOKENS, 1, WIDE)),
+                dict.fromkeys("kv", _heads(1, QUERY_TOKENS, KV_HEADS, WIDE)),
+                dict.fromkeys("kv", _heads(ROWS * QUERY_TOKENS, KV_HEADS, WIDE)),
+                dict.fromkeys("kv", jnp.zeros((ROWS, 1, KV_HEADS, WIDE), jnp.float16)),
+                {"first": jnp.zeros(ROWS, jnp.int32)},
+            )
+        ),
+        *(
+            ("jaxserve_paged_attention", changes, "queries that are not of the pool's cells")
+            for changes in (
+                {"k": _heads(ROWS, QUERY_TOKENS, KV_HEADS, 32)},
+                {"k": _heads(1, QUERY_TOKENS, KV_HEADS, WIDE)},
+                {"k": _heads(ROWS, QUERY_TOKENS, WIDE)},
+                {"out": _heads(ROWS, 1, KV_HEADS, WIDE)},
+                {"first": jnp.zeros(ROWS, jnp.int32)},
+            )
+        ),
+    ],
+)
+def test_the_library_reads_nothing_past_its_end(symbol: str, changes: dict[str, Any], message: str):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        _handled(symbol, **changes)
+
+
+@needs_native
+@pytest.mark.parametrize("symbol", ["jaxserve_append", "jaxserve_paged_attention"])
+def test_what_belongs_together_the_library_takes(symbol: str):
+    """Nothing else makes it refuse above."""
+    _handled(symbol)

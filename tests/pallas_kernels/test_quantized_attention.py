@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -479,6 +480,37 @@ def test_shards_of_rows_and_heads_answer_as_the_whole(
     pools = append(pools, new, -new, *where, layer=LAYER, implementation=write)
     whole = attend(case, inputs._replace(pools=pools), implementation)
     np.testing.assert_allclose(sharded(inputs), whole, rtol=2e-6, atol=2e-6)
+
+
+def test_every_option_of_attention_is_passed_on(monkeypatch: pytest.MonkeyPatch):
+    """By name, kind and default the options are the same, and each arrives as it was given."""
+    ours, theirs = (
+        {name: (one.kind, one.default) for name, one in inspect.signature(of).parameters.items()}
+        for of in (quantized_attention, paged_attention)
+    )
+    assert ours == theirs
+    options = {
+        "layer": LAYER,
+        "scale": 0.25,
+        "first": jnp.zeros(2, jnp.int32),
+        "window": 7,
+        "softcap": 3.0,
+        "narrow": True,
+        "sinks": jnp.zeros(4),
+        "implementation": "reference",
+    }
+    assert {*Inputs._fields, *options} == {*ours}
+    arrived: dict[str, object] = {}
+
+    def instead(*given: object, **options: object) -> object:
+        arrived.update(zip(Inputs._fields, given, strict=True), **options)
+        return given[0]
+
+    monkeypatch.setattr("pallas_kernels.quantized_attention.paged_attention", instead)
+    inputs = TINY._asdict()
+    quantized_attention(*TINY, **options)  # pyright: ignore[reportArgumentType]
+    assert arrived.keys() == ours.keys()
+    assert all(arrived[name] is given for name, given in (inputs | options).items())
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul import (
     quantized_on_device,
 )
 from pallas_kernels.quantized_matmul.cases import CASES, LAYER, STORAGES, Case, Storage, stored
+from pallas_kernels.quantized_matmul.on_gpu import for_gpu
 
 from .native_here import needs_native, usable
 
@@ -388,6 +389,8 @@ def test_what_no_implementation_could_take_is_refused():
         quantized_matmul(x, jnp.ones((3, 96), jnp.int32))
     with refuse(match=r"values of int4 are uint8, got int8"):
         quantized_matmul(x, replace(stack, values=stack.values.astype(np.int8)), layer=0)
+    with refuse(match=r"values of int8 are int8, and of fp8 float8_e4m3fn, got uint8"):
+        quantized_matmul(x, replace(stack, minimum=None), layer=0)
     with refuse(match=r"minimum is float32\[2, 3, 3\]; it must be float16\[2, 3, 3\]"):
         wide = stack.minimum.astype(np.float32)
         quantized_matmul(x, replace(stack, minimum=wide), layer=0)
@@ -411,6 +414,8 @@ def test_what_native_was_not_written_for_is_declined(monkeypatch: pytest.MonkeyP
         assert declined(jnp.ones((2, 32)), jnp.asarray(double)) == (
             "dtypes are float32, bfloat16 and float16, got float64"
         )
+    repacked = for_gpu(quantized(np.ones((64, 64), np.float32), "int8"))
+    assert declined(jnp.ones((2, 64)), repacked) == "the matrix was repacked for GPUs"
     monkeypatch.setattr(native, "has_amx", lambda: True)
     assert declined(jnp.ones((16, 32)), jnp.ones((3, 32), jnp.bfloat16)) == (
         "XLA multiplies 16 rows or more with AMX"

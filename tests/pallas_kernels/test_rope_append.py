@@ -294,7 +294,18 @@ def test_parts_are_chosen_on_a_cpu_and_their_padding_is_harmless() -> None:
         ("int4", (4, 2, 64), "pages of int4 take heads that are spread over all channels"),
         ("float32", (4, 2, 64), "heads are bfloat16 or float16, got float32"),
         ("bfloat16", (4, 2, 24), "head_dim must be a multiple of 16 up to 256, got 24"),
-        ("bfloat16", (6, 2, 96), "3 of head_dim 96 do not"),
+        (
+            "bfloat16",
+            (6, 2, 96),
+            "the queries of a key head must begin at a multiple of 128 bytes, and 3 of head_dim 96",
+        ),
+        (
+            "fp8",
+            (128, 128, 256),
+            "128 query and 128 key/value heads of head_dim 256 need 302080 bytes of shared memory, "
+            "and there are 232448",
+        ),
+        ("bfloat16", (160, 160, 256), "need 265216 bytes of shared memory"),
         ("int8", (4, 2, 96), "head_dim of 64, 128 or 256, got 96"),
     ],
 )
@@ -315,6 +326,31 @@ def test_declines_what_it_was_not_written_for(
     with interpreted(), pytest.raises(ExceptionGroup) as caught:
         rope_append(*arrays, layer=0, implementation="mosaic")
     assert reason in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize(
+    ("heads", "pages", "needed"),
+    [
+        # 128 lines and one more, the angles, and barriers, each to a whole KiB.
+        ((64, 16, 128), "bfloat16", 33 * 1024 + 1024 + 1024),
+        # The compiler reports 18,432 bytes for this one, and 38,912 for the next: no barriers.
+        ((32, 8, 128), "bfloat16", 18_432 + 1024),
+        ((32, 8, 128), "int8", 38_912 + 1024),
+    ],
+)
+def test_shared_memory_is_counted_with_the_space_between_arrays(
+    heads: tuple[int, int, int], pages: str, needed: int
+) -> None:
+    q_heads, kv_heads, head_dim = heads
+    body = append_mosaic._Body(
+        kv_heads=kv_heads,
+        group=q_heads // kv_heads,
+        head_dim=head_dim,
+        page_tokens=16,
+        dtype=jnp.dtype("bfloat16"),
+        format=FORMATS.get(pages),
+    )
+    assert body.shared_bytes() == needed
 
 
 def test_pages_of_another_dtype_than_the_heads_are_declined() -> None:
