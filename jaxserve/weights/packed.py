@@ -71,8 +71,12 @@ def choose_formats(
     formats: dict[str, Format] = {}
     for name, source in _matrices(config).items():
         stored = _stored(name, source, config, checkpoint)
-        fitting = None if stored is None else _fitting(stored, depth_of(source))
-        if fitting is not None:
+        if stored is None:
+            continue
+        its = spec(stored)
+        if its.group is None:  # Only the tools' checkpoints have one scale a row.
+            its = its._replace(group=getattr(checkpoint, "group_of_rows", None))
+        if (fitting := _fitting(its.name, depth_of(source))) is not None:
             formats[name] = fitting
     return formats
 

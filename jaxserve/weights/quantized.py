@@ -17,7 +17,7 @@ from jaxserve.weights.linears import SUFFIXES, Linear
 from jaxserve.weights.reading import Index, resolve_index
 from jaxserve.weights.safetensors import SafetensorsCheckpoint
 from jaxserve.weights.schemes import Method, Scheme
-from pallas_kernels.quantized_matmul import packed_int4, spec
+from pallas_kernels.quantized_matmul import Spec, packed_int4
 
 if TYPE_CHECKING:
     from pallas_kernels.quantized_matmul import Format
@@ -31,6 +31,7 @@ class QuantizedCheckpoint:
         self.source = files.source
         self.config: dict[str, Any] = files.config
         self.method: Method = scheme.method
+        self.group_of_rows = scheme.held_group
         self._files, self._scheme = files, scheme
         first = Linear.first_tensor(scheme)
         ending = ".weight_scale" if first == "weight" else f".{first}"
@@ -77,8 +78,8 @@ class QuantizedCheckpoint:
         linear = self._linears.get(name)
         if linear is None or not linear.is_exact:
             return None
-        its = spec(self._scheme.format)
-        return its._replace(ordered=linear.order is not None).name
+        scheme = self._scheme
+        return Spec(scheme.kind, scheme.group, linear.order is not None).name
 
     def stored_as(self, name: str) -> str | None:
         """Returns what people call what a matrix is stored as; None for plain numbers."""

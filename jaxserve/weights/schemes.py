@@ -52,11 +52,14 @@ class Scheme:
         """Of a layer whose columns are in order."""
         from pallas_kernels.quantized_matmul import Spec
 
-        group = self.group
-        if self.kind == "int8" and group is None and not self.rounds_activations:
-            # With one scale for a row activations may be rounded, too. Repeated ones forbid it.
-            group = GROUP_OF_A_ROW
-        return Spec(self.kind, group).name
+        return Spec(self.kind, self.held_group).name
+
+    @property
+    def held_group(self) -> int | None:
+        """``group``, but where activations must stay as they are: one scale for a row of int8
+        allows them to be rounded, and repeated ones do not."""
+        is_one = self.kind == "int8" and self.group is None
+        return GROUP_OF_A_ROW if is_one and not self.rounds_activations else self.group
 
 
 def scheme_of(source: str, config: Mapping[str, Any]) -> Scheme | None:
