@@ -90,7 +90,7 @@ def test_nothing_is_wrong_with_a_kernel_as_declared() -> None:
     ("change", "said"),
     [
         ({"spill_bytes": 68}, "attend spills 68 bytes"),
-        ({"stack_bytes": 16}, "attend spills 0 bytes"),
+        ({"stack_bytes": 16}, "attend has a stack of 16 bytes"),
         ({"spills_between_products": 3}, "attend spills between its products"),
         ({"instructions": {"UTMALDG": 2}}, "no HGMMA is left"),
         ({"instructions": {"HGMMA": 2}}, "no UTMALDG is left"),
@@ -146,6 +146,20 @@ def test_a_dump_is_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "lost", ["stack frame", "spill stores", "spill loads", "registers", "smem_scratch_bytes"]
+)
+def test_a_dump_without_a_line_that_says_so_is_an_error(lost: str, tmp_path: Path) -> None:
+    """Such as of another version of ptxas, whose silence is no zero."""
+    said = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 168 registers\n"
+    (tmp_path / "attend_0.ptxas").write_text(said.replace(lost, "?"))
+    resources = "smem_scratch_bytes=8".replace(lost, "?")
+    (tmp_path / "attend_0.resources.txt").write_text(resources)
+    (tmp_path / "attend_0.sass_ctrl").write_text("")
+    with pytest.raises(ValueError, match=rf"written of attend_0.ptxas has no .*{lost}"):
+        kernels_of(tmp_path)
+
+
 def test_launches_are_counted_in_the_entry_only() -> None:
     program = """
 %fused (p: f32[8]) -> f32[8] {
@@ -191,7 +205,26 @@ def test_launches_of_a_layer_are_those_of_the_loop_that_has_kernels() -> None:
         "fusion": 1,
         "product": 2,
     }
-    assert loop_launches("\nENTRY %main {\n}\n") == {}
+
+
+@pytest.mark.parametrize("check", [loop_launches, lambda program: large_copies(program, 1)])
+def test_a_program_whose_loop_has_no_kernel_is_an_error(check: Any) -> None:
+    alone = LOOP.replace('"mosaic_gpu_v2"', '"other"')
+    with pytest.raises(ValueError, match="no loop over layers calls a Mosaic kernel"):
+        check(alone)
+    entry = '\nENTRY %main {\n  %a = f32[8] custom-call(), custom_call_target="mosaic_gpu_v2"\n}\n'
+    with pytest.raises(ValueError, match="no loop over layers calls a Mosaic kernel"):
+        check(entry)
+
+
+def test_numbers_of_4_bits_are_half_a_byte() -> None:
+    [(size, _)] = large_copies(LOOP.replace("bf16[1,960,576]", "s4[1,960,577]"), 200_000)
+    assert size == 960 * 577 // 2
+
+
+def test_a_number_of_an_unknown_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not known how many bits a f7 has"):
+        large_copies(LOOP.replace("bf16[1,960,576]", "f7[1,960,576]"), 1)
 
 
 def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
@@ -202,5 +235,10 @@ def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
 
 
 def test_the_table_has_a_line_for_each_kernel() -> None:
-    lines = table({"attention: decode": ROW}).splitlines()
-    assert lines[-1] == "| attention: decode | attend | 168 | 2 KiB | 12 HGMMA | 2 UTMALDG | 3 |"
+    row = ROW | {"kernels": [KERNEL | {"spill_bytes": 68}]}
+    text = table({"attention: decode": row})
+    assert text.splitlines()[-1] == (
+        "| attention: decode | attend | 168 | 68 | 2 KiB | 12 HGMMA | 2 UTMALDG | 3 |"
+    )
+    assert "| Registers | Spills | Shared memory |" in text
+    assert "No kernel spills" not in text
