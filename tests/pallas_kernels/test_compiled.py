@@ -76,6 +76,44 @@ def test_kernels_compile_for_an_h200_as_they_should() -> None:
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--every", "0"], "argument --every: give a whole number above 0, got '0'"),
+        (["--every", "-3"], "argument --every: give a whole number above 0, got '-3'"),
+        (["--record", "--every", "2"], "of all cases: leave out --only and --every"),
+        (["--record", "--only", "decode"], "of all cases: leave out --only and --every"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused(words: list[str], said: str) -> None:
+    ended = _python("-m", "bench.compiled", *words)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+@pytest.mark.slow
+def test_dumps_go_to_a_directory_of_their_own_that_is_gone_at_the_end(tmp_path: Path) -> None:
+    """Whatever the variable says: what is in it would be removed."""
+    said = "import os, bench.compiled as c; print(c.DUMP, os.environ['MOSAIC_GPU_DUMP_TO'])"
+    ended = _python("-c", said, MOSAIC_GPU_DUMP_TO=str(tmp_path))
+    own, told = map(Path, ended.stdout.split())
+    assert own == told != tmp_path
+    assert not own.exists()
+
+
+def _python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_cases_of_a_family_have_names_of_their_own() -> None:
     for family, cases in all_cases().items():
         names = [case.name for case in cases]
