@@ -108,8 +108,8 @@ def marked(cases: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", marked(INTERPRETED))
-def test_answers_are_numpys(case: GpuCase):
-    x, stack, matrix = draw(case, seed=case.rows)
+def test_answers_are_numpys(case: GpuCase, seed: int):
+    x, stack, matrix = draw(case, seed)
     out = product(case, x, for_gpu(stack))
     assert out.dtype == case.answers
     tolerance = TOLERANCE[case.answers]
