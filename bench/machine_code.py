@@ -151,6 +151,25 @@ def loop_launches(program: str) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
+def more_than(row: dict[str, Any], most_launches: int, most_temporary_bytes: int) -> list[str]:
+    """Says what a compiled step takes more of than it may.
+
+    Args:
+        row: Its record.
+        most_launches: Of one turn of the loop over layers.
+        most_temporary_bytes: Of the step, on each device.
+    """
+    wrong = []
+    launches, temporary_bytes = row["launches_of_a_layer"], row["temporary_bytes"]
+    if sum(launches.values()) > most_launches:
+        wrong.append(f"a layer launches {launches}, and {most_launches} in all are allowed")
+    if temporary_bytes > most_temporary_bytes:
+        wrong.append(
+            f"{temporary_bytes} bytes of temporaries, and {most_temporary_bytes} are allowed"
+        )
+    return wrong
+
+
 def large_copies(program: str, least_bytes: int) -> list[tuple[int, str]]:
     """Finds what one turn of the loop over layers copies, and how many bytes.
 

@@ -19,6 +19,7 @@ from bench.machine_code import (
     large_copies,
     launches_of,
     loop_launches,
+    more_than,
     table,
 )
 from pallas_kernels.compiling import CompileCase, all_cases
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FETCHED = ROOT / ".aot"
 """Where the Makefile puts the wheels of the extra ``aot-gpu``."""
 NOT_INSTALLED = 3
-"""The exit status of bench/compiled.py, which must not be imported here, without them."""
+"""The exit status without them of what compiles, which must not be imported here."""
 
 CASE = CompileCase(
     name="decode",
@@ -263,6 +264,27 @@ def test_numbers_of_4_bits_are_half_a_byte() -> None:
 def test_a_number_of_an_unknown_size_is_an_error() -> None:
     with pytest.raises(ValueError, match="not known how many bits a f7 has"):
         large_copies(LOOP.replace("bf16[1,960,576]", "f7[1,960,576]"), 1)
+
+
+def test_a_step_that_takes_more_than_it_may_is_found() -> None:
+    row = {"launches_of_a_layer": {"Mosaic kernel": 2, "fusion": 16}, "temporary_bytes": 900}
+    assert more_than(row, 18, 900) == []
+    assert more_than(row, 17, 899) == [
+        "a layer launches {'Mosaic kernel': 2, 'fusion': 16}, and 17 in all are allowed",
+        "900 bytes of temporaries, and 899 are allowed",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["compiled", "compiled_step"])
+def test_without_the_compiler_the_exit_status_says_so(module: str) -> None:
+    run = (
+        "from jaxserve.planning import aot; aot.why_not = lambda *_: 'no wheels'; "
+        f"import bench.{module} as program; raise SystemExit(program.main([]))"
+    )
+    ended = _python("-c", run)
+    assert ended.returncode == NOT_INSTALLED, ended.stderr
+    assert "no wheels; `make prove-compile` fetches what it takes" in ended.stderr
 
 
 def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
