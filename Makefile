@@ -207,7 +207,7 @@ prove-compile: aot ## Every GPU kernel compiled for an H200 that is not there; A
 	PYTHONPATH=.aot $(BIN)/python -m bench.compiled_step
 
 .PHONY: prove-kernels
-prove-kernels: $(STAMP) ## Every GPU kernel in the interpreter, races and planted faults included
+prove-kernels: $(STAMP) ## Every GPU kernel in the interpreter, drawn anew, with races and planted faults
 	$(PYTEST) tests/pallas_kernels -m prove --timeout 1800 -s $(ARGS)
 
 ##@ Upkeep

@@ -3,7 +3,7 @@
     python -m bench.compiled                 check every case; prints the table
     python -m bench.compiled --only decode   those whose family or name has this in it
     python -m bench.compiled --every 10 of each family one case in ten
-    python -m bench.compiled --record        and write RECORD and TABLE anew
+    python -m bench.compiled --record        and write RECORD and TABLE anew; of all cases
 
 It takes the wheels of the extra ``aot-gpu``: `make prove-compile` fetches them. A case fails when
 it does not compile, when a kernel spills registers, when instructions that it declares are missing,
@@ -21,13 +21,17 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Before JAX is imported: nothing runs here, and Mosaic dumps what it compiles.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-")))
+# A directory of our own: what is in it is removed before each case, and it at the end.
+DUMPS = tempfile.TemporaryDirectory(prefix="mosaic-")
+DUMP = Path(DUMPS.name)
+os.environ["MOSAIC_GPU_DUMP_TO"] = DUMPS.name
 
 import jax  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
@@ -78,13 +82,17 @@ def compile_case(case: CompileCase, mesh: Mesh) -> dict[str, Any]:
     return row
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Compiles, prints, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="cases whose family or name has this in it")
-    parser.add_argument("--every", type=int, default=1, help="of each family one case in so many")
+    parser.add_argument(
+        "--every", type=_above_0, default=1, help="of each family one case in so many"
+    )
     parser.add_argument("--record", action="store_true", help="write the record and the table anew")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    if options.record and (options.only or options.every > 1):
+        parser.error("--record writes what became of all cases: leave out --only and --every")
     facts, shape = device_facts(DEVICE), MeshShape()
     if reason := aot.why_not(facts, shape):
         print(f"{reason}; `make prove-compile` fetches what it takes", file=sys.stderr)
@@ -107,14 +115,21 @@ def main() -> int:
         else:
             print(f"ok   {name}: {_short(rows[name])}", flush=True)
     print(f"{len(rows)} of {len(rows) + failed} compiled as they should")
-    is_whole = not options.only and options.every == 1
-    if options.record and not failed and is_whole:
+    if options.record and failed:
+        print("nothing is recorded, because of the failures above", file=sys.stderr)
+    elif options.record:
         kept = {
             name: {k: v for k, v in row.items() if k != "seconds"} for name, row in rows.items()
         }
         RECORD.write_text(json.dumps(kept, indent=1) + "\n")
         TABLE.write_text(table(kept))
     return 1 if failed else 0
+
+
+def _above_0(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"give a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _short(row: dict[str, Any]) -> str:

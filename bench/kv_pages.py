@@ -5,10 +5,11 @@
 Prompts are pieces of the texts, one behind the other; without texts, of the pinned English ones in
 turn. Each is scored by itself through the engine that serves, token after token of the text as it
 stands (teacher-forced), so that pages, chunks and kernels are those of service; everything is
-compared with pages of the first format. Weights are floats unless flags say otherwise: products
-that round activations to int8 turn any difference into one of their own size. Then each prompt is
-answered greedily. The exit status is 1 when int8 misses its gate: the same likeliest token at
-``LEAST_SAME`` of the places, and a perplexity within ``MOST_PERPLEXITY``.
+compared with pages of the first format, which is bf16 where int8 is asked for. Weights are floats
+unless flags say otherwise: products that round activations to int8 turn any difference into one of
+their own size. Then each prompt is answered greedily. The exit status is 1 when int8 misses its
+gate: the same likeliest token at ``LEAST_SAME`` of the places, and a perplexity within
+``MOST_PERPLEXITY``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TEXTS = ("moby-dick/chapter_1.json", "moby-dick/chapter_10.json", "shakespeare.t
 LEAST_SAME = 0.98
 MOST_PERPLEXITY = 0.005
 GATED = "int8"
+BASE = "bf16"
+"""What it is gated against."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Scored:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Scores and answers with every format; returns the exit status."""
-    arguments = _parser().parse_args(words)
+    arguments = _parse(words)
     directory = default_directory({}) / "texts"
     texts = [_read(path) for path in arguments.texts or [directory / name for name in TEXTS]]
     facts = {"commit": common.commit(), "machine": machine.cpu_info("model name")}
@@ -148,6 +151,19 @@ def _read(path: Path) -> str:
     """Returns a text file, or the ``text`` of a chapter in JSON."""
     content = path.read_text()
     return json.loads(content)["text"] if path.suffix == ".json" else content
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    formats = arguments.formats.split(",")
+    if GATED in formats and formats[0] != BASE:
+        # Against itself or other rounded pages it would miss nothing.
+        parser.error(
+            f"--formats is {arguments.formats}: {GATED} is gated against {BASE}, which comes "
+            f"first; give --formats {','.join([BASE, *(f for f in formats if f != BASE)])}"
+        )
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

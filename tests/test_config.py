@@ -250,13 +250,18 @@ def test_the_cache_has_the_precision_of_the_weights_unless_another_is_named(
         ("dtype", ["float32"], "dtype is ['float32']; give a string"),
     ],
 )
-def test_a_value_of_another_type_is_refused(field: str, value: Any, message: str) -> None:
+def test_a_value_of_another_type_is_refused(
+    field: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests are told of a wrong type before the program is.
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)
     with pytest.raises(ConfigError) as caught:
         config(**{field: value})
     assert str(caught.value) == message
 
 
-def test_a_whole_number_is_a_number() -> None:
+def test_a_whole_number_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)
     assert config(watchdog_s=3).watchdog_s == 3
 
 

@@ -38,7 +38,9 @@ from pallas_kernels.quantized_matmul import (
     quantized_matmul,
     spec,
 )
+from pallas_kernels.quantized_matmul.formats import FP8, MAX_FP8, MAX_INT8
 from pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
+from pallas_kernels.quantized_matmul.reference import rounded_rows
 
 COLD_BYTES = 128 * 2**20
 """What a round through all layers reads at least: a Hopper's second-level cache has 50 MB."""
@@ -126,7 +128,10 @@ def grid(kernel: str, *, dry: bool) -> Iterator[KernelCase]:
         ):
             # Groups of 128 do not divide the rows of the smallest model's matrices.
             usual = format if shape[1] % 128 == 0 else format.replace("/128", "")
-            yield Product(what, usual, rows, *shape, cold_bytes)
+            case = Product(what, usual, rows, *shape, cold_bytes)
+            yield case
+            if case.can_round:
+                yield replace(case, narrow=False)
         return
     cells = product(steps.items(), (16,) if dry else (64, 16), PAGES, heads.items())
     for (kind, (said, rows)), page_tokens, pages, (model, (q_heads, kv_heads, head_dim)) in cells:
@@ -311,12 +316,21 @@ class Product:
     out: int
     depth: int
     cold_bytes: int = COLD_BYTES
+    narrow: bool = True
+    """As programs of 16-bit models ask for it; False: as others do."""
+
+    @property
+    def can_round(self) -> bool:
+        """Whether the kernel rounds activations to the matrix's own 8 bits if it may."""
+        its = spec(self.format)
+        return its.group is None and its.kind != "int4"
 
     @property
     def label(self) -> dict[str, Any]:
         """Names the case."""
         return {"case": f"{self.rows} rows", "model": self.what, "weights": self.format} | {
-            "shape": [self.out, self.depth]
+            "narrow": self.narrow,
+            "shape": [self.out, self.depth],
         }
 
     @property
@@ -355,13 +369,27 @@ class Product:
         return {"out": jnp.zeros((self.rows, self.out), FLOAT), "x": x, "matrix": self.stack()}
 
     def step(self, state: Any, layer: Any, implementation: str, config: Any) -> Any:
-        """Multiplies."""
+        """Multiplies; the reference, too, by activations that are rounded where a kernel's are."""
         x, matrix = state["x"], state["matrix"]
+        if implementation == "reference" and self.narrow and self.can_round:
+            x = self.rounded(x)
+        given = {"layer": layer, "dtype": FLOAT, "narrow": self.narrow}
         if config is None:
-            given = {"layer": layer, "dtype": FLOAT, "implementation": implementation}
-            return state | {"out": quantized_matmul(x, matrix, **given)}
-        fixed = {"dtype": FLOAT, "narrow": False, "config": config}
-        return state | {"out": quantized_matmul_mosaic(x, matrix, layer=layer, **fixed)}
+            out = quantized_matmul(x, matrix, **given, implementation=implementation)
+        else:
+            out = quantized_matmul_mosaic(x, matrix, **given, config=config)
+        return state | {"out": out}
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """Activations as a product of 8 bits sees them, in float32.
+
+        Those of float8 are off by more than answers may be.
+        """
+        if spec(self.format).kind == "int8":
+            ratio, factor = rounded_rows(x, MAX_INT8)
+            return jnp.rint(ratio) * factor[:, None]
+        ratio, factor = rounded_rows(x, MAX_FP8)
+        return ratio.astype(FP8).astype(jnp.float32) * factor[:, None]
 
     def answers(self, state: Any) -> list[jax.Array]:
         """The answers."""

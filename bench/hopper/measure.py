@@ -50,14 +50,17 @@ def measure(
             found = jax.jit(once)(state)
             error = _error(list(map(_float, case.answers(found))), expected)
         except Exception as failure:
-            return {"wrong": f"{type(failure).__name__}: {str(failure)[:300]}"}
+            return _failed(failure)
         if not error < TOLERANCE:
             return {"wrong": f"answers are off by {error:.2g}, and {TOLERANCE:g} is tolerated"}
         del found
         least_s = max(case.moved / rates["copy_bytes_per_s"], case.flops / rates["flops_per_s"])
         calls = 1 if dry else max(1, min(MOST_CALLS, int(LOOP_S / (least_s + CALL_S))))
         step = partial(case.step, implementation="mosaic", config=config)
-        seconds = _seconds(step, case, state, calls, 0 if dry else REPEATS)
+        try:
+            seconds = _seconds(step, case, state, calls, 0 if dry else REPEATS)
+        except Exception as failure:  # Such as a loop that does not fit the device's memory.
+            return _failed(failure)
     median_s = statistics.median(seconds)
     return {
         "error": round(error, 6),
@@ -68,6 +71,10 @@ def measure(
         "share": round(least_s / median_s, 4),
         "calls": calls,
     }
+
+
+def _failed(failure: Exception) -> dict[str, Any]:
+    return {"wrong": f"{type(failure).__name__}: {str(failure)[:300]}"}
 
 
 def reference(case: KernelCase, state: Any) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.hopper.kernels import Attention, KernelCase, Product
+from bench.hopper.kernels import FLOAT, Attention, KernelCase, Product
 from bench.hopper.measure import measure, reference
 from pallas_kernels.paged_attention import mosaic_config as attention
 from pallas_kernels.quantized_matmul import mosaic_config as matmul
@@ -123,13 +123,17 @@ def attention_candidates(case: Attention) -> list[attention.Config]:
 def product_problem(case: Product) -> matmul.Problem:
     """What the kernel will look up."""
     its = spec(case.format)
+    values = np.dtype("int4") if its.kind == "int4" else its.value_dtype
+    activations = np.dtype("float16") if its.kind == "fp8" else FLOAT
+    if case.narrow and case.can_round:
+        activations = values
     return matmul.Problem(
         rows=case.rows,
         outs=case.out,
         depth=case.depth,
         groups=case.depth // (its.group or case.depth),
-        values=np.dtype("int4") if its.kind == "int4" else its.value_dtype,
-        activations=np.dtype("float16" if its.kind == "fp8" else "bfloat16"),
+        values=values,
+        activations=activations,
         has_minimum=its.kind == "int4",
         scale=its.scale_dtype,
     )

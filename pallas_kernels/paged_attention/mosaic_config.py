@@ -6,7 +6,6 @@ same bits in any company.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic import SHARED_BYTES, cores
 from pallas_kernels.paged_attention.mosaic_launch import Config, shared_bytes
+from pallas_kernels.searched import numbers_of, read_record
 
 RECORD = Path(__file__).with_name("configs.json")
 """Written by a search on a GPU (``bench.kernels --search``); need not be there."""
@@ -85,14 +85,17 @@ def compute_dtype(numbers: Any) -> jnp.dtype:
 
 
 @cache
-def _recorded() -> dict[str, dict[str, dict[str, int]]]:
+def _recorded() -> dict[str, Any]:
     """By kind of device and key: what a search on such a device found."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return read_record(RECORD)
 
 
 def best_known(problem: Problem, kind: str) -> Config | None:
-    """Returns the tiling that was fastest for a problem on a kind of device; None: not known."""
-    found = _recorded().get(kind, {}).get(problem.key)
+    """Returns the tiling that was fastest for a problem on a kind of device; None: not known.
+
+    One that is recorded and cannot be used is not known.
+    """
+    found = numbers_of(_recorded(), kind, problem.key, Config, ["blocks"])
     if found is None:
         return None
     config = Config(**found, blocks=cores())

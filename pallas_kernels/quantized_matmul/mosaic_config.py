@@ -7,7 +7,6 @@ answer has the same bits in a batch of any such size. The rest may follow from a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -17,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic import CORES, LINES, SHARED_BYTES
+from pallas_kernels.searched import numbers_of, read_record
 
 RECORD = Path(__file__).with_name("configs.json")
 """Written by a search on a GPU; need not be there."""
@@ -144,24 +144,39 @@ def bits(dtype: Any) -> int:
 
 
 @cache
-def _recorded() -> dict[str, dict[str, dict[str, int]]]:
+def _recorded() -> dict[str, Any]:
     """By kind of device and key: what a search on such a device found."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return read_record(RECORD)
 
 
 def best_known(problem: Problem, kind: str) -> Config | None:
     """Returns the configuration that was fastest for a problem on a kind of device.
 
-    One for few rows is for any number of them; tiles have as many as there are.
+    One for few rows is for any number of them; tiles have as many as there are. One that is
+    recorded and cannot be used is not known.
     """
-    found = _recorded().get(kind, {}).get(problem.key)
+    found = numbers_of(_recorded(), kind, problem.key, Config, ["programs"])
     if found is None:
         return None
     config = Config(**found)
+    if not _is_searched(config, few=problem.is_few):
+        return None
     if problem.is_few:
         config = replace(config, tokens=min(config.tokens, problem.tokens))
     config = replace(config, programs=problem.programs)
     return config if problem.why_not(config) is None else None
+
+
+def _is_searched(config: Config, *, few: bool) -> bool:
+    """Whether it is one of those that a search tries; the kernel was compiled as no other."""
+    return (
+        config.tokens in (FEW_TOKENS if few else MANY_TOKENS)
+        and config.depth in DEPTHS
+        and config.rows in ((1,) if few else (1, 2))
+        and config.chains in (CHAINS if few else (1,))
+        and config.parts <= MOST_PARTS
+        and config.stages <= MOST_STAGES
+    )
 
 
 def choose(problem: Problem) -> Config:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from bench.hopper import measure, search
@@ -36,6 +38,8 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ("paged_attention", "'skew, 1 at 80, 1 at 8', 'model': 'tiny', 'pages': 'int4'"),
         ("paged_attention", "'prefill, 2 of 5 at 16', 'model': 'tiny', 'pages': 'bfloat16'"),
         ("quantized_matmul", "'1 rows', 'model': 'tiny', 'weights': 'int4/128'"),
+        ("quantized_matmul", "'1 rows', 'model': 'tiny', 'weights': 'fp8', 'narrow': True"),
+        ("quantized_matmul", "'1 rows', 'model': 'tiny', 'weights': 'int8/row', 'narrow': True"),
         ("rope_append", "'prefill, 2 of 5 at 16', 'model': 'tiny', 'pages': 'int8'"),
     ],
 )
@@ -65,10 +69,52 @@ def test_wrong_answers_are_said_and_not_timed(
     monkeypatch.setattr(Product, "step", wrong)
     code, lines = dry_run("--kernels", "quantized_matmul", "--only", "'1 rows'")
     assert code == 1
-    assert len(lines) == 3
+    assert len(lines) == 5
     for line in lines:
         assert "answers are off by 0." in line["wrong"]
         assert "microseconds" not in line
+
+
+def test_a_kernel_that_fails_only_in_a_loop_is_said(
+    dry_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other cases go on."""
+
+    def step(self: Product, state: Any, layer: Any, implementation: str, config: Any) -> Any:
+        if not isinstance(layer, int):
+            raise RuntimeError("no room for a loop")
+        return state | {"out": state["out"] + 1}
+
+    monkeypatch.setattr(Product, "step", step)
+    code, lines = dry_run("--kernels", "quantized_matmul", "--only", "'1 rows'")
+    assert code == 1
+    assert [line["wrong"] for line in lines] == ["RuntimeError: no room for a loop"] * 5
+
+
+@pytest.mark.parametrize("kernel", ["paged_attention", "quantized_matmul"])
+def test_a_search_records_under_the_key_that_the_kernel_asks_for(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel is traced as in a program, as far as to where it looks its tiling up."""
+
+    class AskedError(Exception):
+        """Carries the problem's key."""
+
+    def best_known(problem: Any, kind: str) -> None:
+        raise AskedError(problem.key)
+
+    monkeypatch.setattr(f"pallas_kernels.{kernel}.mosaic.best_known", best_known)
+    searched = {}
+    for case in grid(kernel, dry=False):
+        searched.setdefault(search.PROBLEMS[type(case)](case).key, case)
+    step = {"layer": 1, "implementation": "mosaic", "config": None}
+    for key, case in searched.items():
+        with measure.interpreted(), pytest.raises(AskedError) as asked:
+            jax.eval_shape(partial(case.step, **step), jax.eval_shape(case.state))
+        assert str(asked.value) == key, case.label
+    if kernel == "quantized_matmul":
+        activations = {key.split()[2] for key in searched}
+        assert activations == {"bfloat16", "float16", "int8", "float8_e4m3fn"}
 
 
 def test_what_the_budget_leaves_out_is_counted(dry_run: Any) -> None:
@@ -80,7 +126,8 @@ def test_what_the_budget_leaves_out_is_counted(dry_run: Any) -> None:
 
 @pytest.mark.slow
 def test_a_search_records_the_fastest_tiling(dry_run: Any, tmp_path: Path) -> None:
-    words = ("--kernels", "quantized_matmul", "--only", "'1 rows', 'model': 'tiny', 'weights': 'f")
+    only = "'1 rows', 'model': 'tiny', 'weights': 'fp8', 'narrow': True"
+    words = ("--kernels", "quantized_matmul", "--only", only)
     code, (line,) = dry_run(*words, "--search", "--configs", str(tmp_path))
     assert code == 0, line
     assert line["tried"] == search.DRY_CANDIDATES < line["of"]

@@ -28,6 +28,27 @@ def test_a_line_compares_places_prompts_and_answers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("formats", "remedy"),
+    [("int8", "bf16,int8"), ("int8,bf16", "bf16,int8"), ("fp8,int8,int4", "bf16,fp8,int8,int4")],
+)
+def test_int8_without_what_it_is_gated_against_is_refused(
+    formats: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        kv_pages.main(["--formats", formats])
+    said = f"--formats is {formats}: int8 is gated against bf16, which comes first; give --formats "
+    assert f"{said}{remedy}" in capsys.readouterr().err
+
+
+def test_other_formats_need_no_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kv_pages, "_measure", lambda *_: BASE)
+    text, out = tmp_path / "text.txt", tmp_path / "out.jsonl"
+    text.write_text("words")
+    assert kv_pages.main(["--formats", "fp8", "--out", str(out), str(text)]) == 0
+    assert "gate" not in json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
     ("likeliest", "nats", "status"),
     [
         ([1, 2, 3, 4, 5, 6], [4.0, 8.0], 0),

@@ -7,6 +7,7 @@ a GPU with dumps in the same process.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 KIND = "NVIDIA H200"
 BLOCKS = 4
 """Multiprocessors of the interpreted GPU: as few as make a persistent kernel take turns."""
+INTERPRETERS = re.compile(r"\b(?:ValueError|IndexError|AssertionError|TimeoutError)\b")
+"""Errors by which the interpreter, or ``interpret``'s patience, says what a kernel does wrong."""
 _numbers = itertools.count()
 
 
@@ -56,6 +59,7 @@ def interpret[R](
 
     Raises:
         RaceError: There was a race; the interpreter has printed where.
+        RuntimeError: No GPU kernel ran.
         Exception: What the interpreter raises: a read out of bounds, a barrier that was left before
             it was observed, a barrier that never completes.
     """
@@ -70,7 +74,8 @@ def interpret[R](
     finally:
         watch.cancel()
     state = gpu_callbacks._races
-    assert state is not None, "no GPU kernel ran: was another implementation chosen?"
+    if state is None:
+        raise RuntimeError("no GPU kernel ran: was another implementation chosen?")
     if state.races_found:
         raise RaceError("the interpreter found a race")
     return result
@@ -90,6 +95,9 @@ class Fault(NamedTuple):
     name: str
     old: str
     new: str
+    raises: type[Exception] | None = None
+    """By which the fault is caught before anything is interpreted; another error than those of
+    ``_outcome`` would be the edit's own, such as a name that is not there."""
 
 
 def plant(module: ModuleType, fault: Fault) -> ModuleType:
@@ -127,26 +135,47 @@ def assert_caught(
         faults: What to plant, one at a time.
         check: Raises when something is wrong: ``interpret`` does for races and misused barriers,
             assertions do for wrong numbers.
+
+    Raises:
+        Exception: Something else is wrong with a faulty copy than what a fault does.
     """
     check(module)
     missed = []
     for fault in faults:
         began = time.monotonic()
-        how = _outcome(check, plant(module, fault))
+        try:
+            how = _outcome(check, plant(module, fault), fault.raises)
+        except Exception as error:
+            error.add_note(f"with the fault {fault.name!r}, whose edit may be at fault itself")
+            raise
         print(f"{fault.name:40s} {time.monotonic() - began:5.1f} s  {how or 'NOT CAUGHT'}")
         if how is None:
             missed.append(fault.name)
     assert not missed, f"not caught: {', '.join(missed)}"
 
 
-def _outcome(check: Callable[[ModuleType], None], copy: ModuleType) -> str | None:
+def _outcome(
+    check: Callable[[ModuleType], None], copy: ModuleType, raises: type[Exception] | None
+) -> str | None:
+    """How a check fails; None where it passes.
+
+    What the interpreter raises comes out of a callback as an error of JAX's, with the text of the
+    first. ``ValueError`` is of barriers and copies, ``IndexError`` of places that are not there,
+    ``AssertionError`` of negative ones.
+    """
     try:
         check(copy)
     except RaceError:
         return "race"
     except AssertionError as wrong:
         return f"wrong numbers: {_first_line(wrong)}"
+    except jax.errors.JaxRuntimeError as raised:
+        if not INTERPRETERS.search(str(raised)):
+            raise
+        return _first_line(raised)
     except Exception as raised:
+        if raises is None or not isinstance(raised, raises):
+            raise
         return f"{type(raised).__name__}: {_first_line(raised)}"
     return None
 

@@ -19,6 +19,7 @@ from bench.machine_code import (
     large_copies,
     launches_of,
     loop_launches,
+    more_than,
     table,
 )
 from pallas_kernels.compiling import CompileCase, all_cases
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FETCHED = ROOT / ".aot"
 """Where the Makefile puts the wheels of the extra ``aot-gpu``."""
 NOT_INSTALLED = 3
-"""The exit status of bench/compiled.py, which must not be imported here, without them."""
+"""The exit status without them of what compiles, which must not be imported here."""
 
 CASE = CompileCase(
     name="decode",
@@ -76,6 +77,44 @@ def test_kernels_compile_for_an_h200_as_they_should() -> None:
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-4000:]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--every", "0"], "argument --every: give a whole number above 0, got '0'"),
+        (["--every", "-3"], "argument --every: give a whole number above 0, got '-3'"),
+        (["--record", "--every", "2"], "of all cases: leave out --only and --every"),
+        (["--record", "--only", "decode"], "of all cases: leave out --only and --every"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused(words: list[str], said: str) -> None:
+    ended = _python("-m", "bench.compiled", *words)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+@pytest.mark.slow
+def test_dumps_go_to_a_directory_of_their_own_that_is_gone_at_the_end(tmp_path: Path) -> None:
+    """Whatever the variable says: what is in it would be removed."""
+    said = "import os, bench.compiled as c; print(c.DUMP, os.environ['MOSAIC_GPU_DUMP_TO'])"
+    ended = _python("-c", said, MOSAIC_GPU_DUMP_TO=str(tmp_path))
+    own, told = map(Path, ended.stdout.split())
+    assert own == told != tmp_path
+    assert not own.exists()
+
+
+def _python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_cases_of_a_family_have_names_of_their_own() -> None:
     for family, cases in all_cases().items():
         names = [case.name for case in cases]
@@ -90,7 +129,7 @@ def test_nothing_is_wrong_with_a_kernel_as_declared() -> None:
     ("change", "said"),
     [
         ({"spill_bytes": 68}, "attend spills 68 bytes"),
-        ({"stack_bytes": 16}, "attend spills 0 bytes"),
+        ({"stack_bytes": 16}, "attend has a stack of 16 bytes"),
         ({"spills_between_products": 3}, "attend spills between its products"),
         ({"instructions": {"UTMALDG": 2}}, "no HGMMA is left"),
         ({"instructions": {"HGMMA": 2}}, "no UTMALDG is left"),
@@ -146,6 +185,20 @@ def test_a_dump_is_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "lost", ["stack frame", "spill stores", "spill loads", "registers", "smem_scratch_bytes"]
+)
+def test_a_dump_without_a_line_that_says_so_is_an_error(lost: str, tmp_path: Path) -> None:
+    """Such as of another version of ptxas, whose silence is no zero."""
+    said = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 168 registers\n"
+    (tmp_path / "attend_0.ptxas").write_text(said.replace(lost, "?"))
+    resources = "smem_scratch_bytes=8".replace(lost, "?")
+    (tmp_path / "attend_0.resources.txt").write_text(resources)
+    (tmp_path / "attend_0.sass_ctrl").write_text("")
+    with pytest.raises(ValueError, match=rf"written of attend_0.ptxas has no .*{lost}"):
+        kernels_of(tmp_path)
+
+
 def test_launches_are_counted_in_the_entry_only() -> None:
     program = """
 %fused (p: f32[8]) -> f32[8] {
@@ -191,7 +244,47 @@ def test_launches_of_a_layer_are_those_of_the_loop_that_has_kernels() -> None:
         "fusion": 1,
         "product": 2,
     }
-    assert loop_launches("\nENTRY %main {\n}\n") == {}
+
+
+@pytest.mark.parametrize("check", [loop_launches, lambda program: large_copies(program, 1)])
+def test_a_program_whose_loop_has_no_kernel_is_an_error(check: Any) -> None:
+    alone = LOOP.replace('"mosaic_gpu_v2"', '"other"')
+    with pytest.raises(ValueError, match="no loop over layers calls a Mosaic kernel"):
+        check(alone)
+    entry = '\nENTRY %main {\n  %a = f32[8] custom-call(), custom_call_target="mosaic_gpu_v2"\n}\n'
+    with pytest.raises(ValueError, match="no loop over layers calls a Mosaic kernel"):
+        check(entry)
+
+
+def test_numbers_of_4_bits_are_half_a_byte() -> None:
+    [(size, _)] = large_copies(LOOP.replace("bf16[1,960,576]", "s4[1,960,577]"), 200_000)
+    assert size == 960 * 577 // 2
+
+
+def test_a_number_of_an_unknown_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not known how many bits a f7 has"):
+        large_copies(LOOP.replace("bf16[1,960,576]", "f7[1,960,576]"), 1)
+
+
+def test_a_step_that_takes_more_than_it_may_is_found() -> None:
+    row = {"launches_of_a_layer": {"Mosaic kernel": 2, "fusion": 16}, "temporary_bytes": 900}
+    assert more_than(row, 18, 900) == []
+    assert more_than(row, 17, 899) == [
+        "a layer launches {'Mosaic kernel': 2, 'fusion': 16}, and 17 in all are allowed",
+        "900 bytes of temporaries, and 899 are allowed",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["compiled", "compiled_step"])
+def test_without_the_compiler_the_exit_status_says_so(module: str) -> None:
+    run = (
+        "from jaxserve.planning import aot; aot.why_not = lambda *_: 'no wheels'; "
+        f"import bench.{module} as program; raise SystemExit(program.main([]))"
+    )
+    ended = _python("-c", run)
+    assert ended.returncode == NOT_INSTALLED, ended.stderr
+    assert "no wheels; `make prove-compile` fetches what it takes" in ended.stderr
 
 
 def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
@@ -202,5 +295,10 @@ def test_a_matrix_that_is_copied_out_of_its_stack_is_found() -> None:
 
 
 def test_the_table_has_a_line_for_each_kernel() -> None:
-    lines = table({"attention: decode": ROW}).splitlines()
-    assert lines[-1] == "| attention: decode | attend | 168 | 2 KiB | 12 HGMMA | 2 UTMALDG | 3 |"
+    row = ROW | {"kernels": [KERNEL | {"spill_bytes": 68}]}
+    text = table({"attention: decode": row})
+    assert text.splitlines()[-1] == (
+        "| attention: decode | attend | 168 | 68 | 2 KiB | 12 HGMMA | 2 UTMALDG | 3 |"
+    )
+    assert "| Registers | Spills | Shared memory |" in text
+    assert "No kernel spills" not in text

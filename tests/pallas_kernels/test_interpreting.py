@@ -52,6 +52,33 @@ def test_a_fault_that_changes_nothing_is_reported_as_missed() -> None:
         assert_caught(ring_kernel, [harmless], check)
 
 
+@pytest.mark.parametrize(("new", "error"), [("no_such_name", NameError), ("here(slot)", TypeError)])
+def test_an_edit_that_is_wrong_itself_catches_nothing(new: str, error: type[Exception]) -> None:
+    old = "plgpu.barrier_wait(here.at[slot])"
+    with pytest.raises(error) as caught:
+        assert_caught(ring_kernel, [Fault("misspelt", old, new)], check)
+    assert "with the fault 'misspelt', whose edit may be at fault itself" in caught.value.__notes__
+
+
+def test_a_fault_may_say_what_it_raises_before_it_runs() -> None:
+    old = "plgpu.barrier_wait(here.at[slot])"
+    assert_caught(ring_kernel, [Fault("declared", old, "no_such_name", NameError)], check)
+
+
+def test_an_error_of_the_runtime_that_is_not_the_interpreters_is_no_catch() -> None:
+    def broken(module: ModuleType) -> None:
+        if module is not ring_kernel:
+            raise jax.errors.JaxRuntimeError("INTERNAL: NameError: name 'x' is not defined")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="NameError"):
+        assert_caught(ring_kernel, FAULTS[:1], broken)
+
+
+def test_without_a_kernel_nothing_was_interpreted() -> None:
+    with pytest.raises(RuntimeError, match="no GPU kernel ran"):
+        interpret(jnp.sin, jnp.zeros(3))
+
+
 def test_a_race_is_an_error_that_says_so() -> None:
     uncommitted = next(fault for fault in FAULTS if fault.name == "result not committed")
     with pytest.raises(RaceError, match="found a race"):

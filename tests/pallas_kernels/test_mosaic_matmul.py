@@ -108,8 +108,8 @@ def marked(cases: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", marked(INTERPRETED))
-def test_answers_are_numpys(case: GpuCase):
-    x, stack, matrix = draw(case, seed=case.rows)
+def test_answers_are_numpys(case: GpuCase, seed: int):
+    x, stack, matrix = draw(case, seed)
     out = product(case, x, for_gpu(stack))
     assert out.dtype == case.answers
     tolerance = TOLERANCE[case.answers]
@@ -298,6 +298,31 @@ def test_what_a_search_found_is_used_where_it_fits(monkeypatch: pytest.MonkeyPat
         assert best_known(problem(3, 4096, 8192), "NVIDIA H200") is None
     finally:
         mosaic_config._recorded.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (3, {"tokens": 12}),
+        (3, {"depth": 32}),
+        (3, {"rows": 2}),
+        (3, {"chains": 8, "stages": 8}),
+        (3, {"parts": 16}),
+        (3, {"stages": 32}),
+        (130, {"tokens": 128, "rows": 3, "chains": 1}),
+        (130, {"tokens": 128}),
+        (130, {"chains": 1}),
+    ],
+)
+def test_a_recorded_tiling_that_no_search_tries_is_passed_over(
+    rows: int, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    some = problem(rows, 4096 * 3, 4096)
+    usual = {"tokens": 8, "depth": 128, "rows": 1, "chains": 2, "parts": 4, "stages": 4}
+    monkeypatch.setattr(
+        mosaic_config, "_recorded", lambda: {"NVIDIA H200": {some.key: usual | change}}
+    )
+    assert best_known(some, "NVIDIA H200") is None
 
 
 @pytest.mark.parametrize(

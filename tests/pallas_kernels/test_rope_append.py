@@ -139,8 +139,8 @@ def as_float(numbers: jax.Array) -> np.ndarray:
         for one in INTERPRETED
     ],
 )
-def test_one_launch_writes_what_the_parts_do(name: str, pages: str) -> None:
-    expect_definition(draw(BY_NAME[name], pages, seed=len(name)))
+def test_one_launch_writes_what_the_parts_do(name: str, pages: str, seed: int) -> None:
+    expect_definition(draw(BY_NAME[name], pages, seed))
 
 
 @pytest.mark.prove
