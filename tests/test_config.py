@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jaxtyping import config as type_checks
 
 from jaxserve.config import GroupConfig, ServeConfig, decode_buckets, prefill_buckets, score_buckets
 from jaxserve.errors import ConfigError, MeshError
