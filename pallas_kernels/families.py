@@ -23,11 +23,11 @@ def parse_choices(text: str) -> dict[str, str]:
     """Reads ``FAMILY=NAME,...``; ``auto`` and nothing choose nothing.
 
     Raises:
-        ValueError: A part is not of this form, or names what there is not.
+        ValueError: A part is not of this form, names what there is not, or says it again.
     """
     chosen: dict[str, str] = {}
     for part in text.split(",") if text not in ("", "auto") else ():
-        family, _, name = part.partition("=")
+        family, _, name = part.strip().partition("=")
         if family not in FAMILIES:
             raise ValueError(
                 f"{part!r} chooses for no family; give FAMILY=NAME with a family of "
@@ -35,5 +35,7 @@ def parse_choices(text: str) -> dict[str, str]:
             )
         if name not in (names := list(FAMILIES[family])):
             raise ValueError(f"{part!r} names no implementation; {family} has {', '.join(names)}")
+        if family in chosen:
+            raise ValueError(f"{family} is chosen for twice; name one implementation of it")
         chosen[family] = name
     return chosen

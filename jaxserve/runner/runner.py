@@ -8,6 +8,7 @@ programs compute is in ``programs.py``; the files are in ``executables.py``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -52,6 +53,8 @@ from jaxserve.runner.repacking import repack, repacked_shapes, repacked_specs, u
 from pallas_kernels.dispatch import forced, recorded
 from sharding.placement import unstack_in_place
 from sharding.specs import check_divisible, named_shardings, partition_specs
+
+logger = logging.getLogger(__name__)
 
 
 class _Handle:
@@ -403,6 +406,9 @@ class Runner:
                 f"--kernels {asked}: {error.message}: {reasons}; choose another, or auto"
             ) from error
         self._made_of[_name(key)] = choices.taken
+        for family, reasons in choices.declined.items():
+            for name, reason in reasons.items():
+                logger.info("%s: %s declined %s: %s", key.file_name, name, family, reason)
         return traced
 
     def _trace(self, key: ProgramKey) -> Any:

@@ -132,6 +132,7 @@ def quantized_matmul(
         ValueError: Shapes or dtypes that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
+    _matrix.check_activations(x)
     _matrix.check(matrix)
     axes = 2 if layer is None else 3
     if matrix.ndim != axes or matrix.shape[-1] != x.shape[-1]:
@@ -179,6 +180,7 @@ def best_product(
         ValueError: Shapes or dtypes that no implementation could take.
         ExceptionGroup: Every implementation declined; it holds the reasons.
     """
+    _matrix.check_activations(x)
     _matrix.check(matrix)
     if matrix.ndim != 2 or matrix.shape[-1] != x.shape[-1]:
         raise ValueError(
@@ -240,6 +242,7 @@ def feed_forward(
         ValueError: Shapes or dtypes that no implementation could take.
         ExceptionGroup: The implementation declined; it holds the reason.
     """
+    _matrix.check_activations(x)
     axes = 2 if layer is None else 3
     for matrix in (gate_up, down):
         _matrix.check(matrix)

@@ -234,6 +234,16 @@ def packed_int4(values: Numbers) -> Numbers:
     return pairs.reshape(*rows, depth // 2)
 
 
+def check_activations(x: Array) -> None:
+    """Refuses activations of another kind than floats.
+
+    Raises:
+        ValueError: They are whole numbers, which answers would be cut to.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"activations are {x.dtype}; give float32, bfloat16 or float16")
+
+
 def check(matrix: Matrix) -> None:
     """Refuses what is no matrix of any format.
 

@@ -121,6 +121,10 @@ def test_every_family_that_is_dispatched_may_be_chosen_for():
             "'paged_attention' names no implementation; paged_attention has mosaic",
         ),
         ("paged_attention=fast", "'paged_attention=fast' names no implementation"),
+        (
+            "append=native,append=scatter",
+            "append is chosen for twice; name one implementation of it",
+        ),
     ],
 )
 def test_a_choice_of_what_there_is_not_is_refused(text: str, reason: str):

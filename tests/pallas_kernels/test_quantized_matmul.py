@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jaxtyping import config as type_checks
 
 from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
     Format,
     Quantized,
+    best_product,
     bytes_per_weight,
     dequantized,
+    feed_forward,
     quantized,
     quantized_matmul,
     quantized_on_device,
@@ -373,6 +376,19 @@ def test_products_are_the_same_on_every_device_of_a_mesh():
     whole = compiled(x, stack, layer=LAYER, implementation="native")
     placed = jax.device_put(stack, jax.NamedSharding(mesh, P(None, "tensor")))
     np.testing.assert_array_equal(jax.jit(split)(x, placed), whole)
+
+
+def test_whole_numbers_are_no_activations(monkeypatch: pytest.MonkeyPatch):
+    # Tests are told of a wrong type before the function is.
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)
+    _, stack = BY_NAME["three-outputs"].arrays("int4")
+    for multiply in (
+        lambda x: quantized_matmul(x, stack, layer=0),
+        lambda x: best_product(x, stack[0], count=None),
+        lambda x: feed_forward(x, stack, stack, layer=0, activation="silu"),
+    ):
+        with pytest.raises(ValueError, match="activations are int32; give float32, bfloat16 or fl"):
+            multiply(jnp.ones((2, 96), jnp.int32))
 
 
 def test_what_no_implementation_could_take_is_refused():
