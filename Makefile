@@ -158,6 +158,10 @@ prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunk
 prove-kv: $(STAMP) assets ## SmolLM2 over int8 pages as over bfloat16 ones; fp8 and int4 are measured
 	$(ONE_DEVICE) $(BIN)/python -m bench.kv_pages $(ARGS)
 
+.PHONY: prove-pages
+prove-pages: $(STAMP) ## Pages of bf16 and fp8 answer alike alone, batched, chunked, preempted, on a mesh
+	$(PYTEST) tests/agreement/test_kv_pages.py tests/runner/test_mesh.py -m prove $(PARALLEL) $(ARGS)
+
 .PHONY: prove-parity
 prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts
 	$(ONE_DEVICE) $(PYTEST) tests/agreement/test_references.py --timeout 3600 $(ARGS)

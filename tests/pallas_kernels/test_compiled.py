@@ -54,10 +54,10 @@ ROW: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.timeout(1200)
 def test_kernels_compile_for_an_h200_as_they_should() -> None:
-    """A sample; `make prove-compile`, which CI runs too, compiles all.
+    """A sample; `make prove-compile`, which CI runs, compiles all.
 
     In a process of its own: one that compiles for a GPU with dumps runs nothing on a CPU.
     """
