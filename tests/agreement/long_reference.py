@@ -114,7 +114,8 @@ def answer(weights: Weights, tokens: np.ndarray, kv_dtype: str = "float32") -> A
         normed = _norm(hidden, its["input_layernorm"])
         k = _rotate(_heads(normed, its["self_attn.k_proj"]), rope)
         v = _heads(normed, its["self_attn.v_proj"])
-        k, v = rounded(k, kv_dtype), rounded(v, kv_dtype)
+        k = rounded(k, kv_dtype, is_turned=kv_dtype in ("int8", "int4"))
+        v = rounded(v, kv_dtype, is_turned=kv_dtype == "int4")
         if layer == LAYERS - 1:  # Of the last layer only the last query is needed.
             hidden, normed = hidden[-1:], normed[-1:]
         q = _rotate(_heads(normed, its["self_attn.q_proj"]), rope[:, -len(normed) :])
@@ -130,12 +131,15 @@ def answer(weights: Weights, tokens: np.ndarray, kv_dtype: str = "float32") -> A
     return Answer(exact - np.log(np.exp(exact).sum()), attention)
 
 
-def rounded(x: np.ndarray, kv_dtype: str) -> np.ndarray:
-    """What a cell of a page stands for: numbers with a bfloat16 scale for each token and head."""
+def rounded(x: np.ndarray, kv_dtype: str, *, is_turned: bool) -> np.ndarray:
+    """What a cell of a page stands for: numbers with a bfloat16 scale for each token and head.
+
+    Some are turned by a Walsh-Hadamard matrix first, and back here.
+    """
     if kv_dtype == "float32":
         return x
     turn = np.eye(HEAD_DIM, dtype=np.float32)
-    if kv_dtype == "int4":  # Rotated by a Walsh-Hadamard matrix.
+    if is_turned:
         turn = np.ones((1, 1), np.float32)
         while len(turn) < HEAD_DIM:
             turn = np.kron(np.array([[1, 1], [1, -1]], np.float32), turn)
