@@ -60,12 +60,12 @@ assets: $(STAMP) ## Fetch the pinned weights, tokenizers and texts that the test
 ##@ Check
 
 .PHONY: test
-test: $(STAMP) assets lint types layers proto-check proto-lint ## All checks, all tests but gpu and prove-*
-	$(PYTEST) -m "not gpu and not prove" $(PARALLEL) $(ARGS)
+test: $(STAMP) assets lint types layers proto-check proto-lint ## All checks, all tests but gpu, wide and prove-*
+	$(PYTEST) -m "not gpu and not prove and not wide" $(PARALLEL) --durations 25 $(ARGS)
 
 .PHONY: quick
 quick: $(STAMP) ## The unmarked tests
-	$(PYTEST) -m "not gpu and not slow and not prove" $(PARALLEL) $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not prove and not wide" $(PARALLEL) $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## The tests that need an accelerator
@@ -158,9 +158,9 @@ prove-agreement: $(STAMP) ## SmolLM2 answers alike alone, batched, cached, chunk
 prove-kv: $(STAMP) assets ## SmolLM2 over int8 pages as over bfloat16 ones; fp8 and int4 are measured
 	$(ONE_DEVICE) $(BIN)/python -m bench.kv_pages $(ARGS)
 
-.PHONY: prove-pages
-prove-pages: $(STAMP) ## Pages of bf16 and fp8 answer alike alone, batched, chunked, preempted, on a mesh
-	$(PYTEST) tests/agreement/test_kv_pages.py tests/runner/test_mesh.py -m prove $(PARALLEL) $(ARGS)
+.PHONY: prove-wide
+prove-wide: $(STAMP) assets ## More models, meshes and formats of what `make test` has
+	$(PYTEST) -m wide $(PARALLEL) --durations 10 $(ARGS)
 
 .PHONY: prove-parity
 prove-parity: $(STAMP) assets ## Gemma 3 through the engine, and the perplexity of four texts

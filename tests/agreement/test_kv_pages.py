@@ -53,7 +53,7 @@ of 16, and a scale of 2 bytes."""
     scope="module",
     # bf16 has the code of float32, which test_agreement.py has, and fp8 that of int8.
     params=[
-        name if name in ("int8", "int4") else pytest.param(name, marks=pytest.mark.prove)
+        name if name in ("int8", "int4") else pytest.param(name, marks=pytest.mark.wide)
         for name in STORED
     ],
 )

@@ -149,7 +149,7 @@ def test_a_share_is_of_what_is_best(number: Number, share: float | None) -> None
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_dry_run_finds_a_finite_number_in_every_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

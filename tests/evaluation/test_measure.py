@@ -148,7 +148,9 @@ def test_errors_are_those_of_means_over_windows() -> None:
     assert found.same_top == 0.75
 
 
-@pytest.mark.parametrize("mesh", ["1x2", "1x3", "2x1"])
+@pytest.mark.parametrize(
+    "mesh", ["1x3", *(pytest.param(mesh, marks=pytest.mark.wide) for mesh in ("1x2", "2x1"))]
+)
 def test_a_mesh_measures_what_one_device_does(mesh: str, cache_dir: Path) -> None:
     """1x3 pads the vocabulary, whose padding must not count."""
     prompts = np.random.default_rng(0).integers(0, 256, (2, WINDOW))

@@ -111,7 +111,15 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name, assets, one_de
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize("text", ["moby_dick", "shakespeare", "argparse", "gpl3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "moby_dick",
+        "argparse",
+        pytest.param("shakespeare", marks=pytest.mark.wide),
+        pytest.param("gpl3", marks=pytest.mark.wide),
+    ],
+)
 def test_the_first_window_of_each_text_is_as_likely_as_in_transformers(
     name, text, assets, one_device, dense_attend
 ):

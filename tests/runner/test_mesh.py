@@ -28,7 +28,7 @@ CASES = [
     # Two groups of two query heads: divided; padded like ffn and vocabulary; copied and padded.
     ("tiny-llama", "1x2"),
     ("tiny-llama", "1x3"),
-    ("tiny-llama", "1x8"),
+    pytest.param(("tiny-llama", "1x8"), marks=pytest.mark.wide),
     # One group of four: a copy for each device, with a query head each.
     ("tiny-gemma3", "1x4"),
     # Pools and rows of their own for each half.
@@ -36,8 +36,8 @@ CASES = [
     ("tiny-llama", "2x4"),
     # Pages with scales: a token's are on the shards of their heads.
     ("tiny-llama", "1x2", "int8"),
-    ("tiny-llama", "2x1", "int8"),
-    pytest.param(("tiny-llama", "1x2", "fp8"), marks=pytest.mark.prove),
+    pytest.param(("tiny-llama", "2x1", "int8"), marks=pytest.mark.wide),
+    pytest.param(("tiny-llama", "1x2", "fp8"), marks=pytest.mark.wide),
     ("tiny-llama", "1x2", "int4"),
 ]
 """Model, mesh, and pages other than float32."""

@@ -154,7 +154,7 @@ def test_repacked_weights_are_saved_as_others_are(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("format", ["int4", pytest.param("int8", marks=pytest.mark.wide)])
 def test_products_are_those_of_weights_as_they_were_loaded(
     format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,13 @@ def test_an_unexpected_shape_is_an_error_that_names_the_argument(service: Servic
 
 @pytest.mark.parametrize("has_native", [True, False])
 @pytest.mark.parametrize(
-    ("context_tokens", "kv_dtype"), [(256, "auto"), (512, "auto"), (256, "int8"), (512, "int8")]
+    ("context_tokens", "kv_dtype"),
+    [
+        pytest.param(256, "auto", marks=pytest.mark.wide),
+        (512, "auto"),
+        pytest.param(256, "int8", marks=pytest.mark.wide),
+        (512, "int8"),
+    ],
 )
 def test_no_program_copies_the_pool(
     context_tokens: int, kv_dtype: str, has_native: bool, cache_dir: Path

@@ -99,7 +99,7 @@ def test_other_tensors_have_no_stored_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(4, marks=pytest.mark.wide)])
 def test_smollm2_is_held_as_its_file_stores_it(devices: int, assets: Callable[[str], Path]) -> None:
     with closing(open_checkpoint(assets("smollm2"))) as checkpoint:
         config = open_source(
