@@ -69,7 +69,8 @@ def test_make_test_runs_every_check_before_pytest() -> None:
     commands = make("test")
     order = [
         "jaxserve.assets", "ruff check", "ruff format --check", "pyright", "lint-imports",
-        "protos.py --check", "buf lint", "buf breaking", '-m pytest -m "not gpu and not prove and not wide"',
+        "protos.py --check", "buf lint", "buf breaking",
+        '-m pytest -m "not gpu and not prove and not wide"',
     ]  # fmt: skip
     positions = [commands.index(command) for command in order]
     assert positions == sorted(positions)
