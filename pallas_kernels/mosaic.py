@@ -72,9 +72,12 @@ def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     return tiled((8, 8 * swizzle // bits)), swizzled(swizzle)
 
 
-def tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for tiles of operands of the tensor cores; leading axes count tiles."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+def tile(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
+    """Shared memory for tiles of operands of the tensor cores; leading axes count tiles.
+
+    ``columns`` are those that one warpgroup reads, if not all: whole swizzles.
+    """
+    return plgpu.SMEM(shape, dtype, transforms=transforms(columns or shape[-1], dtype))
 
 
 def product(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import LINES, decline_elsewhere
+from pallas_kernels.paged_attention.formats import INT4
 from pallas_kernels.paged_attention.mosaic_config import (
     PIECE_TOKENS,
     TILE_KEYS,
@@ -136,6 +137,11 @@ def _decline(q: Float[Array, "R T N H"], pools: Pools) -> None:
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(
             f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+        )
+    if pools.format is INT4 and head_dim % 64:
+        raise NotImplementedError(
+            f"pages of int4 take a head_dim that is a multiple of 64, whose bytes a tile of shared "
+            f"memory can hold in order, got {head_dim}"
         )
     if page_tokens % 8 or (TILE_KEYS % page_tokens and page_tokens % TILE_KEYS):
         raise NotImplementedError(

@@ -174,7 +174,7 @@ class Block:
         # Which tile of queries is mine, and which columns of values.
         me = lax.axis_index("warpgroup")
         mine, column = (me, jnp.int32(0)) if config.columns == 1 else (jnp.int32(0), me)
-        width = self.launch.head_dim // config.columns
+        width = self.launch.width
         columns = pl.ds(pl.multiple_of(column * width, width), width)
 
         def unit(i: Int32[Array, ""], used: Int32[Array, ""]) -> Int32[Array, ""]:
@@ -338,7 +338,8 @@ class Block:
 
     def _by_parts(self, columns: Any, do: Callable[[Any], None]) -> None:
         """Does something with columns of a tile, as few at a time as swizzles allow."""
-        parts = columns.size // self.launch.part
+        parts, rest = divmod(columns.size, self.launch.part)
+        assert parts > 0 == rest, f"{columns.size} columns are no parts of {self.launch.part}"
 
         def one(i: Int32[Array, ""], _: None) -> None:
             begin = columns.start + i * self.launch.part

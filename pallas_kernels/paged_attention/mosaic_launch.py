@@ -66,10 +66,15 @@ class Launch:
         return self.pages != self.dtype
 
     @property
+    def width(self) -> int:
+        """Columns of values that one warpgroup weighs."""
+        return self.head_dim // self.config.columns
+
+    @property
     def part(self) -> int:
         """Columns of cells that are in registers at once: whole swizzles of both dtypes."""
         bits = map(jax.dtypes.itemsize_bits, (self.pages, self.dtype))
-        return math.lcm(*(8 * plgpu.find_swizzle(self.head_dim * b) // b for b in bits))
+        return math.lcm(*(8 * plgpu.find_swizzle(self.width * b) // b for b in bits))
 
 
 def shared_bytes(config: Config, head_dim: int, pages: Any, compute: Any, out: Any) -> int:

@@ -53,7 +53,8 @@ WITH_SCALES = {
         "decode-128-page16-all",
         "ragged-128-page64-window",
         "decode-256-page64-sinks",
-        "chunk-96-page128-window",
+        "chunk-64-page16-softcap",
+        "chunk-256-page64",
     ),
 }
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
@@ -290,6 +291,13 @@ def test_declines_what_it_was_not_written_for(
     with interpreted(), pytest.raises(ExceptionGroup) as caught:
         paged_attention(*arrays, layer=0, scale=1.0, implementation="mosaic")
     assert reason in str(caught.value.exceptions[0])
+
+
+def test_declines_heads_whose_int4_are_no_whole_swizzle():
+    inputs, options = draw(BY_NAME["decode-96-page64-sinks"], 0, "bfloat16", "int4")
+    with interpreted(), pytest.raises(ExceptionGroup) as caught:
+        paged_attention(*inputs, **options, implementation="mosaic")
+    assert "pages of int4 take a head_dim that is a multiple of 64" in str(caught.value.exceptions)
 
 
 def test_declines_on_a_cpu():
