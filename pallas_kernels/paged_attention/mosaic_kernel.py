@@ -104,8 +104,8 @@ def _scratch(launch: Launch) -> dict[str, Any]:
     arrivals = max(S // launch.page_tokens, 1) * (2 if launch.has_scales else 1)
     made = {
         "q_sm": tile((config.query_stages, config.tiles * LINES, H), launch.dtype),
-        "k_sm": tile((stages, S, H), launch.pages, launch.width),
-        "v_sm": tile((stages, S, H), launch.pages, launch.width),
+        "k_sm": tile((stages, S, H), launch.pages, launch.cells),
+        "v_sm": tile((stages, S, H), launch.pages, launch.cells),
         "out_sm": tile((attending, LINES, H // config.columns), launch.out_dtype),
         "sum_sm": plgpu.SMEM((config.tiles, LINES), jnp.float32),
         "q_here": plgpu.Barrier(num_barriers=config.query_stages),

@@ -71,10 +71,21 @@ class Launch:
         return self.head_dim // self.config.columns
 
     @property
+    def cells(self) -> int:
+        """Columns of cells in the widest swizzle that they may lie in.
+
+        Of int4 twice as many are in a swizzle, and in registers at once: too many beside the sums
+        of heads of 256.
+        """
+        is_tight = self.config.columns > 1 and jax.dtypes.itemsize_bits(self.pages) < 8
+        return self.width // 2 if is_tight else self.width
+
+    @property
     def part(self) -> int:
         """Columns of cells that are in registers at once: whole swizzles of both dtypes."""
-        bits = map(jax.dtypes.itemsize_bits, (self.pages, self.dtype))
-        return math.lcm(*(8 * plgpu.find_swizzle(self.width * b) // b for b in bits))
+        of = ((self.cells, self.pages), (self.width, self.dtype))
+        bits = ((width, jax.dtypes.itemsize_bits(dtype)) for width, dtype in of)
+        return math.lcm(*(8 * plgpu.find_swizzle(width * b) // b for width, b in bits))
 
 
 def shared_bytes(config: Config, head_dim: int, pages: Any, compute: Any, out: Any) -> int:
