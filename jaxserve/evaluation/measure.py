@@ -125,9 +125,10 @@ def prepare(config: ServeConfig, setting: Setting, prompt_tokens: int) -> Prepar
         with closing(open_configured(asked)) as source:
             plan = resolve(asked, source.model_config(), source.formats)
     except LaunchError as error:
-        is_stored = "--quantization auto" in str(error)
-        instead = "; among settings that is 'stored'" if is_stored else ""
-        raise ConfigError(f"setting {setting.name!r} is refused: {error}{instead}") from error
+        raise ConfigError(
+            f"setting {setting.name!r} is refused: {error} (in --settings --FLAG VALUE is "
+            "NAME=FLAG:VALUE)"
+        ) from error
     return Prepared(setting, asked, plan)
 
 

@@ -393,6 +393,9 @@ class Runner:
 
         Returns:
             JAX's ``Traced``: what it computes stands in its ``jaxpr``.
+
+        Raises:
+            ConfigError: kernels that were asked for cannot compute it; says why.
         """
         try:
             with forced(self._config.kernels), recorded() as choices:
