@@ -52,9 +52,8 @@ USUAL_MODEL = "llama-3.1-8b"
 """That limits are of."""
 NOT_INSTALLED = 3
 """The exit status where nothing can be compiled, as ``bench.compiled`` has it."""
-COPY_BYTES = 3 << 19
-"""Copies of so many bytes are of a matrix or of pages: the rotated queries of 64 rows have 1 MiB in
-float32, and the usual model's smallest matrix has 2 MiB."""
+COPY_BYTES = 1 << 20
+"""A copy of more is of a matrix or of pages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ STEPS = (
         mesh="1x1",
         kv_dtype="int8",
         kind="decode",
-        most_launches=26,
+        most_launches=24,
         most_temporary_bytes=164 * MIB,
     ),
     Step(

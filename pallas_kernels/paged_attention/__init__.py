@@ -29,6 +29,7 @@ from pallas_kernels.paged_attention.formats import (
     Format,
     cell_bytes,
     format_of,
+    rotate_product,
     rotate_xla,
 )
 from pallas_kernels.paged_attention.mosaic import paged_attention_mosaic
@@ -78,7 +79,7 @@ IMPLEMENTATIONS = {
 APPENDS = {"native": append_native, "scatter": append_scatter}
 """Of ``append``, by name, best first."""
 
-ROTATIONS = {"native": rotate_native, "xla": rotate_xla}
+ROTATIONS = {"native": rotate_native, "product": rotate_product, "xla": rotate_xla}
 """Of what ``rotate`` does, by name, best first."""
 
 
@@ -271,7 +272,7 @@ def rope_append(
 def rotate(numbers: Float[Array, "*B H"], implementation: str = "auto") -> Float[Array, "*B H"]:
     """Multiplies heads by an orthonormal Walsh-Hadamard matrix, which is its own inverse.
 
-    See ``formats`` for what it is good for. All implementations compute the same bits.
+    See ``formats`` for what it is good for. All implementations for CPUs compute the same bits.
 
     Args:
         numbers: Heads; computed in float32, and returned as they came.

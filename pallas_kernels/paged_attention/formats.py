@@ -48,6 +48,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32, Shaped
 
+from pallas_kernels.target import target
+
 SCALE_DTYPE = np.dtype(jnp.bfloat16)
 LEAST = 1e-30
 """A token none of whose numbers is as large is zeros, and a scale never below float32's normals,
@@ -178,6 +180,25 @@ def rotate_xla(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
         left, right = jnp.split(exact, 2, axis=-1)
         exact = jnp.stack((left + right, left - right), axis=-1).reshape(exact.shape)
     return (exact * np.float32(block**-0.5)).astype(numbers.dtype).reshape(numbers.shape)
+
+
+def rotate_product(numbers: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """Computes ``rotate`` as one product, where tensor cores make a launch of it.
+
+    Numbers times 1 and -1 are exact and sums are float32, of another order than ``rotate_xla``'s.
+    """
+    if target().platform != "gpu":
+        raise NotImplementedError(f"products of small matrices are no gain on {target().platform}")
+    block = numbers.shape[-1] & -numbers.shape[-1]
+    blocks = numbers.reshape(*numbers.shape[:-1], numbers.shape[-1] // block, block)
+    spread = lax.dot_general(
+        blocks,
+        jnp.asarray(hadamard(block), numbers.dtype),
+        (((blocks.ndim - 1,), (0,)), ((), ())),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (spread * np.float32(block**-0.5)).astype(numbers.dtype).reshape(numbers.shape)
 
 
 def hadamard(size: int) -> np.ndarray:
