@@ -244,11 +244,10 @@ class Attention:
         if config is None:
             out = paged_attention(**given, implementation=implementation)
         else:
-            format = given["pools"].format
-            if format is not None and format.rotates_keys:
+            if given["pools"].rotates_keys:
                 given["q"] = rotate(given["q"])
             out = paged_attention_mosaic(**given, config=config)
-            if format is not None and format.rotates_values:
+            if given["pools"].rotates_values:
                 out = rotate(out)
         return state | {"out": out}
 

@@ -134,12 +134,11 @@ def paged_attention(
     check_attention(q, pools, scale=scale, window=window, softcap=softcap, sinks=sinks)
     check_places("queries", q.shape[0], table, start, length, first)
     with jax.named_scope("paged_attention"):
-        format = pools.format
         out = dispatch(
             "paged_attention",
             IMPLEMENTATIONS,
             implementation,
-            rotate(q) if format is not None and format.rotates_keys else q,
+            rotate(q) if pools.rotates_keys else q,
             pools,
             table,
             start,
@@ -152,7 +151,7 @@ def paged_attention(
             narrow=narrow,
             sinks=sinks,
         )
-        return rotate(out) if format is not None and format.rotates_values else out
+        return rotate(out) if pools.rotates_values else out
 
 
 def append(
@@ -316,11 +315,9 @@ def _as_held(
     pools: Pools, k: Float[Array, "R T K H"], v: Float[Array, "R T K H"]
 ) -> tuple[Float[Array, "R T K H"], Float[Array, "R T K H"]]:
     """Keys and values as the implementations of ``append`` take them."""
-    if (format := pools.format) is None:
-        return k, v
     # In float32, which is what they are rounded from.
-    if format.rotates_keys:
+    if pools.rotates_keys:
         k = rotate(k.astype(jnp.float32))
-    if format.rotates_values:
+    if pools.rotates_values:
         v = rotate(v.astype(jnp.float32))
     return k, v

@@ -74,6 +74,16 @@ class Pools:
         return format_of(self.k.dtype) if self.has_scales else None
 
     @property
+    def rotates_keys(self) -> bool:
+        """Whether keys are rotated in there, and queries have to be."""
+        return self.format is not None and self.format.rotates_keys
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether values are rotated in there, and answers come out so."""
+        return self.format is not None and self.format.rotates_values
+
+    @property
     def head_dim(self) -> int:
         """Numbers of one token and head."""
         format = self.format

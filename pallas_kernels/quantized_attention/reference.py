@@ -22,8 +22,8 @@ def quantized(pools: Pools, format: Format = INT8) -> Pools:
 def dequantized(pools: Pools) -> Pools:
     """The pool of float32 that a pool with scales stands for; exact but for the rotation's sums."""
     k, v = dequantize(pools.k, pools.k_scale), dequantize(pools.v, pools.v_scale)
-    if pools.format is not None and pools.format.rotates_keys:
+    if pools.rotates_keys:
         k = rotate_xla(k)
-    if pools.format is not None and pools.format.rotates_values:
+    if pools.rotates_values:
         v = rotate_xla(v)
     return Pools(k=k, v=v, pages=pools.pages)
