@@ -126,7 +126,8 @@ def dequantized(matrix: Matrix, dtype: Any) -> Float[Array, ...]:
     values = matrix.values
     *rows, groups = matrix.scale.shape
     if matrix.minimum is not None:
-        pairs = values.reshape(*rows, -1, GROUP // 2)
+        # Counted, not -1, which a matrix of no rows leaves open.
+        pairs = values.reshape(*rows, values.shape[-1] * 2 // GROUP, GROUP // 2)
         values = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1)
     grouped = values.reshape(*rows, groups, matrix.group)
     out = grouped.astype(jnp.float32) * matrix.scale.astype(jnp.float32)[..., None]
