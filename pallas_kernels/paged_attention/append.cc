@@ -117,7 +117,7 @@ void QuantizeCell(Scaled scaled, const float* numbers, int64_t count, uint8_t* v
       case Scaled::kInt4:
         for (int64_t i = 0; i < count / 2; ++i) {
           const float even = numbers[2 * i] * inverse, odd = numbers[2 * i + 1] * inverse;
-          values[i] = (ToInt4(even) & 15) | ToInt4(odd) << 4;
+          values[i] = (ToInt4(even) & 15) | (ToInt4(odd) & 15) << 4;
         }
     }
     return;
