@@ -38,6 +38,7 @@ from jaxserve.engine.step import MAX_END_TOKENS, StepShape
 from jaxserve.errors import ConfigError, GroupError, TokenizerError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
+from jaxserve.frontend.grammar_compiler import GrammarCompiler
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -139,6 +140,8 @@ class Service:
         self.source.close()
         if self.text.template is not None:
             self.text.template.close()
+        if self.text.grammars is not None:
+            self.text.grammars.close()
 
     def __enter__(self) -> Service:
         """The block's value is the service itself."""
@@ -208,7 +211,8 @@ def build(
         late.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
-    text_engine = TextEngine(engine, tokenizer, template)
+    grammars = GrammarCompiler(tokenizer, vocab_size=plan.model.vocab_size)
+    text_engine = TextEngine(engine, tokenizer, template, grammars)
     return Service(
         config, plan, engine, runner, text_engine, info, source, ready_seconds, group, beside, late
     )

@@ -29,6 +29,7 @@ from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.frontend.client_types import GenerateOptions, Generation, Score
 from jaxserve.frontend.generation import GenerationCall
+from jaxserve.frontend.grammar import GRAMMAR_OPTIONS, take_grammar
 from jaxserve.frontend.in_process_calls import Batch, Stream, score
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -258,13 +259,15 @@ class LLM:
         """Joins a prompt with its parameters; options that are None are left out."""
         given = {name: value for name, value in options.items() if value is not None}
         self.info.check_name(cast("str", given.pop("model", "")))
+        grammar = take_grammar(given)
         unknown = sorted(set(given) - _SAMPLING_NAMES - set(_CALL_NAMES))
         if unknown:
-            known = ", ".join(sorted({"model", *_SAMPLING_NAMES, *_CALL_NAMES}))
+            known = ", ".join(sorted({"model", *_SAMPLING_NAMES, *_CALL_NAMES, *GRAMMAR_OPTIONS}))
             raise TypeError(f"unknown option {', '.join(unknown)}; there are {known}")
         chosen: dict[str, Any] = {n: v for n, v in given.items() if n in _SAMPLING_NAMES}
         other: dict[str, Any] = {_CALL_NAMES[n]: v for n, v in given.items() if n in _CALL_NAMES}
-        return replace(prompt, sampling=replace(sampling or SamplingParams(), **chosen), **other)
+        chosen_from = replace(sampling or SamplingParams(), **chosen)
+        return replace(prompt, sampling=chosen_from, grammar=grammar, **other)
 
     def _run(self, calls: Sequence[GenerationCall]) -> list[Generation]:
         self._check_open()

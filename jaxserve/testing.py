@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import mul
@@ -97,6 +97,7 @@ class CountingRunner:
         self.compiles_after_ready = 0
         self._num_pages = num_pages
         self._bias = np.zeros((shape.all_rows, shape.vocab_size), np.float32)
+        self._masks: dict[int, np.ndarray] = {}
         self._weights = range(1, shape.table_width * page_tokens + 1)
         self._buckets: dict[str, Container[tuple[int, int]]] = {
             "decode": {(rows, 1) for rows in shape.decode_buckets},
@@ -125,6 +126,8 @@ class CountingRunner:
         for setup in inputs.setups:
             self._output_counts[setup.row] = int((setup.counts & (SEEN_IN_PROMPT - 1)).sum())
             self._bias[setup.row] = setup.bias
+        if inputs.masks is not None:
+            self._masks |= zip(inputs.masks.rows, inputs.masks.words, strict=True)
         result = np.zeros((self.shape.all_rows, RESULT_COLUMNS), np.int32)
         scores = [self._call(call, result) for call in inputs.calls]
         return CountingHandle(StepResult(result, scores), self)
@@ -190,7 +193,7 @@ class CountingRunner:
         if head[Column.USES_COUNTS]:
             total += self._output_counts[row]
         token = total % self.shape.vocab_size
-        if head[Column.SUPPRESS_STOP] or head[Column.USES_BIAS]:
+        if head[Column.SUPPRESS_STOP] or head[Column.USES_BIAS] or head[Column.USES_MASK]:
             token = self._allowed(line, row, token)
         if self.poison_token in context:
             token = self.poison
@@ -208,6 +211,9 @@ class CountingRunner:
             banned.update(line[Column.SUPPRESSED : Column.SUPPRESSED + MAX_SUPPRESSED].tolist())
         if line[Column.USES_BIAS]:
             banned.update(np.flatnonzero(np.isneginf(self._bias[row])).tolist())
+        if line[Column.USES_MASK]:
+            words = self._masks[row]
+            banned.update(t for t in range(vocab) if not words[t // 32] >> t % 32 & 1)
         free = (number % vocab for number in range(token, token + vocab))
         return next((number for number in free if number not in banned), NO_TOKEN_LEFT)
 
@@ -381,6 +387,48 @@ class EngineSizes:
             overlap=self.overlap,
             clock=clock,
         )
+
+
+class ScriptedConstraint:
+    """A grammar that allows, one place after the other, what it is told; then the answer ends."""
+
+    def __init__(self, *script: Collection[int], fails_at: int | None = None) -> None:
+        """Allows ``script[i]`` at place i; passes a limit at place ``fails_at``."""
+        self.script = script
+        self.fails_at = fails_at
+
+    def matcher(self, tokens: Sequence[int] = ()) -> ScriptedMatcher:
+        """Returns a matcher behind ``tokens``."""
+        return ScriptedMatcher(self, len(tokens))
+
+
+@dataclass(slots=True)
+class ScriptedMatcher:
+    """Where one choice stands in a script."""
+
+    constraint: ScriptedConstraint
+    place: int
+    error: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the script is over."""
+        return self.place == len(self.constraint.script)
+
+    def fill(self, words: np.ndarray) -> None:
+        """Sets the bits of the tokens that the script has here."""
+        words[:] = 0
+        if self.place == self.constraint.fails_at:
+            self.error = "the script says so"
+            return
+        for token in self.constraint.script[self.place]:
+            words.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+
+    def accept(self, token_id: int) -> bool:
+        """Goes on, if the script has the token here."""
+        accepted = token_id in self.constraint.script[self.place]
+        self.place += accepted
+        return accepted
 
 
 class ByteTokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from jaxserve.errors import (
     ShuttingDownError,
 )
 from jaxserve.frontend.client_types import Generation
+from jaxserve.frontend.generation import GenerationCall
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
 from jaxserve.llm import Stream
@@ -425,3 +427,82 @@ def test_an_engine_that_hangs_is_reported_to_whoever_waits(
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(TypeError, match="max_row"):
         make(max_row=3)
+
+
+# -- grammars --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_obeys_its_grammar_beside_answers_that_have_none(
+    llm: LLM, temperature: float
+) -> None:
+    free = llm.generate("Hello", **GREEDY)
+    with llm.stream("Hello", **GREEDY) as beside:
+        chosen: dict[str, Any] = {"temperature": temperature, "seed": 7, "n": 3}
+        held = llm.generate("Say", regex=r"[ab]{9}-\d{2}", **chosen)
+        assert [part for chunk in beside for part in chunk.token_ids] == list(free.token_ids)
+    for choice in held.choices:
+        assert re.fullmatch(r"[ab]{9}-\d{2}", choice.text)
+        assert choice.finish.reason is FinishReason.STOP
+        assert choice.finish.stop_token_id is None
+    again = llm.generate("Say", regex=r"[ab]{9}-\d{2}", **chosen)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in held.choices]
+
+
+@pytest.mark.parametrize("mesh", ["1x2", "2x1"])
+def test_more_rows_than_one_call_takes_obey_grammars_on_a_mesh(mesh: str) -> None:
+    """Each row its own: a mask that reached another row, or shard, would show."""
+    with make(mesh=mesh, max_rows=20, max_waiting_requests=64, device="cpu:8") as llm:
+        with llm.stream("go on", max_tokens=4) as stream:
+            next(stream)  # The others wait together, and so run together.
+        calls = [
+            llm._call(llm_prompt, SamplingParams(temperature=1.0), {"regex": f"{number:03}x{{8}}"})
+            for number, llm_prompt in enumerate([GenerationCall(text="Say")] * 40)
+        ]
+        answers = llm._run(calls)
+    assert [answer.text for answer in answers] == [f"{n:03}xxxxxxxx" for n in range(40)]
+
+
+def test_a_json_schema_makes_a_random_model_write_json(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "level": {"enum": ["low", "high"]}},
+        "required": ["ok", "level"],
+        "additionalProperties": False,
+    }
+    text = llm.generate("Hello", json_schema=schema, temperature=1.0, seed=3).text
+    answer = json.loads(text)
+    assert set(answer) == {"ok", "level"}
+    assert isinstance(answer["ok"], bool)
+    assert answer["level"] in ("low", "high")
+
+
+def test_a_grammar_that_cannot_be_used_is_refused_and_the_next_request_works(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"regex cannot be used: .*unclosed group"):
+        llm.generate("Hello", regex="(")
+    with pytest.raises(InvalidRequestError, match="regex and choices are given"):
+        llm.generate("Hello", regex="a", choices=["a"])
+    assert llm.generate("Hello", choices=["yes", "no"], temperature=0.0).text in ("yes", "no")
+
+
+def test_a_client_sends_every_kind_of_grammar(llm: LLM) -> None:
+    with (
+        ServerThread(llm._text, llm.info, ServerConfig(port=0)) as address,
+        Client(address) as client,
+    ):
+        asked: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+        kinds: list[dict[str, Any]] = [
+            {"json_schema": {"enum": [1, "two"]}},
+            {"regex": "[xyz]{5}"},
+            {"grammar": 'start: "a" "b"+ "c"'},
+            {"choices": ["red", "green"]},
+        ]
+        for kind in kinds:
+            there = client.generate("Hello", max_tokens=20, **kind, **asked)
+            assert there.text == llm.generate("Hello", max_tokens=20, **kind, **asked).text
+        started = client.generate("Hello", json_object=True, max_tokens=4, **asked)
+        assert started.text.startswith("{")
+        with pytest.raises(InvalidRequestError, match="grammar cannot be used"):
+            client.generate("Hello", grammar="start: x")
+        with pytest.raises(InvalidRequestError, match="choices holds something"):
+            client.generate("Hello", choices=[1])  # type: ignore[list-item]

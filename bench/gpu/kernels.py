@@ -15,6 +15,7 @@ from bench.gpu.limits import memory_limit_s
 from bench.gpu.part import Number, Setting
 from bench.gpu.timing import seconds_per_call
 from bench.kernels import bytes_moved, layer_step
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.step import Column, RowTable, StepShape
 from jaxserve.models.decoder import Logits
 from jaxserve.runner.sampling import Lines, choose
@@ -202,13 +203,23 @@ def _lines(rows: int, vocab_size: int, columns: Mapping[Column, float]) -> jax.A
 
 
 def _sampler(rows: int, vocab_size: int) -> tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]:
-    """The sampler of packed lines, and what else it takes: random logits, no counts, no biases."""
+    """The sampler of packed lines, and what else it takes: random logits, no counts, no
+    biases, no masks."""
     logits = 4.0 * jax.random.normal(jax.random.key(2), (rows, vocab_size), jnp.float32)
     counts = jnp.zeros((rows + 1, vocab_size), jnp.int32)
     bias = jnp.zeros((rows + 1, vocab_size), jnp.float32)
 
-    @jax.jit
-    def run(packed: jax.Array, logits: jax.Array, counts: jax.Array, bias: jax.Array) -> jax.Array:
-        return choose(Logits.of(logits), Lines(packed), counts, bias, VocabShard(vocab_size))
+    masks = jnp.zeros((rows + 1, mask_words(vocab_size)), jnp.int32)
 
-    return run, (logits, counts, bias)
+    @jax.jit
+    def run(
+        packed: jax.Array,
+        logits: jax.Array,
+        counts: jax.Array,
+        bias: jax.Array,
+        masks: jax.Array,
+    ) -> jax.Array:
+        vocab = VocabShard(vocab_size)
+        return choose(Logits.of(logits), Lines(packed), counts, bias, masks, vocab)
+
+    return run, (logits, counts, bias, masks)

@@ -4,7 +4,8 @@
 
 One step is in flight: step n is dispatched before step n-1 is read, so the device works while
 Python thinks. Without overlap step n-1 is read first: a device that is this very processor gains
-nothing from it, and a request that arrives meanwhile joins the next step. ``run_once`` is one turn
+nothing from it, and a request that arrives meanwhile joins the next step. It is read first, too,
+when one of its rows obeys a grammar: what may follow is not known before. ``run_once`` is one turn
 of that loop; the thread calls it for ever, the simulator calls it by hand. What other threads may
 touch is the inbox, the door (``admission.py``) and the streams.
 """
@@ -298,14 +299,15 @@ class Engine:
         if self.idle and self._in_flight is None:
             return worked
         previous, self._in_flight = self._in_flight, None
-        if previous is not None and not self._overlap:
+        reads_first = previous is not None and (not self._overlap or previous.inputs.masks)
+        if previous is not None and reads_first:
             self._publish(previous)
             self._drain_inbox()
         now = self._clock()
         self._expire(now)
         plan = self._plan(now)
         failure = None if plan.empty else self._dispatch(plan)
-        if previous is not None and self._overlap:
+        if previous is not None and not reads_first:
             self._publish(previous)
         if failure is not None:
             self._step_failed(plan, failure)

@@ -140,8 +140,15 @@ class Publisher:
             logprobs = read_logprobs(result.rows[row], sampling.logprobs)
         output = len(tokens) - sequence.prompt_tokens
         self.put(live.stream, TokenEvent(sequence.choice, output - 1, token, logprobs))
+        matcher = sequence.matcher
         if token in live.stop_ids and output > sampling.min_tokens:
             self.finish(sequence, FinishReason.STOP, now, stop_token_id=token)
+        elif matcher is not None and not matcher.accept(token):
+            why = f"the grammar does not go on behind token {token}: {matcher.error}"
+            error = RequestFailedError(live.request.request_id, why)
+            self.finish(sequence, FinishReason.ERROR, now, error=error)
+        elif matcher is not None and matcher.complete:
+            self.finish(sequence, FinishReason.STOP, now)
         elif len(tokens) >= sequence.max_total:
             self.finish(sequence, FinishReason.LENGTH, now)
 
@@ -153,8 +160,10 @@ class Publisher:
                 self._scheduler.enqueue(sequence)
 
     def _fail(self, sequence: LiveSequence, token: int, now: float) -> None:
-        if token == NO_TOKEN_LEFT:
-            why = "min_tokens, allowed and banned tokens leave no token to choose"
+        if sequence.matcher is not None and sequence.matcher.error:
+            why = f"the grammar cannot go on: {sequence.matcher.error}"
+        elif token == NO_TOKEN_LEFT:
+            why = "min_tokens, grammar, allowed and banned tokens leave no token to choose"
         else:
             why = "the model's logits are not finite"
             self._scheduler.distrust(sequence)

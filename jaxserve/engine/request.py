@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
+from jaxserve.engine.constraint import Constraint
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 
 MAX_CHOICES = 64
@@ -169,6 +170,8 @@ class Request:
     """Prompts share cached pages only under the same salt."""
     deadline_s: float | None = None
     """Monotonic time (``time.monotonic`` clock) after which the answer is of no use."""
+    constraint: Constraint | None = None
+    """The grammar that every choice of the answer obeys."""
 
     def validate(
         self, *, vocab_size: int, context_tokens: int, prompt_logprobs: bool = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxserve.engine.constraint import Matcher
 from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stream import TokenStream
 
@@ -53,6 +54,7 @@ class LiveRequest:
         sampling = request.sampling
         prompt_tokens = len(request.prompt)
         room = context_tokens - prompt_tokens
+        constraint = request.constraint
         max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
         self.sequences = [
             LiveSequence(
@@ -62,6 +64,7 @@ class LiveRequest:
                 tokens=[*request.prompt, *request.resume],
                 prompt_tokens=prompt_tokens,
                 max_total=prompt_tokens + max_tokens,
+                matcher=constraint.matcher(request.resume) if constraint is not None else None,
             )
             for choice in range(sampling.n)
         ]
@@ -104,6 +107,8 @@ class LiveSequence:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Scores of the prompt so far, until they are sent. While there are any, the sequence takes
     nothing from the prefix cache, because every position has to be computed."""
+    matcher: Matcher | None = None
+    """Stands behind ``tokens`` in the grammar that the answer obeys, if there is one."""
     done: bool = False
 
     @property

@@ -29,6 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxserve.engine.sequence import LiveSequence
@@ -62,19 +63,21 @@ class Column(enum.IntEnum):
     """1 while ``min_tokens`` is not reached."""
     USES_COUNTS = 5
     USES_BIAS = 6
-    SEED_LOW = 7
-    SEED_HIGH = 8
-    CHOICE = 9
-    TOP_K = 10
-    LOGPROBS = 11
+    USES_MASK = 7
+    """1 when ``MaskUpdate`` says which tokens may be chosen."""
+    SEED_LOW = 8
+    SEED_HIGH = 9
+    CHOICE = 10
+    TOP_K = 11
+    LOGPROBS = 12
     """Alternatives to report; -1 for no log-probabilities at all."""
-    TEMPERATURE_BITS = 12
-    TOP_P_BITS = 13
-    MIN_P_BITS = 14
-    PRESENCE_BITS = 15
-    FREQUENCY_BITS = 16
-    REPETITION_BITS = 17
-    SUPPRESSED = 18
+    TEMPERATURE_BITS = 13
+    TOP_P_BITS = 14
+    MIN_P_BITS = 15
+    PRESENCE_BITS = 16
+    FREQUENCY_BITS = 17
+    REPETITION_BITS = 18
+    SUPPRESSED = 19
     """First of ``MAX_SUPPRESSED`` columns: end and stop tokens, padded with -1."""
 
 
@@ -164,6 +167,16 @@ class RowSetup:
 
 
 @dataclass(slots=True)
+class MaskUpdate:
+    """Which tokens the rows of a step may choose that obey a grammar."""
+
+    rows: list[int]
+    """Counted through all data shards; at least one."""
+    words: np.ndarray
+    """int32 [len(rows), mask_words(V)]: see ``Matcher.fill``."""
+
+
+@dataclass(slots=True)
 class StepInputs:
     """Everything that ``Runner.dispatch`` needs for one step."""
 
@@ -173,6 +186,8 @@ class StepInputs:
     """Token places that the programs compute, padding included."""
     tokens: int
     """Those that are real."""
+    masks: MaskUpdate | None = None
+    """None: no row that samples obeys a grammar."""
 
 
 SEEN_IN_PROMPT = 1 << 30
@@ -222,6 +237,7 @@ class RowTable:
         uses_counts, uses_bias = _uses_counts(sampling), _uses_bias(sampling)
         line[Column.USES_COUNTS] = uses_counts
         line[Column.USES_BIAS] = uses_bias
+        line[Column.USES_MASK] = sequence.matcher is not None
         table = line[COLUMNS:]
         table[:] = 0
         table[: len(sequence.pages)] = sequence.pages
@@ -252,7 +268,22 @@ def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
     calls += [_pack_prompts(*prompts, table) for prompts in _divide(plan, table.shape)]
     places = sum(call.places for call in calls) * table.shape.data_shards
     tokens = len(plan.decode) + sum(chunk.count for chunk in plan.chunks)
-    return StepInputs(calls, setups, places, tokens)
+    return StepInputs(calls, setups, places, tokens, _masks(plan, table.shape.vocab_size))
+
+
+def _masks(plan: StepPlan, vocab_size: int) -> MaskUpdate | None:
+    """What may follow, in the rows that sample and obey a grammar."""
+    sampling = [
+        *zip(plan.decode, plan.decode_rows, strict=True),
+        *((chunk.sequence, chunk.row) for chunk in plan.chunks if chunk.last),
+    ]
+    held = [(sequence.matcher, row) for sequence, row in sampling if sequence.matcher is not None]
+    if not held:
+        return None
+    words = np.zeros((len(held), mask_words(vocab_size)), np.int32)
+    for line, (matcher, _) in zip(words, held, strict=True):
+        matcher.fill(line)
+    return MaskUpdate([row for _, row in held], words)
 
 
 def _pack_decode(plan: StepPlan, table: RowTable) -> ProgramCall:

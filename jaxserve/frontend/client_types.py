@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from jaxserve.engine.request import FinishReason, Timing
 from jaxserve.frontend import display
@@ -43,6 +43,11 @@ class GenerateOptions(TypedDict, total=False):
     priority: int
     cache_salt: str
     resume_token_ids: Sequence[int]
+    json_schema: Mapping[str, Any] | str
+    json_object: bool
+    regex: str
+    grammar: str
+    choices: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from jaxserve.frontend.client_types import (
     TopToken,
     Usage,
 )
+from jaxserve.frontend.grammar import Grammar, take_grammar
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import admin_pb2, model_pb2
 from jaxserve.v1 import generation_pb2 as pb
@@ -62,11 +64,13 @@ def generate_request(
         raise TypeError(
             f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(_OPTION_NAMES))}"
         )
+    given = {name: value for name, value in options.items() if value is not None}
+    grammar = take_grammar(given)
     request = pb.GenerateRequest()
+    if grammar is not None:
+        request.MergeFrom(_constraint(grammar))
     set_prompt(request, prompt, token_ids, messages)
-    for name, value in options.items():
-        if value is None:
-            continue
+    for name, value in given.items():
         if name == "stop" and isinstance(value, str):
             value = [value]  # Not a list of its characters.
         try:
@@ -246,6 +250,20 @@ def _one_field(name: str, value: object) -> pb.GenerateRequest:
     if name == "resume_token_ids":
         return pb.GenerateRequest(resume=pb.Resume(token_ids=cast(Sequence[int], value)))
     return pb.GenerateRequest(**{name: value})  # pyright: ignore[reportArgumentType]
+
+
+def _constraint(grammar: Grammar) -> pb.GenerateRequest:
+    match grammar.kind:
+        case "json_object":
+            return pb.GenerateRequest(json_object=True)
+        case "choices":
+            try:
+                return pb.GenerateRequest(choices=pb.Choices(texts=json.loads(grammar.text)))
+            except TypeError:
+                text = "choices holds something that is no string; send texts"
+                raise InvalidRequestError(text, field="choices") from None
+        case kind:
+            return pb.GenerateRequest(**{kind: grammar.text})  # pyright: ignore[reportArgumentType]
 
 
 def _range_of(name: str) -> str:

@@ -28,6 +28,8 @@ from jaxserve.engine.request import (
 from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.engine_api import EngineApi
+from jaxserve.frontend.grammar import Grammar
+from jaxserve.frontend.grammar_compiler import CompiledGrammar, GrammarCompiler
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.text import TextAssembler
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -60,6 +62,8 @@ class GenerationCall:
     cache_salt: str = ""
     deadline_s: float | None = None
     """On the ``time.monotonic`` clock."""
+    grammar: Grammar | None = None
+    """What the answer has to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,16 @@ class TextEngine:
     """Generates text: an engine, its tokenizer and its chat template."""
 
     def __init__(
-        self, engine: EngineApi, tokenizer: Tokenizer, template: ChatTemplate | None
+        self,
+        engine: EngineApi,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """Keeps all three; none is closed here. Without a template chat is refused."""
+        """Keeps all four; none is closed here. Without a template chat is refused, and without a
+        compiler whatever has a grammar.
+        """
+        self.grammars = grammars
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
@@ -154,8 +165,12 @@ class TextEngine:
     def build_request(self, call: GenerationCall) -> tuple[Request, str | None]:
         """Returns the request for the engine, and the prompt's text when ``echo`` needs it.
 
+        May wait for a grammar to be compiled.
+
         Raises:
-            InvalidRequestError: the prompt, its truncation or what is resumed cannot be used.
+            InvalidRequestError: the prompt, its truncation, its grammar or what is resumed cannot
+                be used.
+            RetryableError: too many grammars wait to be compiled.
         """
         if call.resume:
             self._check_resume(call)
@@ -186,6 +201,7 @@ class TextEngine:
             priority=call.priority,
             cache_salt=call.cache_salt,
             deadline_s=call.deadline_s,
+            constraint=call.grammar and self._compiled(call.grammar),
         )
         return request, text if call.echo else None
 
@@ -221,6 +237,14 @@ class TextEngine:
         """
         stream = self.engine.submit(request, waker)
         return TextStream(stream, request, self.tokenizer, echo_text=echo_text)
+
+    def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+        if self.grammars is None:
+            raise InvalidRequestError(
+                f"{grammar.field} is given, and this engine compiles no grammars; leave it out",
+                field=grammar.field,
+            )
+        return self.grammars.compile(grammar)
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self.template is None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.models.config import ModelConfig
 from pallas_kernels.paged_attention import Pools, abstract_pools, cell_bytes
 from sharding.rules import ShardingRules
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     type RowTokens = Int[Array, " R"]
     type RowCounts = Int[Array, "R V"]
     type RowBias = Float[Array, "R V"]
+    type RowMasks = Int[Array, "R M"]
 else:
     # jax rebuilds the dataclass around shapes, shardings and specs; a run-time check of the fields
     # would refuse those, so their shapes are for readers and pyright.
-    RowTokens = RowCounts = RowBias = Any
+    RowTokens = RowCounts = RowBias = RowMasks = Any
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +44,8 @@ class DeviceState:
     """Output occurrences of every token; bit 30 marks tokens of the prompt."""
     bias: RowBias
     """Added to the logits; minus infinity bans a token."""
+    masks: RowMasks
+    """The tokens that a grammar allows, a bit each (``Matcher.fill``), whole on every device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class CacheShape:
 
     def row_bytes(self, config: ModelConfig) -> int:
         """Bytes of the per-row state of one data shard, over the tensor axis."""
-        return (self.max_rows + 1) * (4 + 8 * config.vocab_size)
+        return (self.max_rows + 1) * (4 + 8 * config.vocab_size + 4 * mask_words(config.vocab_size))
 
 
 def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
@@ -86,6 +90,7 @@ def abstract_state(shape: CacheShape, config: ModelConfig) -> DeviceState:
         last_token=jax.ShapeDtypeStruct((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
         counts=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.int32),  # pyright: ignore[reportArgumentType]
         bias=jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),  # pyright: ignore[reportArgumentType]
+        masks=jax.ShapeDtypeStruct((rows, mask_words(config.vocab_size)), jnp.int32),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -101,6 +106,7 @@ def state_specs(state: DeviceState, rules: ShardingRules) -> DeviceState:
         last_token=partition_specs(("batch",), rules),  # pyright: ignore[reportArgumentType]
         counts=dense,  # pyright: ignore[reportArgumentType]
         bias=dense,  # pyright: ignore[reportArgumentType]
+        masks=partition_specs(("batch", None), rules),  # pyright: ignore[reportArgumentType]
     )
 
 

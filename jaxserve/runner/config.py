@@ -15,6 +15,9 @@ from sharding.rules import ShardingRules
 FEW_ROWS, SHORT_TOKENS = 16, 64
 """Sizes between the smallest and the largest that a server should not be without for long."""
 
+MASK_ROWS = 16
+"""Rows of each data shard whose masks are set in one call."""
+
 
 @dataclass(frozen=True, order=True)
 class ProgramKey:
@@ -23,14 +26,14 @@ class ProgramKey:
     places: int
     """Token places that it computes."""
     kind: str
-    """``decode``, ``prefill``, ``score`` or ``set_row``."""
+    """``decode``, ``prefill``, ``score``, ``set_row`` or ``set_masks``."""
     rows: int
     """Lines, which of ``prefill`` share their token places."""
     tokens: int
 
     def __str__(self) -> str:
         """Reads like ``decode of 16 rows`` or ``prefill of 256 tokens``."""
-        if self.kind == "set_row":
+        if not self.tokens:
             return self.kind
         size = f"{self.rows} rows" if self.kind == "decode" else f"{self.tokens} tokens"
         return f"{self.kind} of {size}"
@@ -69,7 +72,7 @@ class RunnerConfig:
 
     def program_keys(self) -> list[ProgramKey]:
         """Every program of the grid, cheapest first."""
-        keys = [ProgramKey(0, "set_row", 1, 0)]
+        keys = [ProgramKey(0, "set_row", 1, 0), ProgramKey(0, "set_masks", MASK_ROWS, 0)]
         keys += [ProgramKey(rows, "decode", rows, 1) for rows in self.step.decode_buckets]
         for kind, buckets in (
             ("prefill", self.step.prefill_buckets),
@@ -89,6 +92,7 @@ class RunnerConfig:
         short = [bucket for bucket in prefill if bucket[1] >= SHORT_TOKENS][:1]
         first = {
             "set_row": {(1, 0)},
+            "set_masks": {(MASK_ROWS, 0)},
             "decode": {(size, 1) for size in (*rows[:1], *few, *rows[-1:])},
             "prefill": {*short, *prefill[-1:]},
             "score": {*self.step.score_buckets[-1:]},

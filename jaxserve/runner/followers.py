@@ -32,10 +32,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.engine import FatalStepError, Runner
 from jaxserve.engine.publish import StepHandle, StepResult
 from jaxserve.engine.step import (
     Column,
+    MaskUpdate,
     ProgramCall,
     RowSetup,
     StepInputs,
@@ -77,8 +79,13 @@ class LineMirror:
             )
             for setup in inputs.setups
         ]
+        masks = inputs.masks
         return pb.StepPlan(
-            sequence=sequence, setups=setups, calls=[self._encode_call(c) for c in inputs.calls]
+            sequence=sequence,
+            setups=setups,
+            calls=[self._encode_call(c) for c in inputs.calls],
+            mask_rows=np.array(masks.rows, _INT32).tobytes() if masks else b"",
+            mask_words=masks.words.astype(_INT32).tobytes() if masks else b"",
         )
 
     def _encode_call(self, call: ProgramCall) -> pb.ProgramCall:
@@ -112,7 +119,10 @@ class LineMirror:
             )
             for setup in plan.setups
         ]
-        return StepInputs([self._decode_call(call) for call in plan.calls], setups, 0, 0)
+        calls = [self._decode_call(call) for call in plan.calls]
+        rows: list[int] = _array(plan.mask_rows, _INT32, (-1,)).tolist()
+        words = _array(plan.mask_words, _INT32, (len(rows), mask_words(vocab)))
+        return StepInputs(calls, setups, 0, 0, MaskUpdate(rows, words) if rows else None)
 
     def _decode_call(self, call: pb.ProgramCall) -> ProgramCall:
         shape = self._shape

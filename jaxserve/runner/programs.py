@@ -117,6 +117,12 @@ class StepPrograms:
             bias=state.bias.at[row[0]].set(bias),
         )
 
+    def set_masks(
+        self, state: DeviceState, rows: Int[Array, " B"], words: Int[Array, "B M"]
+    ) -> DeviceState:
+        """Replaces the masks of some rows of each data shard; those left over name its null row."""
+        return replace(state, masks=state.masks.at[rows].set(words))
+
     def chunked_logits(
         self, head: Matrix, hidden: Float[Array, "T D"]
     ) -> tuple[Int[Array, " N"], ChunkLogits]:
@@ -235,7 +241,7 @@ class StepPrograms:
     ) -> tuple[DeviceState, Int[Array, "R C"]]:
         logits = self.model.lazy_logits(params, hidden, products=self.products)
         with jax.named_scope("sample"):
-            chosen = choose(logits, lines, state.counts, state.bias, self.vocab)
+            chosen = choose(logits, lines, state.counts, state.bias, state.masks, self.vocab)
         null_row = result.shape[0] - 1
         row = jnp.where(lines.samples, lines.column(Column.ROW), null_row)
         token = jnp.maximum(chosen[:, 0], 0)

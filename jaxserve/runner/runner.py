@@ -23,9 +23,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.publish import StepHandle, StepResult
 from jaxserve.engine.step import (
     RESULT_COLUMNS,
+    MaskUpdate,
     ProgramCall,
     StepInputs,
     StepShape,
@@ -40,7 +42,7 @@ from jaxserve.runner.cache import (
     zero_state,
 )
 from jaxserve.runner.compiling import CompileCounter, cores, planned_compiles
-from jaxserve.runner.config import ProgramKey, RunnerConfig
+from jaxserve.runner.config import MASK_ROWS, ProgramKey, RunnerConfig
 from jaxserve.runner.executables import (
     KERNELS,
     ExecutableFolder,
@@ -330,6 +332,10 @@ class Runner:
                     np.zeros(step.vocab_size, np.float32),
                 )
                 continue
+            if kind == "set_masks":
+                width = mask_words(step.vocab_size)
+                self._set_masks(MaskUpdate([step.null_row], np.zeros((1, width), np.int32)))
+                continue
             extra = 0 if kind == "decode" else prompt_columns((rows, tokens))
             buffer = np.zeros((step.data_shards * rows, step.line_columns + extra), np.int32)
             buffer[:, 0] = step.null_row
@@ -360,6 +366,8 @@ class Runner:
         state, leaf = self._abstract_state, 0
         if key.kind == "set_row":
             arguments, results = (state, leaf, leaf, leaf), state
+        elif key.kind == "set_masks":
+            arguments, results = (state, leaf, leaf), state
         else:
             arguments = (self._weights(key)[0], state, leaf, leaf)
             results = (state, leaf, *((leaf, leaf) if key.kind == "score" else ()))
@@ -418,6 +426,8 @@ class Runner:
         step = self._config.step
         if key.kind == "set_row":
             return self._trace_set_row()
+        if key.kind == "set_masks":
+            return self._trace_set_masks()
         abstract, specs = self._weights(key)
         function = getattr(self._programs, key.kind)
         columns = step.line_columns
@@ -484,6 +494,21 @@ class Runner:
             self._host_array((size,), jnp.float32, vocab),
         )
 
+    def _trace_set_masks(self) -> Any:
+        mapped = jax.shard_map(
+            self._programs.set_masks,
+            mesh=self._mesh,
+            in_specs=(self._state_specs, self._by_row, self._by_row),
+            out_specs=self._state_specs,
+            check_vma=False,
+        )
+        rows, width = self._config.step.data_shards * MASK_ROWS, self._abstract_state.masks.shape[1]
+        return jax.jit(mapped, donate_argnums=(0,)).trace(
+            self._with_shardings(self._abstract_state, self._state_specs),
+            self._host_array((rows,), jnp.int32, self._by_row),
+            self._host_array((rows, width), jnp.int32, self._by_row),
+        )
+
     def _host_array(
         self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
     ) -> jax.ShapeDtypeStruct:
@@ -504,6 +529,8 @@ class Runner:
         assert self._blank is not None, "make_ready comes first"
         for setup in inputs.setups:
             self._set_row(setup.row, setup.counts, setup.bias)
+        if inputs.masks is not None:
+            self._set_masks(inputs.masks)
         result = self._blank
         scores: list[Array | None] = []
         for call in inputs.calls:
@@ -545,7 +572,7 @@ class Runner:
         return {
             "weights": (self._params, self._unstacked),
             "pages": state.pools,
-            "row state": (state.last_token, state.counts, state.bias),
+            "row state": (state.last_token, state.counts, state.bias, state.masks),
         }
 
     def close(self) -> None:
@@ -573,6 +600,23 @@ class Runner:
         if missing := self._model.config.vocab_size - counts.size:
             counts, bias = np.pad(counts, (0, missing)), np.pad(bias, (0, missing))
         self._state = program(self._state, rows, counts, bias)
+
+    def _set_masks(self, masks: MaskUpdate) -> None:
+        step = self._config.step
+        program = self._compiled["set_masks", MASK_ROWS, 0]
+        width = self._abstract_state.masks.shape[1]
+        by_shard: list[list[tuple[int, int]]] = [[] for _ in range(step.data_shards)]
+        for line, row in enumerate(masks.rows):
+            shard, place = divmod(row, step.shard_rows)
+            by_shard[shard].append((place, line))
+        for first in range(0, max(map(len, by_shard)), MASK_ROWS):
+            rows = np.full((step.data_shards, MASK_ROWS), step.null_row, np.int32)
+            words = np.zeros((step.data_shards, MASK_ROWS, width), np.int32)
+            for shard, own in enumerate(by_shard):
+                for slot, (place, line) in enumerate(own[first : first + MASK_ROWS]):
+                    rows[shard, slot] = place
+                    words[shard, slot, : masks.words.shape[1]] = masks.words[line]
+            self._state = program(self._state, rows.ravel(), words.reshape(-1, width))
 
 
 def _name(key: ProgramKey) -> tuple[str, int, int]:

@@ -1,9 +1,9 @@
 """Every sampling parameter over a batch of logits, on the device, as data.
 
 Order: repetition, presence and frequency penalties; bias (logit bias, allowed and banned tokens);
-suppressed end tokens; temperature; min_p; top_k; top_p. Then the argmax of what is left plus Gumbel
-noise whose key is the request's seed, the choice and the token's position, so that a row's token
-does not depend on its neighbours.
+suppressed end tokens; a grammar's mask; temperature; min_p; top_k; top_p. Then the argmax of what
+is left plus Gumbel noise whose key is the request's seed, the choice and the token's position, so
+that a row's token does not depend on its neighbours.
 
 The vocabulary may be split over the mesh (``vocab.py``): then every shard finds the best of its own
 tokens, and one exchange of a few numbers per row decides between them.
@@ -72,6 +72,11 @@ class Lines:
         return self.column(Column.USES_BIAS) > 0
 
     @property
+    def uses_mask(self) -> Bool[Array, " B"]:
+        """Which rows obey a grammar."""
+        return self.column(Column.USES_MASK) > 0
+
+    @property
     def suppresses_stop(self) -> Bool[Array, " B"]:
         """Which rows may not choose a token of ``suppressed`` yet."""
         return self.column(Column.SUPPRESS_STOP) > 0
@@ -92,6 +97,7 @@ def choose(
     lines: Lines,
     counts: Int[Array, "R V"],
     bias: Float[Array, "R V"],
+    masks: Int[Array, "R M"],
     vocab: VocabShard,
 ) -> Int[Array, "B C"]:
     """Chooses one token per row.
@@ -102,6 +108,7 @@ def choose(
         lines: the rows' parameters; ``lines.table`` may be empty.
         counts: ``DeviceState.counts``, this shard's part.
         bias: ``DeviceState.bias``, this shard's part.
+        masks: ``DeviceState.masks``, of the whole vocabulary.
         vocab: which part it is.
 
     Returns:
@@ -110,7 +117,9 @@ def choose(
         sample hold nothing of use.
     """
     # What other lines say does not count: padding asks for log-probabilities, by its zeros.
-    adjusts = lines.samples & (lines.uses_counts | lines.uses_bias | lines.suppresses_stop)
+    adjusts = lines.samples & (
+        lines.uses_counts | lines.uses_bias | lines.suppresses_stop | lines.uses_mask
+    )
     has_noise = lines.samples & lines.has_noise
     wants_logprobs = lines.samples & (lines.column(Column.LOGPROBS) >= 0)
     wants_more = adjusts | has_noise | wants_logprobs
@@ -124,7 +133,9 @@ def choose(
     def anything() -> Int[Array, "B C"]:
         every, healthy = _tokens_alone(logits.every(), vocab)
         adjusted = lax.cond(
-            jnp.any(adjusts), lambda: _adjust(every, lines, counts, bias, vocab), lambda: every
+            jnp.any(adjusts),
+            lambda: _adjust(every, lines, counts, bias, masks, vocab),
+            lambda: every,
         )
         # The branches return two numbers a row: handing on the scores would copy them all.
         best, own = lax.cond(
@@ -220,12 +231,14 @@ def _adjust(
     lines: Lines,
     counts: Int[Array, "R V"],
     bias: Float[Array, "R V"],
+    masks: Int[Array, "R M"],
     vocab: VocabShard,
 ) -> Float[Array, "B V"]:
-    """Penalties, bias and suppressed end tokens, where any row uses them."""
+    """Penalties, bias, suppressed end tokens and masks, where any row uses them."""
     row = lines.column(Column.ROW)
-    uses_counts, uses_bias, suppresses = (
-        uses[:, None] for uses in (lines.uses_counts, lines.uses_bias, lines.suppresses_stop)
+    uses_counts, uses_bias, suppresses, uses_mask = (
+        uses[:, None]
+        for uses in (lines.uses_counts, lines.uses_bias, lines.suppresses_stop, lines.uses_mask)
     )
     logits = lax.cond(
         jnp.any(uses_counts),
@@ -237,9 +250,14 @@ def _adjust(
         lambda: logits + jnp.where(uses_bias, bias[row], 0.0),
         lambda: logits,
     )
-    return lax.cond(
+    logits = lax.cond(
         jnp.any(suppresses),
         lambda: _suppress(logits, jnp.where(suppresses, lines.suppressed, -1), vocab),
+        lambda: logits,
+    )
+    return lax.cond(
+        jnp.any(uses_mask),
+        lambda: jnp.where(~uses_mask | vocab.bits(masks[row], logits.shape[-1]), logits, -jnp.inf),
         lambda: logits,
     )
 

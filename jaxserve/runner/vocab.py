@@ -42,6 +42,13 @@ class VocabShard:
         place = token - self._first(size)
         return jnp.where((place >= 0) & (place < size), place, size)
 
+    def bits(self, words: Int[Array, "B M"], size: int) -> Bool[Array, "B V"]:
+        """This shard's part of masks that have a bit for every token of the whole vocabulary."""
+        places = jnp.arange(32, dtype=jnp.int32)[None, None]
+        every = (words[:, :, None] >> places & 1).reshape(words.shape[0], -1) > 0
+        every = jnp.pad(every, ((0, 0), (0, max(0, self._padded(size) - every.shape[1]))))
+        return lax.dynamic_slice_in_dim(every, self._first(size), size, axis=1)
+
     def pick(self, values: Float[Array, "B V"], token: Int[Array, " B"]) -> Float[Array, " B"]:
         """The value of one token per row, wherever it is; 0 for what is no token."""
         place = self.local(token, values.shape[-1])[:, None]

@@ -16,7 +16,7 @@ from jaxserve.engine.request import (
 )
 from jaxserve.engine.stream import TokenStream
 
-REQUEST_FIELDS = ("resume", "priority", "cache_salt", "deadline_s")
+REQUEST_FIELDS = ("resume", "priority", "cache_salt", "deadline_s", "constraint")
 
 
 class Recorder:

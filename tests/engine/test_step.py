@@ -121,6 +121,7 @@ def test_a_prompt_line_holds_every_parameter() -> None:
         Column.SUPPRESS_STOP: 1,
         Column.USES_COUNTS: 0,
         Column.USES_BIAS: 0,
+        Column.USES_MASK: 0,
         Column.SEED_LOW: -1,
         Column.SEED_HIGH: 3,
         Column.CHOICE: 0,

@@ -58,6 +58,7 @@ def test_the_first_programs_are_few_rows_a_short_prompt_and_the_largest_of_each_
     keys = runner_config().first_keys()
     assert {(key.kind, key.rows, key.tokens) for key in keys} == {
         ("set_row", 1, 0),
+        ("set_masks", 16, 0),
         ("decode", 1, 1),
         ("decode", 16, 1),
         ("decode", 64, 1),
@@ -90,7 +91,7 @@ def test_the_first_decode_programs_are_the_smallest_that_of_few_rows_and_the_lar
     )
     keys = of_step(step).first_keys()
     assert [key.rows for key in keys if key.kind == "decode"] == list(first)
-    assert {key.kind for key in keys} == {"set_row", "decode"}
+    assert {key.kind for key in keys} == {"set_row", "set_masks", "decode"}
 
 
 @given(
@@ -104,7 +105,7 @@ def test_whatever_may_be_planned_fits_the_first_programs(
     config = runner_config(max_rows, step_tokens, prompt_logprobs=prompt_logprobs)
     step, keys = config.step, config.first_keys()
     assert set(keys) <= set(config.program_keys())
-    assert len(keys) <= 7
+    assert len(keys) <= 8
     longest = max(tokens for _, tokens in step.prefill_buckets)
     scheduler = SchedulerConfig(
         max_rows=max_rows,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.request import MAX_LOGPROBS, SamplingParams
 from jaxserve.engine.step import (
     COLUMNS,
@@ -33,6 +34,9 @@ WORDS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 SHARDS = 1
 """Devices that the vocabulary is split over: every test runs with one and with three."""
 
+NO_MASKS = jnp.zeros((2, 1), jnp.int32)
+"""Of two rows, of at most 32 tokens."""
+
 
 @pytest.fixture(params=[1, 3], ids=["whole", "split"], autouse=True)
 def shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,15 +50,16 @@ def program(shards: int, vocab: int) -> Any:
     split = PartitionSpec(None, axis)
 
     def choose_here(
-        logits: jax.Array, packed: jax.Array, counts: jax.Array, bias: jax.Array
+        logits: jax.Array, packed: jax.Array, counts: jax.Array, bias: jax.Array, masks: jax.Array
     ) -> jax.Array:
-        return choose(Logits.of(logits), Lines(packed), counts, bias, VocabShard(vocab, axis))
+        own = VocabShard(vocab, axis)
+        return choose(Logits.of(logits), Lines(packed), counts, bias, masks, own)
 
     return jax.jit(
         jax.shard_map(
             choose_here,
             mesh=Mesh(np.array(jax.devices()[:shards]), ("tensor",)),
-            in_specs=(split, PartitionSpec(), split, split),
+            in_specs=(split, PartitionSpec(), split, split, PartitionSpec()),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
@@ -96,6 +101,7 @@ def run(
     lines: list[np.ndarray],
     counts: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    allowed: list[list[int]] | None = None,
 ) -> np.ndarray:
     """Chooses for every line; rows are padded to one of two sizes, so that little is compiled.
 
@@ -111,7 +117,12 @@ def run(
     )
     scores, seen, added = (jnp.asarray(np.pad(x, (more_rows, more_vocab))) for x in dense)
     packed = jnp.asarray(np.pad(np.stack(lines), (more_rows, (0, 0))))
-    return np.asarray(program(SHARDS, vocab)(scores, packed, seen, added))[:rows]
+    masks = np.zeros((len(scores), mask_words(vocab)), np.uint32)
+    for mask, tokens in zip(masks, allowed or (), strict=False):
+        for token in tokens:
+            mask[token // 32] |= np.uint32(1 << token % 32)
+    words = jnp.asarray(masks.view(np.int32))
+    return np.asarray(program(SHARDS, vocab)(scores, packed, seen, added, words))[:rows]
 
 
 def draws(sampling: SamplingParams, count: int = 2000) -> np.ndarray:
@@ -268,7 +279,7 @@ def test_all_logits_are_asked_for_when_a_line_wants_more_than_the_best(
     columns = {name: wish[name] for name in wish if name.isupper()}
     packed = jnp.asarray(np.stack([line(greedy), line(sampling, row=1, **columns)]))
     dense = jnp.zeros((2, 4))
-    chosen = choose(logits, Lines(packed), dense.astype(jnp.int32), dense, VocabShard(4))
+    chosen = choose(logits, Lines(packed), dense.astype(jnp.int32), dense, NO_MASKS, VocabShard(4))
     assert chosen[0, 0] == expected
 
 
@@ -286,8 +297,29 @@ def test_what_pads_the_vocabulary_is_never_chosen_and_never_poisons(
     for padding in (0.0, np.inf, np.nan):
         logits[0, 4:] = padding
         lazy = Logits.of(jnp.asarray(logits))
-        chosen = choose(lazy, Lines(packed), dense.astype(jnp.int32), dense, VocabShard(4))
+        chosen = choose(
+            lazy, Lines(packed), dense.astype(jnp.int32), dense, NO_MASKS[:1], VocabShard(4)
+        )
         assert 0 <= chosen[0, 0] < 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_leaves_what_a_grammar_allows_and_other_rows_alone(temperature: float) -> None:
+    sampling = replace(SAMPLED, temperature=temperature)
+    lines = [line(sampling, row=0, USES_MASK=1), line(replace(sampling, temperature=0.0), row=1)]
+    assert run(np.tile(WORDS, (2, 1)), lines, allowed=[[3]])[:, 0].tolist() == [3, 0]
+
+
+def test_a_mask_reaches_every_word_of_a_vocabulary_of_several_words() -> None:
+    """Token 31 is a word's sign bit, 64 the only token of the third word."""
+    logits = np.zeros((65, 65), np.float32)
+    lines = [line(SAMPLED, row=row, USES_MASK=1) for row in range(65)]
+    chosen = run(logits, lines, allowed=[[token] for token in range(65)])[:, 0]
+    assert chosen.tolist() == list(range(65))
+
+
+def test_a_mask_without_a_token_leaves_none() -> None:
+    assert run(WORDS[None], [line(SAMPLED, USES_MASK=1)], allowed=[[]])[0, 0] == NO_TOKEN_LEFT
 
 
 def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:

@@ -7,6 +7,7 @@ types cannot express (unknown enum values). Ranges are ``Request.validate``'s bu
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from jaxserve.engine.request import (
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Started
+from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.v1 import generation_pb2 as pb
@@ -68,7 +70,8 @@ def call_from_generate(
         deadline_s: of the RPC, on the ``time.monotonic`` clock.
 
     Raises:
-        InvalidRequestError: an enum value that this version does not know.
+        InvalidRequestError: an enum value that this version does not know, or ``json_object`` is
+            false.
     """
     given = {name: getattr(request, name) for name in _OPTIONAL_SAMPLING if request.HasField(name)}
     sampling = SamplingParams(
@@ -91,6 +94,7 @@ def call_from_generate(
         priority=request.priority,
         cache_salt=request.cache_salt,
         deadline_s=deadline_s,
+        grammar=_grammar(request),
     )
 
 
@@ -268,6 +272,23 @@ def _messages(chat: pb.Chat) -> list[dict[str, str]]:
             )
         rendered.append({"role": role, "content": message.content})
     return rendered
+
+
+def _grammar(request: pb.GenerateRequest) -> Grammar | None:
+    match request.WhichOneof("constraint"):
+        case None:
+            return None
+        case "choices":
+            return Grammar("choices", json.dumps(list(request.choices.texts)), "choices")
+        case "json_object":
+            if not request.json_object:
+                raise InvalidRequestError(
+                    "json_object is false, which asks for nothing; leave it unset",
+                    field="json_object",
+                )
+            return Grammar("json_object", "", "json_object")
+        case kind:
+            return Grammar(kind, getattr(request, kind), kind)
 
 
 def _truncation(request: pb.GenerateRequest | pb.ScoreRequest) -> int | None:

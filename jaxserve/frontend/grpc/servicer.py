@@ -172,7 +172,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _off_loop(self, asked: GenerationCall, work: Callable[[], T]) -> T:
         """Runs work on a prompt, in a thread when it may take long."""
-        if asked.messages is None and len(asked.text or "") <= INLINE_CHARS:
+        is_short = asked.messages is None and len(asked.text or "") <= INLINE_CHARS
+        if is_short and asked.grammar is None:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 

@@ -298,8 +298,14 @@ class StepPlan(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     SETUPS_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
+    MASK_ROWS_FIELD_NUMBER: _builtins.int
+    MASK_WORDS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the steps, from 1, without a gap."""
+    mask_rows: _builtins.bytes
+    """int32 for every row that obeys a grammar and samples, counted through all data shards."""
+    mask_words: _builtins.bytes
+    """For each of them int32 words with a bit for every token that may follow."""
     @_builtins.property
     def setups(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowSetup]:
         """Dense state of rows, to be set before the calls."""
@@ -314,10 +320,12 @@ class StepPlan(_message.Message):
         sequence: _builtins.int = ...,
         setups: _abc.Iterable[Global___RowSetup] | None = ...,
         calls: _abc.Iterable[Global___ProgramCall] | None = ...,
+        mask_rows: _builtins.bytes = ...,
+        mask_words: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "sequence", b"sequence", "setups", b"setups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "mask_rows", b"mask_rows", "mask_words", b"mask_words", "sequence", b"sequence", "setups", b"setups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
