@@ -80,6 +80,10 @@ class SamplingParams:
     """Token ids that end the answer, besides the model's own; at most 16."""
     include_stop: bool = False
     """Keep the stop string (or the stop token's text) at the end of the answer."""
+    skip_special_tokens: bool = True
+    """Leave the text of special tokens out of the answer."""
+    kept_token_ids: Sequence[int] = ()
+    """Special tokens whose text stays all the same, such as the marks of tool calls."""
     ignore_eos: bool = False
     """Go on past the model's end tokens."""
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])

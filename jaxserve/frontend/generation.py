@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.engine.request import (
     Event,
@@ -45,10 +46,17 @@ class GenerationCall:
 
     text: str | None = None
     token_ids: Sequence[int] | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
-    """Chat messages with ``role`` and ``content``, for the model's template."""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """Chat messages with ``role`` and ``content``, for the model's template. An answer that called
+    tools has ``tool_calls``, and may have no text."""
     add_generation_prompt: bool = True
     """Chat only: end with the header that makes the model answer."""
+    continue_final_message: bool = False
+    """Chat only: end within the last message, which the model goes on with."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Chat only: JSON schemas of functions, for templates that know them."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Chat only: more names for the template, such as ``enable_thinking``."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = ""
     """Empty: one is chosen."""
@@ -159,7 +167,7 @@ class TextEngine:
         if call.text is not None:
             ids = self.tokenizer.encode(call.text, add_special_tokens=add_special_tokens)
             return ids, call.text
-        text = self._render(call.messages or (), call.add_generation_prompt)
+        text = self._render(call)
         return self.tokenizer.encode(text, add_special_tokens=False), text
 
     def build_request(self, call: GenerationCall) -> tuple[Request, str | None]:
@@ -246,7 +254,8 @@ class TextEngine:
             )
         return self.grammars.compile(grammar)
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, call: GenerationCall) -> str:
+        messages = call.messages or ()
         if self.template is None:
             raise InvalidRequestError(
                 "this model has no chat template; send text or token_ids instead of chat",
@@ -257,13 +266,36 @@ class TextEngine:
                 "chat has no messages; send at least one", field="chat.messages"
             )
         for number, message in enumerate(messages):
-            if not isinstance(message.get("content"), str):
+            without_text = message.get("content") is None and message.get("tool_calls")
+            if not without_text and not isinstance(message.get("content"), str):
                 raise InvalidRequestError(
                     f"chat.messages[{number}] has no text; a message looks like "
                     "{'role': 'user', 'content': 'Hello'}",
                     field=f"chat.messages[{number}].content",
                 )
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+        if call.continue_final_message and not messages[-1].get("content"):
+            raise InvalidRequestError(
+                "continue_final_message is set and the last message has no text to go on with",
+                field="continue_final_message",
+            )
+        text = self.template.render(
+            messages,
+            add_generation_prompt=call.add_generation_prompt and not call.continue_final_message,
+            tools=call.tools or None,
+            variables=call.template_variables,
+        )
+        if not call.continue_final_message:
+            return text
+        # Templates end the message; what they write behind its text is left off.
+        last = str(messages[-1]["content"]).rstrip()
+        found = text.rfind(last.strip())
+        if found < 0:
+            raise InvalidRequestError(
+                "continue_final_message is set, and this model's template does not show the last "
+                "message as it is; leave it out",
+                field="continue_final_message",
+            )
+        return text[: found + len(last.strip())]
 
     def _check_resume(self, call: GenerationCall) -> None:
         """Refuses to continue an answer that was already complete."""
@@ -466,6 +498,7 @@ def assemble(
         tokenizer,
         stop=sampling.stop,
         include_stop=sampling.include_stop,
-        skip_special_tokens=True,
+        skip_special_tokens=sampling.skip_special_tokens,
+        kept=sampling.kept_token_ids,
         context=resume,
     )

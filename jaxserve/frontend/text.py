@@ -13,7 +13,7 @@ and raises for byte-fallback runs that are not UTF-8. Both can come from a model
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -66,6 +66,7 @@ class TextAssembler:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        kept: Collection[int] = (),
         context: Sequence[int] = (),
     ) -> None:
         """Starts at the beginning of an answer, or behind ``context``.
@@ -75,11 +76,14 @@ class TextAssembler:
             stop: none of them empty.
             include_stop: keep the stop string at the end of the text.
             skip_special_tokens: leave control tokens out of the text.
+            kept: control tokens that stay all the same.
             context: output tokens whose text has been sent already (a resumed answer). Text that
                 was held back when they were sent comes with the first push.
         """
         self._token_bytes = tokenizer.token_bytes
-        self._skip: Set[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip: Set[int] = frozenset()
+        if skip_special_tokens:
+            self._skip = tokenizer.special_ids - frozenset(kept) if kept else tokenizer.special_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = tokenizer.strips_leading_space
         self._stops = _automaton(tuple(stop)) if stop else None

@@ -1,0 +1,124 @@
+"""How a door on an event loop asks the text engine: off the loop to begin, woken to go on.
+
+A ``Door`` is shared by all protocols of one server. It knows no protocol; what it gives are the
+outputs of ``generation.py``, one list for each time that the engine has something to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import TypeVar
+
+from jaxserve.engine.request import Request
+from jaxserve.engine.stream import AsyncWaker
+from jaxserve.frontend.generation import Finished, GenerationCall, Output, TextEngine, TextStream
+from jaxserve.frontend.grpc.calls import OpenCalls
+from jaxserve.frontend.model_info import ModelInfo
+
+INLINE_CHARS = 4096
+"""Longer text is tokenised in a thread: about a microsecond a character would hold up all streams.
+Chats and grammars always go there, because a template or a compilation may take its whole time."""
+
+T = TypeVar("T")
+
+
+class Door:
+    """One text engine, seen from one event loop. ``executor`` is the caller's to shut down."""
+
+    def __init__(
+        self, text: TextEngine, info: ModelInfo, calls: OpenCalls, executor: Executor
+    ) -> None:
+        """Needs a running event loop, which the engine will wake."""
+        self.text = text
+        self.info = info
+        self.calls = calls
+        self._executor = executor
+        self._waker = AsyncWaker(asyncio.get_running_loop())
+
+    async def build(self, call: GenerationCall) -> tuple[Request, str | None]:
+        """Renders, tokenises and compiles: see ``TextEngine.build_request``.
+
+        Raises:
+            JaxserveError: the request cannot be used.
+        """
+        return await self.off_loop(call, lambda: self.text.build_request(call))
+
+    def open(self, built: tuple[Request, str | None]) -> TextStream:
+        """Submits what ``build`` returned; see ``TextEngine.open``."""
+        request, echo_text = built
+        return self.text.open(request, echo_text, self._waker)
+
+    async def next(self, stream: TextStream) -> Sequence[Output]:
+        """Waits for the engine and returns all that has become ready meanwhile.
+
+        Raises:
+            JaxserveError: what a choice failed with; the whole request then ends with it.
+        """
+        await self._waker.wait(stream.stream)
+        outputs = stream.feed(stream.stream.take())
+        for output in outputs:
+            if type(output) is Finished and output.error is not None:
+                raise output.error
+        return outputs
+
+    async def outputs(self, streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, Output]]:
+        """Yields (place of the stream, output) of several requests until all have finished.
+
+        Ends the others when one fails, or when it is closed itself.
+        """
+        try:
+            if len(streams) == 1:
+                stream = streams[0]
+                while not stream.finished:
+                    for output in await self.next(stream):
+                        yield 0, output
+                return
+            async with aclosing(self._merged(streams)) as merged:
+                async for item in merged:
+                    yield item
+        finally:
+            for stream in streams:
+                stream.close()
+
+    async def _merged(self, streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, Output]]:
+        ready: asyncio.Queue[tuple[int, Sequence[Output] | BaseException]] = asyncio.Queue()
+
+        async def read(place: int, stream: TextStream) -> None:
+            try:
+                while not stream.finished:
+                    ready.put_nowait((place, await self.next(stream)))
+            except Exception as error:  # Raised again where the streams are one.
+                ready.put_nowait((place, error))
+
+        tasks = [asyncio.create_task(read(*item)) for item in enumerate(streams)]
+        try:
+            while not (all(stream.finished for stream in streams) and ready.empty()):
+                place, outputs = await ready.get()
+                if isinstance(outputs, BaseException):
+                    raise outputs
+                for output in outputs:
+                    yield place, output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def encode(self, call: GenerationCall, *, add_special_tokens: bool) -> Sequence[int]:
+        """Returns the tokens of a prompt.
+
+        Raises:
+            InvalidRequestError: see ``TextEngine.encode``.
+        """
+        return await self.off_loop(
+            call, lambda: self.text.encode(call, add_special_tokens=add_special_tokens)[0]
+        )
+
+    async def off_loop(self, call: GenerationCall, work: Callable[[], T]) -> T:
+        """Runs work on a call, in a thread when it may take long."""
+        is_short = call.messages is None and len(call.text or "") <= INLINE_CHARS
+        if is_short and call.grammar is None:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
