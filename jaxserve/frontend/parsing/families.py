@@ -20,9 +20,7 @@ HERMES = AnswerFormat(
     reasoning=THINK,
     tools=(JsonCalls(begin=CALL[0], end=CALL[1], padding="\n"),),
 )
-SMOLLM2 = AnswerFormat(
-    name="smollm2", tools=(JsonCalls(begin=CALL[0], end=CALL[1], is_list=True),)
-)
+SMOLLM2 = AnswerFormat(name="smollm2", tools=(JsonCalls(begin=CALL[0], end=CALL[1], is_list=True),))
 QWEN3_CODER = AnswerFormat(
     name="qwen3_coder",
     reasoning=THINK,
@@ -67,6 +65,13 @@ LLAMA3 = AnswerFormat(
         ),
     ),
 )
+
+
+def _deepseek(name: str) -> str:
+    """Returns one of DeepSeek's markers, which have full-width bars and a block for a space."""
+    return f"<\uff5ctool▁{name}\uff5c>"
+
+
 _MISTRAL_LIST = JsonCalls(begin="[TOOL_CALLS]", is_list=True)
 _MISTRAL_NAMED = NamedCalls(
     call_begin="[TOOL_CALLS]", head=("", r"(?:\[CALL_ID\][^\[\]]*)?"), separator="[ARGS]"
@@ -76,19 +81,18 @@ MISTRAL = AnswerFormat(
     name="mistral", reasoning=_MISTRAL_THINK, tools=(_MISTRAL_NAMED, _MISTRAL_LIST)
 )
 MISTRAL_LIST = AnswerFormat(name="mistral_list", tools=(_MISTRAL_LIST, _MISTRAL_NAMED))
-_DEEPSEEK_END = "<｜tool▁call▁end｜>"
 DEEPSEEK = AnswerFormat(
     name="deepseek",
     reasoning=THINK,
     tools=(
         NamedCalls(
-            begin="<｜tool▁calls▁begin｜>",
-            end="<｜tool▁calls▁end｜>",
-            call_begin="<｜tool▁call▁begin｜>",
-            head=("function<｜tool▁sep｜>", ""),
-            written_head=("function<｜tool▁sep｜>", "\n"),
+            begin=_deepseek("calls▁begin"),
+            end=_deepseek("calls▁end"),
+            call_begin=_deepseek("call▁begin"),
+            head=("function" + _deepseek("sep"), ""),
+            written_head=("function" + _deepseek("sep"), "\n"),
             separator="```json",
-            call_end=("```", _DEEPSEEK_END),
+            call_end=("```", _deepseek("call▁end")),
             padding="\n",
             between="\n",
         ),
@@ -99,12 +103,12 @@ DEEPSEEK_V3_1 = AnswerFormat(
     reasoning=THINK,
     tools=(
         NamedCalls(
-            begin="<｜tool▁calls▁begin｜>",
-            end="<｜tool▁calls▁end｜>",
-            call_begin="<｜tool▁call▁begin｜>",
+            begin=_deepseek("calls▁begin"),
+            end=_deepseek("calls▁end"),
+            call_begin=_deepseek("call▁begin"),
             head=("", ""),
-            separator="<｜tool▁sep｜>",
-            call_end=(_DEEPSEEK_END,),
+            separator=_deepseek("sep"),
+            call_end=(_deepseek("call▁end"),),
         ),
     ),
 )
@@ -117,7 +121,8 @@ KIMI = AnswerFormat(
             end="<|tool_calls_section_end|>",
             call_begin="<|tool_call_begin|>",
             head=(r"(?:functions\.)?", r"(?::\d+)?"),
-            written_head=("functions.", ":0"),
+            written_head=("functions.", ":"),
+            is_numbered=True,
             separator="<|tool_call_argument_begin|>",
             call_end=("<|tool_call_end|>",),
         ),
@@ -142,6 +147,11 @@ COMMAND_R = AnswerFormat(
         ),
     ),
 )
+APRIEL = AnswerFormat(
+    name="apriel", tools=(JsonCalls(begin="<tool_calls>", end="</tool_calls>", is_list=True),)
+)
+GEMMA4 = AnswerFormat(name="gemma4", reasoning=("<|channel>thought", "<channel|>"))
+"""Reasoning only, like ``THINKING``: its calls are written in a syntax of their own."""
 
 FORMATS: dict[str, AnswerFormat] = {
     format.name: format
@@ -160,22 +170,29 @@ FORMATS: dict[str, AnswerFormat] = {
         KIMI,
         GRANITE,
         COMMAND_R,
+        APRIEL,
+        GEMMA4,
     )
 }
 
 _TEMPLATES: tuple[tuple[AnswerFormat, tuple[str, ...]], ...] = (
+    # Tags with attributes, as MiniMax writes them, are no known shape.
+    (THINKING, ("<invoke name=", "<think>")),
+    (PLAIN, ("<invoke name=",)),
     (QWEN3_CODER, ("<tool_call>", "<function=", "<parameter=")),
     (GLM, ("<tool_call>", "<arg_key>")),
-    (DEEPSEEK, ("<｜tool▁calls▁begin｜>", "```json")),
-    (DEEPSEEK_V3_1, ("<｜tool▁calls▁begin｜>",)),
+    (DEEPSEEK, (_deepseek("calls▁begin"), "```json")),
+    (DEEPSEEK_V3_1, (_deepseek("calls▁begin"),)),
     (MISTRAL, ("[TOOL_CALLS]", "[ARGS]")),
     (MISTRAL_LIST, ("[TOOL_CALLS]",)),
+    (APRIEL, ("<tool_calls>[", "]</tool_calls>")),
     (KIMI, ("<|tool_calls_section_begin|>", "functions.")),
     (COMMAND_R, ("<|START_ACTION|>", "tool_name")),
     (GRANITE, ("<|tool_call|>", "<|start_of_role|>")),
     (HERMES, ("<tool_call>", "</tool_call>", "arguments")),
     (LLAMA3, ("<|start_header_id|>", '"parameters": ', "ipython")),
     (SMOLLM2, ("named SmolLM, trained by Hugging Face<|im_end|>",)),
+    (GEMMA4, ("<|channel>thought", "<channel|>")),
     (THINKING, ("<think>", "</think>")),
 )
 """The first format all of whose texts stand in a template is the model's."""

@@ -55,6 +55,8 @@ class NamedCalls:
     """Patterns for what stands before and behind the name, up to ``separator``."""
     written_head: tuple[str, str] = ("", "")
     """The same as text, for writing."""
+    is_numbered: bool = False
+    """Calls are numbered behind the written head."""
     separator: str
     """Ends the head."""
     call_end: tuple[str, ...] = ()

@@ -60,9 +60,7 @@ class PartList:
         self._kind: type[Content | Reasoning | ToolCallArguments] = Content
         self._texts: list[str] = []
 
-    def write(
-        self, kind: type[Content | Reasoning | ToolCallArguments], text: str
-    ) -> None:
+    def write(self, kind: type[Content | Reasoning | ToolCallArguments], text: str) -> None:
         """Adds text to the part that is being written; arguments are those of the last call."""
         if kind is not self._kind:
             self._close()
