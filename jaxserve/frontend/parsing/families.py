@@ -74,7 +74,10 @@ def _deepseek(name: str) -> str:
 
 _MISTRAL_LIST = JsonCalls(begin="[TOOL_CALLS]", is_list=True)
 _MISTRAL_NAMED = NamedCalls(
-    call_begin="[TOOL_CALLS]", head=("", r"(?:\[CALL_ID\][^\[\]]*)?"), separator="[ARGS]"
+    call_begin="[TOOL_CALLS]",
+    head=("", r"(?:\[CALL_ID\][^\[\]]*)?"),
+    head_markers=("[CALL_ID]",),
+    separator="[ARGS]",
 )
 _MISTRAL_THINK = ("[THINK]", "[/THINK]")
 MISTRAL = AnswerFormat(
@@ -91,6 +94,7 @@ DEEPSEEK = AnswerFormat(
             call_begin=_deepseek("call▁begin"),
             head=("function" + _deepseek("sep"), ""),
             written_head=("function" + _deepseek("sep"), "\n"),
+            head_markers=(_deepseek("sep"),),
             separator="```json",
             call_end=("```", _deepseek("call▁end")),
             padding="\n",

@@ -55,6 +55,8 @@ class NamedCalls:
     """Patterns for what stands before and behind the name, up to ``separator``."""
     written_head: tuple[str, str] = ("", "")
     """The same as text, for writing."""
+    head_markers: tuple[str, ...] = ()
+    """Markers that may stand in the head."""
     is_numbered: bool = False
     """Calls are numbered behind the written head."""
     separator: str
@@ -69,7 +71,8 @@ class NamedCalls:
     @property
     def markers(self) -> tuple[str, ...]:
         """Texts that open, part and close."""
-        texts = (self.begin, self.call_begin, self.separator, *self.call_end, self.end)
+        head = (*self.head_markers, self.separator)
+        texts = (self.begin, self.call_begin, *head, *self.call_end, self.end)
         return tuple(filter(None, texts))
 
 

@@ -162,16 +162,17 @@ class _Writer:
             if shape.value_open:
                 opening += shape.padding + shape.value_open
             line = "\n" if shape.value_lines else ""
-            value = self._value(name, properties.get(key), key, schema, line + shape.value_close)
+            value = self._value(name, properties.get(key), key, schema, (line, shape.value_close))
             self._rule(name, self._text(opening + line), value, self._text(shape.padding))
             references.append(name if key in required else f"{name}?")
         return references
 
     def _value(
-        self, name: str, schema: Any, key: str, root: Mapping[str, Any], closing: str
+        self, name: str, schema: Any, key: str, root: Mapping[str, Any], closing: tuple[str, str]
     ) -> str:
         """Returns what stands for a value and the tag that closes it."""
-        end = self._text(closing)
+        line, tag = closing
+        end = self._text(line + tag)
         if parameter_types(root, key) != STRING:
             definitions = {word: root[word] for word in ("$defs", "definitions") if word in root}
             schema = schema if isinstance(schema, Mapping) else {}
@@ -179,10 +180,10 @@ class _Writer:
         choices = _choices(schema, root)
         if choices is not None:
             return f"({' | '.join(self._text(choice) or '""' for choice in choices)}) {end}"
-        if any(text in closing for text in self._ids):
-            return f"/(?s:.*)/ {end}"
+        if tag in self._ids:
+            return f"/(?s:.*){_pattern(line)}/ {self._text(tag)}"
         # Lazy: the value ends with the first closing tag.
-        self.rules.append(f"{name}_text[lazy]: /(?s:.*){_pattern(closing)}/")
+        self.rules.append(f"{name}_text[lazy]: /(?s:.*){_pattern(line + tag)}/")
         return f"{name}_text"
 
     def _rule(self, name: str, *pieces: str) -> None:
