@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
-from functools import lru_cache
-from typing import Any
 
 from jaxserve.frontend.parsing.formats import CallShape, JsonCalls, NamedCalls, TaggedCalls
 from jaxserve.frontend.parsing.json_scanner import (
@@ -23,23 +21,24 @@ from jaxserve.frontend.parsing.json_scanner import (
     NotJsonError,
     Place,
 )
-from jaxserve.frontend.parsing.parts import PartList, ToolCallArguments
+from jaxserve.frontend.parsing.parts import PartList
+from jaxserve.frontend.parsing.reading import (
+    MAX_HELD_CHARS,
+    MAX_NAME_CHARS,
+    NotACallError,
+    Reader,
+    Reading,
+    Tools,
+    automaton,
+)
 from jaxserve.frontend.parsing.values import STRING, json_string, parameter_types, typed_json
-from jaxserve.frontend.text import StopAutomaton
 
-MAX_NAME_CHARS = 256
-"""Names of tools and parameters, with what stands around these. APIs allow 64."""
-MAX_HELD_CHARS = 262_144
-"""Arguments in front of their name and values that are no strings are held; these bound that."""
 NAME = re.compile(r'[^\s<>\[\]{}"]+')
 """What can be a name where none are given and no quotes stand around it."""
 
-type Reader[T] = Generator[None, str, T]
-type Tools = Mapping[str, Mapping[str, Any] | None]
-
-
-class NotACallError(ValueError):
-    """The last character makes this no tool call, or ends it. Never leaves the parser."""
+BARE_KEYS = ("type", "id")
+"""First keys of a call without a marker, beside name and arguments. Other objects are answers in
+JSON, which are not to be held up to their end."""
 
 
 class Progress(Enum):
@@ -52,7 +51,7 @@ class Progress(Enum):
     """It does not belong to the calls and was not taken."""
 
 
-class CallReader:
+class CallReader(Reading):
     """Reads the calls behind one opening marker."""
 
     def __init__(
@@ -66,11 +65,8 @@ class CallReader:
             tools: schemas by name; empty allows every name.
             parts: is written to.
         """
-        self.held: list[str] = list(opening)
-        """Characters that are not accounted for in the parts."""
+        super().__init__(opening, tools, parts)
         self._bare = not opening
-        self._tools = tools
-        self._parts = parts
         self._steps = self._read(shapes)
         next(self._steps)
 
@@ -135,7 +131,7 @@ class CallReader:
         """
         scanner = JsonScanner()
         scanner.push("{")
-        members = _Members(shape)
+        members = _Members(shape, bare=self._bare)
         ended = False
         while scanner.depth:
             char = yield
@@ -271,72 +267,16 @@ class CallReader:
             json_string(text) + '"' if streams else typed_json("".join([*whole, text]), types)
         )
 
-    # What the shapes share.
-
-    def _check(self, name: str) -> None:
-        if not name or len(name) > MAX_NAME_CHARS or (self._tools and name not in self._tools):
-            raise NotACallError
-
-    def _start(self, name: str) -> None:
-        self._parts.start_call(name)
-        self.held.clear()
-
-    def _argument(self, text: str) -> None:
-        """Writes a piece of the arguments, which accounts for all that was read."""
-        self._parts.write(ToolCallArguments, text)
-        self.held.clear()
-
-    def _whole_call(self, name: str, arguments: str) -> None:
-        self._start(name)
-        self._argument(arguments)
-        self._parts.end_call()
-
-    def _arguments(self, scanner: JsonScanner, *, depth: int = 1) -> Reader[None]:
-        """Passes on a JSON object behind its brace, until it is only ``depth`` deep again."""
-        self._argument("{")
-        while scanner.depth > depth:
-            char = yield
-            scanner.push(char)
-            self._argument(char)
-        self._parts.end_call()
-
-    def _skip_space(self) -> Reader[str]:
-        while True:
-            char = yield
-            if char not in SPACE:
-                return char
-
-    def _choice(self, options: tuple[str, ...], text: str = "") -> Reader[str]:
-        """Reads one of some texts, behind white space; ``text`` of it has been read."""
-        text = text or (yield from self._skip_space())
-        while text not in options:
-            if not any(option.startswith(text) for option in options):
-                raise NotACallError
-            text += yield
-        return text
-
-    def _until(self, ends: tuple[str, ...], text: str = "") -> Reader[tuple[str, str]]:
-        """Reads a short text and what ends it; ``text`` of it has been read."""
-        states = automaton(ends)
-        state = 0
-        for char in text:
-            state = states.step(state, char)
-        while not states.found[state]:
-            if len(text) - states.depth[state] > MAX_NAME_CHARS:
-                raise NotACallError
-            char = yield
-            state = states.step(state, char)
-            text += char
-        length = len(text) - states.found[state]
-        return text[:length], text[length:]
-
 
 class _Members:
     """Follows the members of a call's object until name and arguments are found."""
 
-    def __init__(self, shape: JsonCalls) -> None:
+    def __init__(self, shape: JsonCalls, *, bare: bool) -> None:
         self._name_key = shape.name_key
         self._argument_keys = shape.argument_keys
+        known = (shape.name_key, *shape.argument_keys, *BARE_KEYS)
+        self._first_keys = known if bare else ()
+        """What the first key has to be one of, if anything."""
         self._key = ""
         self._word: list[str] | None = None
         """Characters of the string that is being read, where it matters."""
@@ -374,12 +314,8 @@ class _Members:
             word = json.loads("".join(self._word or ()))
             self._word = None
             if after is Place.COLON:
+                if not self._key and self._first_keys and word not in self._first_keys:
+                    raise NotACallError
                 self._key = word
             elif self.name is None:
                 self.name = word
-
-
-@lru_cache(maxsize=64)
-def automaton(texts: tuple[str, ...]) -> StopAutomaton:
-    """Returns what finds any of some texts; shared, and never written once built."""
-    return StopAutomaton(texts)

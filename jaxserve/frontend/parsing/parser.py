@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Any
 
-from jaxserve.frontend.parsing.calls import CallReader, Progress, automaton
+from jaxserve.frontend.parsing.calls import CallReader, Progress
 from jaxserve.frontend.parsing.formats import AnswerFormat, CallShape, JsonCalls
 from jaxserve.frontend.parsing.json_scanner import SPACE
 from jaxserve.frontend.parsing.parts import Content, Part, PartList, Reasoning
+from jaxserve.frontend.parsing.reading import automaton
 
 
 class _Since(Enum):

@@ -36,7 +36,7 @@ def typed_json(text: str, types: frozenset[str]) -> str:
     value = text.strip()
     if types != STRING:
         value = PYTHON_WORDS.get(value, value)
-        if is_json(value) and (not types or types & _types_of(json.loads(value))):
+        if is_json(value) and (not types or types & _types_of_json(value)):
             return value
     return f'"{json_string(text)}"'
 
@@ -71,6 +71,22 @@ def resolve(reference: str, root: Mapping[str, Any]) -> Any:
     for step in reference.removeprefix("#/").split("/"):
         found = found.get(step) if isinstance(found, Mapping) else None
     return found
+
+
+def _types_of_json(text: str) -> frozenset[str]:
+    """Finds the types of a JSON text, by how it begins: a number may be too long to be made."""
+    match text[0]:
+        case '"':
+            return STRING
+        case "{":
+            return frozenset({"object"})
+        case "[":
+            return frozenset({"array"})
+        case "t" | "f":
+            return frozenset({"boolean"})
+        case "n":
+            return frozenset({"null"})
+    return _types_of(float(text)) if {"e", "E", "."} & set(text) else _types_of(0)
 
 
 def _types_of(value: Any) -> frozenset[str]:

@@ -21,8 +21,8 @@ from jaxserve.frontend.parsing import (
     ToolCallStarted,
     calls,
 )
-from jaxserve.frontend.parsing.calls import MAX_NAME_CHARS
 from jaxserve.frontend.parsing.json_scanner import MAX_DEPTH
+from jaxserve.frontend.parsing.reading import MAX_NAME_CHARS
 from tests.frontend.parsing.golden import call, joined, mark, read
 
 MARKERS = [marker for format in FORMATS.values() for marker in format.markers]
@@ -85,6 +85,7 @@ def test_with_all_parsing_off_everything_is_content(pieces: list[str], family: s
         ("hermes", '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
         ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call>'),
         ("hermes", '<tool_call>{"name" "f"}</tool_call>'),
         ("hermes", "a < b <tool <tool_cal"),
@@ -157,6 +158,13 @@ def test_content_is_held_only_while_it_could_become_a_marker() -> None:
     ]
 
 
+def test_an_answer_in_json_is_not_held_to_its_end() -> None:
+    parser = AnswerParser(FORMATS["llama3"])
+    assert parser.push('{"answer"') == [Content('{"answer"')]
+    parser = AnswerParser(FORMATS["llama3"])
+    assert parser.push('{"type": "function", "name": "f", "parameters": {}') == call("f", "{}")
+
+
 def test_arguments_are_streamed_as_they_arrive() -> None:
     parser = AnswerParser(FORMATS["hermes"])
     assert parser.push('<tool_call>{"name": "f", ') == []
@@ -221,6 +229,16 @@ def test_an_unfinished_call_keeps_what_was_given(text: str, given: str | None, r
     if given is not None:
         expected = [ToolCallStarted(0, "f"), ToolCallArguments(0, given)]
     assert parse("hermes", text) == expected + ([Content(rest)] if rest else [])
+
+
+def test_arguments_that_are_too_deep_break_their_call() -> None:
+    text = "[TOOL_CALLS]f[ARGS]" + '{"a":' * (MAX_DEPTH + 1)
+    given = '{"a":' * MAX_DEPTH
+    assert parse("mistral", text) == [
+        ToolCallStarted(0, "f"),
+        ToolCallArguments(0, given),
+        Content('{"a":'),
+    ]
 
 
 def test_an_unfinished_value_between_tags_comes_back() -> None:

@@ -79,10 +79,19 @@ def test_a_schema_without_properties_allows_any_type() -> None:
         ("NaN", ["number"], "NaN"),
         ("", ["integer"], ""),
         (" x ", [], " x "),
+        ("1e999", ["integer"], "1e999"),
+        ("-1.5E1", ["integer"], -15.0),
+        ('"5"', ["string", "null"], "5"),
+        ("false", ["boolean"], False),
     ],
 )
 def test_text_becomes_json_by_its_types(text: str, types: list[str], value: Any) -> None:
     assert json.loads(typed_json(text, frozenset(types))) == value
+
+
+def test_a_number_of_any_length_is_a_number() -> None:
+    """Python refuses to make integers of more than 4300 digits."""
+    assert typed_json("1" * 5000, frozenset({"integer"})) == "1" * 5000
 
 
 @given(pieces=st.lists(st.text()))
