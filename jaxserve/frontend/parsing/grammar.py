@@ -54,7 +54,9 @@ def tool_grammar(
         format: of the model.
         tools: those that may be called; at least one.
         parallel: up to ``MAX_CALLS`` calls instead of exactly one.
-        special_tokens: ids by text; markers among these are written as the token.
+        special_tokens: ids of added tokens by text; markers among these are written as the token.
+            All that the tokenizer has belong here, whether marked as special or not: llguidance
+            takes most of both for special, and does not allow these where letters are asked for.
 
     Raises:
         InvalidRequestError: the format has no tool calls, or there are no tools.

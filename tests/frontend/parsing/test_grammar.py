@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.parsing import (
@@ -215,6 +216,28 @@ def test_markers_that_are_special_are_written_as_tokens(
     assert not special.allows(
         tool_grammar(FORMATS[family], TOOLS, parallel=True), write(family, PARIS, NOW)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "end"),
+    [
+        ("qwen3", "hermes", "<|im_end|>"),
+        ("qwen3", "qwen3_coder", "<|im_end|>"),
+        ("mistral_nemo", "mistral_list", "</s>"),
+        ("llama3_1", "llama3", "<|eot_id|>"),
+    ],
+)
+def test_a_family_is_written_in_the_tokens_of_its_models(
+    name: str, family: str, end: str, assets: Callable[[str], Path]
+) -> None:
+    fast = FastTokenizer.from_file(str(assets("tokenizers") / name / "tokenizer.json"))
+    ids = {token.content: number for number, token in fast.get_added_tokens_decoder().items()}
+    guide = LLTokenizer(fast.to_str(), eos_token=ids[end])
+    grammar = tool_grammar(FORMATS[family], TOOLS, parallel=True, special_tokens=ids)
+    matcher = LLMatcher(guide, grammar)
+    tokens = fast.encode(write(family, PARIS, NOW), add_special_tokens=False).ids
+    assert matcher.try_consume_tokens(tokens) == len(tokens), matcher.get_error()
+    assert matcher.is_accepting()
 
 
 @pytest.mark.parametrize("family", ["plain", "thinking", "gemma4"])

@@ -123,6 +123,12 @@ def test_a_call_may_follow_what_looked_like_one() -> None:
     assert parse("hermes", text) == [Content("<tool_call>"), *call("f", "{}")]
 
 
+def test_a_marker_may_begin_in_what_looked_like_one() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert parse("hermes", f"<{text}") == [Content("<"), *call("f", "{}")]
+    assert parse("hermes", f"a<tool_{text}") == [Content("a<tool_"), *call("f", "{}")]
+
+
 def test_limits_turn_calls_into_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "MAX_HELD_CHARS", 1000)
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
@@ -248,6 +254,13 @@ def test_an_unfinished_value_between_tags_comes_back() -> None:
         ToolCallStarted(0, "f"),
         ToolCallArguments(0, '{"n": '),
         Content("\n12"),
+    ]
+    tools = {"f": {"properties": {"a": {"type": "string"}}}}
+    text = "<tool_call>\n<function=f>\n<parameter=a>\nx\n\n</para"
+    assert parse("qwen3_coder", text, tools=tools) == [
+        ToolCallStarted(0, "f"),
+        ToolCallArguments(0, '{"a": "x\\n'),
+        Content("\n</para"),
     ]
 
 
