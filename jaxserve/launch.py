@@ -40,6 +40,7 @@ from jaxserve.frontend.byte_tokenizer import byte_tokenizer
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grammar_compiler import GrammarCompiler
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.parsing import choose_format
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.late import LatePrograms
@@ -212,7 +213,8 @@ def build(
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
     grammars = GrammarCompiler(tokenizer, vocab_size=plan.model.vocab_size)
-    text_engine = TextEngine(engine, tokenizer, template, grammars)
+    answer_format = choose_format(template.text if template else None, plan.name)
+    text_engine = TextEngine(engine, tokenizer, template, grammars, answer_format)
     return Service(
         config, plan, engine, runner, text_engine, info, source, ready_seconds, group, beside, late
     )

@@ -7,7 +7,7 @@ outputs of ``generation.py``, one list for each time that the engine has somethi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import TypeVar
@@ -64,7 +64,7 @@ class Door:
                 raise output.error
         return outputs
 
-    async def outputs(self, streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, Output]]:
+    async def outputs(self, streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, Output]]:
         """Yields (place of the stream, output) of several requests until all have finished.
 
         Ends the others when one fails, or when it is closed itself.
@@ -83,7 +83,7 @@ class Door:
             for stream in streams:
                 stream.close()
 
-    async def _merged(self, streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, Output]]:
+    async def _merged(self, streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, Output]]:
         ready: asyncio.Queue[tuple[int, Sequence[Output] | BaseException]] = asyncio.Queue()
 
         async def read(place: int, stream: TextStream) -> None:

@@ -31,6 +31,7 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.engine_api import EngineApi
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.grammar_compiler import CompiledGrammar, GrammarCompiler
+from jaxserve.frontend.parsing import PLAIN, AnswerFormat
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.frontend.text import TextAssembler
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -129,10 +130,18 @@ class TextEngine:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         grammars: GrammarCompiler | None = None,
+        answer_format: AnswerFormat = PLAIN,
     ) -> None:
-        """Keeps all four; none is closed here. Without a template chat is refused, and without a
-        compiler whatever has a grammar.
+        """Keeps them all; none is closed here.
+
+        Args:
+            engine: computes.
+            tokenizer: of the model.
+            template: None refuses chats.
+            grammars: None refuses whatever has a grammar.
+            answer_format: how the model writes reasoning and tool calls, for doors that split them.
         """
+        self.answer_format = answer_format
         self.grammars = grammars
         self.engine = engine
         self.tokenizer = tokenizer

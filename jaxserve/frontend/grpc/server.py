@@ -19,6 +19,7 @@ from threading import Thread
 import grpc
 
 from jaxserve.errors import DrainingError, LaunchError
+from jaxserve.frontend.door import Door
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.grpc.config import ServerConfig
@@ -26,6 +27,8 @@ from jaxserve.frontend.grpc.decoding import RequestDecoding
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection
 from jaxserve.frontend.grpc.model_servicer import AdminServicer, ModelServicer
 from jaxserve.frontend.grpc.servicer import GenerationServicer
+from jaxserve.frontend.http.config import HttpConfig
+from jaxserve.frontend.http.server import HttpServer
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
@@ -36,8 +39,21 @@ CLOSE_S = 2.0
 class Server:
     """One port, one model. Created, started and stopped on one event loop."""
 
-    def __init__(self, text: TextEngine, info: ModelInfo, config: ServerConfig) -> None:
-        """Assembles the services; no port is open yet. Needs a running event loop."""
+    def __init__(
+        self,
+        text: TextEngine,
+        info: ModelInfo,
+        config: ServerConfig,
+        http: HttpConfig | None = None,
+    ) -> None:
+        """Assembles the services; no port is open yet. Needs a running event loop.
+
+        Args:
+            text: what is served.
+            info: its facts.
+            config: of the gRPC door.
+            http: of the HTTP door; None opens none.
+        """
         self.config = config
         self._engine = text.engine
         self._calls = OpenCalls(stall_timeout_s=config.stall_timeout_s)
@@ -54,6 +70,11 @@ class Server:
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(text.engine, info, self._calls), self._server
         )
+        self._http: HttpServer | None = None
+        if http is not None:
+            self._http = HttpServer(Door(text, info, self._calls, self._executor), http)
+        self.http_address: str | None = None
+        """Where HTTP is served, once it is."""
         self._health.add_to(self._server)
         if config.is_local:
             # Strangers must not drain the server or look around; there are no keys to tell them by.
@@ -75,6 +96,13 @@ class Server:
             self._executor.shutdown()
             problem = port_problem(config) or _cannot_listen(config, "gRPC gives no reason")
             raise LaunchError(problem) from None
+        try:
+            if self._http is not None:
+                self.http_address = await self._http.start()
+        except LaunchError:
+            self._executor.shutdown()
+            await self._server.stop(0)
+            raise
         await self._server.start()
         await self._health.refresh()
         self._tasks = [
@@ -106,15 +134,25 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.stop(0)
+        if self._http is not None:
+            await self._http.stop()
         self._executor.shutdown()
 
 
 class ServerThread:
     """A server with a thread and an event loop of its own; for processes that do other things."""
 
-    def __init__(self, text: TextEngine, info: ModelInfo, config: ServerConfig) -> None:
-        """Prepares the thread; nothing runs yet."""
-        self._parts = (text, info, config)
+    def __init__(
+        self,
+        text: TextEngine,
+        info: ModelInfo,
+        config: ServerConfig,
+        http: HttpConfig | None = None,
+    ) -> None:
+        """Prepares the thread; nothing runs yet. Arguments as of ``Server``."""
+        self._parts = (text, info, config, http)
+        self.http_address: str | None = None
+        """Where HTTP is served, once it is."""
         self._started: Future[str] = Future()
         self._stop: asyncio.Future[float | None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -156,6 +194,7 @@ class ServerThread:
         except BaseException as error:  # Handed to the thread that called start.
             self._started.set_exception(error)
             return
+        self.http_address = server.http_address
         self._started.set_result(address)
         await server.stop(await self._stop)
 

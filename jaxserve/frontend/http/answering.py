@@ -106,7 +106,9 @@ class EventStream(Response):
             "x-accel-buffering": "no",  # nginx would gather what is to be read at once.
             "x-request-id": self._request_id,
         }
-        raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        raw = [
+            (name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()
+        ]
         return {"type": "http.response.start", "status": 200, "headers": raw}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.engine.request import MAX_LOGPROBS
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.generation import (
@@ -81,9 +81,13 @@ def asked_from(request: CompletionRequest, request_id: str) -> Asked:
     """
     request.refuse_what_changes_answers()
     refuse("suffix", request.suffix, (None, ""), "put the whole text into prompt")
-    refuse("best_of", request.best_of, (None, request.n or 1), "it has to be n; answers are not ranked")
+    refuse(
+        "best_of", request.best_of, (None, request.n or 1), "it has to be n; answers are not ranked"
+    )
     if request.add_special_tokens is False:
-        refuse("add_special_tokens", False, (None, True), "send token ids, which are used as they are")
+        refuse(
+            "add_special_tokens", False, (None, True), "send token ids, which are used as they are"
+        )
     logprobs, echo = request.logprobs, bool(request.echo)
     scores_only = request.max_tokens == 0
     if scores_only and not echo:
@@ -97,8 +101,6 @@ def asked_from(request: CompletionRequest, request_id: str) -> Asked:
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs if not echo or logprobs is None else logprobs,
     )
-    if logprobs is not None and logprobs > MAX_LOGPROBS:
-        sampling.validate(vocab_size=2**31)  # Says which limit it is.
     call = GenerationCall(
         sampling=sampling,
         echo=echo,
@@ -219,14 +221,9 @@ class Completion:
         door.info.check_name(self._request.model)
         asked = asked_from(self._request, self._head["id"])
         built = [await door.build(call) for call in asked.calls]
-        streams: list[TextStream] = []
-        try:
-            for each in built:
-                streams.append(door.open(each))
-        except Exception:
-            for stream in streams:
-                stream.close()
-            raise
+        with ExitStack() as undo:
+            streams = [undo.enter_context(closing(door.open(each))) for each in built]
+            undo.pop_all()  # From here on ``Door.outputs`` closes them.
         return asked, streams
 
     def _chunk(

@@ -23,7 +23,7 @@ class HttpConfig:
     addresses its own names, so that no page of another site can ask by a name of its making
     (DNS rebinding); elsewhere any."""
     max_body_bytes: int = 4 * 1024 * 1024
-    """Largest request. Too small refuses long prompts; too large lets one client fill the memory."""
+    """Largest request. Too small refuses long prompts; too large lets a client fill the memory."""
     max_connections: int = 1024
     """More are answered with 503. Too small starves clients; too large uses up descriptors."""
     receive_timeout_s: float = 30.0

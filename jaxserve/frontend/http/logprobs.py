@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two forms: a list of objects for chats, parallel lists otherwise."""
+"""Log-probabilities in OpenAI's two forms: objects for chats, parallel lists for completions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CompletionLogprobs:
         return taken
 
     def _alternatives(self, token: int, entry: TokenLogprobs) -> dict[str, float]:
-        """By text; of equal texts the likeliest. The token itself is among them, as OpenAI has it."""
+        """By text, of equal texts the likeliest; the token itself is among them, as with OpenAI."""
         pairs = [*zip(entry.top_ids[: self._top], entry.top_logprobs, strict=False)]
         found: dict[str, float] = {}
         for other, value in (*pairs, (token, entry.logprob)):

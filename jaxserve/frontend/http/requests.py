@@ -125,7 +125,9 @@ class GenerationRequest(StrictModel):
         """
         given = {
             name: value
-            for name, value in self.model_dump(include=_SAMPLING_NAMES & set(type(self).model_fields)).items()
+            for name, value in self.model_dump(
+                include=_SAMPLING_NAMES & set(type(self).model_fields)
+            ).items()
             if value is not None
         }
         given.pop("logprobs", None)
@@ -236,12 +238,11 @@ def refuse(name: str, value: object, allowed: Sequence[object], why: str) -> Non
         raise InvalidRequestError(f"{name} is {shown}, which is not offered: {why}", field=name)
 
 
-def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict[str, Any]:
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     """Token counts as OpenAI has them."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }

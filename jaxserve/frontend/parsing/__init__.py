@@ -4,7 +4,7 @@
 ``tool_grammar`` makes the model write it. Nothing here knows of tokens, requests or protocols.
 """
 
-from jaxserve.frontend.parsing.families import FORMATS, choose_format
+from jaxserve.frontend.parsing.families import FORMATS, PLAIN, choose_format
 from jaxserve.frontend.parsing.formats import AnswerFormat, JsonCalls, NamedCalls, TaggedCalls
 from jaxserve.frontend.parsing.grammar import Tool, tool_grammar
 from jaxserve.frontend.parsing.parser import AnswerParser
@@ -19,6 +19,7 @@ from jaxserve.frontend.parsing.parts import (
 
 __all__ = [
     "FORMATS",
+    "PLAIN",
     "AnswerFormat",
     "AnswerParser",
     "Content",
