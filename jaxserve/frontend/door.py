@@ -52,29 +52,24 @@ class Door:
         return self.text.open(request, echo_text, self._waker)
 
     async def next(self, stream: TextStream) -> Sequence[Output]:
-        """Waits for the engine and returns all that has become ready meanwhile.
-
-        Raises:
-            JaxserveError: what a choice failed with; the whole request then ends with it.
-        """
+        """Waits for the engine and returns all that has become ready meanwhile."""
         await self._waker.wait(stream.stream)
-        outputs = stream.feed(stream.stream.take())
-        for output in outputs:
-            if type(output) is Finished and output.error is not None:
-                raise output.error
-        return outputs
+        return stream.feed(stream.stream.take())
 
     async def outputs(self, streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, Output]]:
         """Yields (place of the stream, output) of several requests until all have finished.
 
-        Ends the others when one fails, or when it is closed itself.
+        Ends all of them when a choice of one fails, or when it is closed itself.
+
+        Raises:
+            JaxserveError: what a choice failed with, behind all that came before.
         """
         try:
             if len(streams) == 1:
                 stream = streams[0]
                 while not stream.finished:
                     for output in await self.next(stream):
-                        yield 0, output
+                        yield 0, _sound(output)
                 return
             async with aclosing(self._merged(streams)) as merged:
                 async for item in merged:
@@ -100,7 +95,7 @@ class Door:
                 if isinstance(outputs, BaseException):
                     raise outputs
                 for output in outputs:
-                    yield place, output
+                    yield place, _sound(output)
         finally:
             for task in tasks:
                 task.cancel()
@@ -122,3 +117,10 @@ class Door:
         if is_short and call.grammar is None:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _sound(output: Output) -> Output:
+    """Raises what a choice failed with; the whole request then ends with it."""
+    if type(output) is Finished and output.error is not None:
+        raise output.error
+    return output
