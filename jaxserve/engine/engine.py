@@ -158,6 +158,7 @@ class Engine:
             vocab_size=limits.vocab_size,
             context_tokens=limits.context_tokens,
             prompt_logprobs=limits.prompt_logprobs,
+            embeddings=limits.embeddings,
         )
         self._check_stops(request.sampling)
         now = self._clock()

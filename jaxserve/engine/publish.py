@@ -7,6 +7,7 @@ positions to the scheduler, and collects the streams that have to be woken. Engi
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import numpy as np
 from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import (
     MAX_LOGPROBS,
+    EmbeddingEvent,
     Event,
     FinishedEvent,
     FinishReason,
@@ -25,7 +27,7 @@ from jaxserve.engine.request import (
 )
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
-from jaxserve.engine.step import NO_TOKEN_LEFT, ProgramCall
+from jaxserve.engine.step import NO_TOKEN_LEFT, POISONED_TOKEN, ProgramCall
 from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import RequestFailedError
 
@@ -39,8 +41,8 @@ class StepResult:
     rows: np.ndarray
     """int32 [all_rows, RESULT_COLUMNS]: the newest sample of every device row of all shards."""
     scores: list[np.ndarray | None]
-    """Per program call: None, or int32 [data_shards, T, RESULT_COLUMNS], the token after each
-    place of the shard's prompt."""
+    """Per program call: None; of ``score`` int32 [data_shards, T, RESULT_COLUMNS], the token after
+    each place of the shard's prompt; of ``embed`` float32 [data_shards, lines, D]."""
 
 
 @runtime_checkable
@@ -73,7 +75,9 @@ class Publisher:
         for call, scores in zip(calls, result.scores, strict=True):
             if scores is not None:
                 for own, shard_scores in zip(call.chunks, scores, strict=True):
-                    if own:
+                    if call.kind == "embed":
+                        self._embed(own, shard_scores, now)
+                    elif own:
                         self._collect_scores(own[0], shard_scores)
         for chunk in plan.chunks:
             if not chunk.sequence.done:
@@ -95,7 +99,27 @@ class Publisher:
             if sequence.row == chunk.row:
                 self._scheduler.commit(sequence, end)
             return
+        if live.request.embed:
+            if sequence.row == chunk.row:
+                self._scheduler.commit(sequence, end)
+            self.finish(sequence, FinishReason.STOP, now)
+            return
         self._publish_token(sequence, chunk.row, end, token, result, now)
+
+    def _embed(self, chunks: list[Chunk], hidden: np.ndarray, now: float) -> None:
+        """Delivers what prompts mean whose last token a call has computed."""
+        for chunk, line in zip(chunks, hidden, strict=False):
+            sequence = chunk.sequence
+            if not chunk.last or sequence.done:
+                continue
+            if not sequence.live.started:
+                self._start(sequence)
+            length = math.sqrt(float(np.square(line, dtype=np.float64).sum()))
+            if not math.isfinite(length) or not length:
+                self._fail(sequence, POISONED_TOKEN, now)
+                continue
+            vector = tuple((line / np.float32(length)).tolist())
+            self.put(sequence.live.stream, EmbeddingEvent(vector))
 
     def _start(self, sequence: LiveSequence) -> None:
         live = sequence.live

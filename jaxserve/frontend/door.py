@@ -9,12 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, closing
 from typing import TypeVar
 
 from jaxserve.engine.request import Request
 from jaxserve.engine.stream import AsyncWaker
-from jaxserve.frontend.generation import Finished, GenerationCall, Output, TextEngine, TextStream
+from jaxserve.frontend.generation import (
+    Finished,
+    GenerationCall,
+    Output,
+    TextEngine,
+    TextStream,
+    find_embedding,
+)
 from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.model_info import ModelInfo
 
@@ -100,6 +107,26 @@ class Door:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def embed(self, built: Sequence[tuple[Request, str | None]]) -> list[Sequence[float]]:
+        """Returns what prompts mean, which ``build`` has made of calls with ``embed``.
+
+        Raises:
+            JaxserveError: one was refused, or failed; the others are given up.
+        """
+        with ExitStack() as open_streams:
+            streams = [
+                open_streams.enter_context(closing(self.text.engine.submit(request, self._waker)))
+                for request, _ in built
+            ]
+            vectors: list[Sequence[float]] = []
+            for stream in streams:
+                found = None
+                while found is None:
+                    await self._waker.wait(stream)
+                    found = find_embedding(stream.take())
+                vectors.append(found.vector)
+        return vectors
 
     async def encode(self, call: GenerationCall, *, add_special_tokens: bool) -> Sequence[int]:
         """Returns the tokens of a prompt.

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from jaxserve.engine.stream import AsyncWaker
 from jaxserve.errors import InvalidRequestError
+from jaxserve.frontend.door import Door
 from jaxserve.frontend.generation import (
     Finished,
     GenerationCall,
@@ -50,6 +51,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._info = info
         self._executor = executor
         self._waker = AsyncWaker(asyncio.get_running_loop())
+        self._door = Door(text, info, calls, executor)
 
     @answered
     async def Generate(self, request: pb.GenerateRequest, context: Context, call: OpenCall) -> None:
@@ -99,6 +101,24 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             stream.close()  # The one token that the engine would go on to make is of no use.
         return convert.score_response(
             built.prompt, started, self._text.tokenizer, self._info.model_digest
+        )
+
+    @answered
+    async def Embed(
+        self, request: pb.EmbedRequest, context: Context, call: OpenCall
+    ) -> pb.EmbedResponse:
+        """Returns what texts mean."""
+        self._info.check_name(request.model)
+        asked = convert.calls_from_embed(request, call.request_id, deadline_of(context))
+        door = self._door
+        built = [await door.build(each) for each in asked]
+        vectors = await door.embed(built)
+        return pb.EmbedResponse(
+            embeddings=[
+                pb.Embedding(values=vector, prompt_tokens=len(made.prompt))
+                for vector, (made, _) in zip(vectors, built, strict=True)
+            ],
+            model_digest=self._info.model_digest,
         )
 
     @answered

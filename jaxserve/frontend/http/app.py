@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.frontend.chats import ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.http import chat, completions, system
+from jaxserve.frontend.http import chat, completions, embeddings, system
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.errors import refusal, response_of
 
@@ -37,7 +37,12 @@ def make_app(door: Door, config: HttpConfig) -> ASGIApp:
         separate_input_output_schemas=False,
     )
     chats = ChatEngine(door.text)
-    for routes in (chat.routes(door, chats), completions.routes(door), system.routes(door, chats)):
+    for routes in (
+        chat.routes(door, chats),
+        completions.routes(door),
+        embeddings.routes(door),
+        system.routes(door, chats),
+    ):
         app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

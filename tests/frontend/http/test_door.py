@@ -189,7 +189,7 @@ def test_a_value_that_cannot_be_used_is_named(
         ("/v1/completions", {"prompt": []}, "prompt", "prompt is empty"),
         ("/v1/completions", {"prompt": [[]]}, "prompt", "prompt is empty"),
         ("/v1/completions", {"prompt": [300]}, "token_ids", "token id 300"),
-        ("/v1/completions", {"prompt": ["a"] * 257}, "prompt", "257 entries"),
+        ("/v1/completions", {"prompt": ["a"] * 257}, "prompt", "257 prompts"),
         ("/v1/completions", {**TEXT, "suffix": "x"}, "suffix", "not offered"),
         ("/v1/completions", {**TEXT, "best_of": 2}, "best_of", "not offered"),
         ("/v1/completions", {**TEXT, "max_tokens": 0}, "max_tokens", "asks for nothing"),
