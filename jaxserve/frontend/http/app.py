@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.frontend.chats import ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.http import chat, completions, embeddings, system
+from jaxserve.frontend.http import chat, completions, embeddings, responses, system
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.errors import refusal, response_of
 
@@ -40,6 +40,7 @@ def make_app(door: Door, config: HttpConfig) -> ASGIApp:
     for routes in (
         chat.routes(door, chats),
         completions.routes(door),
+        responses.routes(door, chats),
         embeddings.routes(door),
         system.routes(door, chats),
     ):
