@@ -176,6 +176,10 @@ prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a sm
 	$(ONE_DEVICE) JAXSERVE_STORM_MODEL=smollm2 JAXSERVE_STORM_OUTPUT_TOKENS=32 \
 	    $(PYTEST) tests/storm -m slow -s $(ARGS)
 
+.PHONY: prove-fuzz
+prove-fuzz: $(STAMP) ## 20,000 random requests over HTTP: no 5xx, no hang, nothing left behind
+	JAXSERVE_FUZZ_CASES=20000 $(PYTEST) tests/frontend/http/test_fuzz.py -s $(ARGS)
+
 .PHONY: prove-simulator
 prove-simulator: $(STAMP) ## A million simulated steps under faults keep every invariant
 	$(PYTEST) tests/simulator -m prove -s $(ARGS)
