@@ -66,6 +66,16 @@ class GenerationCall:
     """What the answer has to be."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is made of the answer's tokens."""
+
+    text: bool = True
+    """False for doors that hand on token ids: nothing is detokenised but to find stop strings."""
+    skip_special_tokens: bool = True
+    """Leave control tokens out of the text, and so out of what stop strings are found in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """The request has its first row; comes once, first."""
@@ -229,14 +239,21 @@ class TextEngine:
         request, echo_text = self.build_request(call)
         return self.open(request, echo_text, waker)
 
-    def open(self, request: Request, echo_text: str | None, waker: Waker) -> TextStream:
+    def open(
+        self,
+        request: Request,
+        echo_text: str | None,
+        waker: Waker,
+        *,
+        reading: Reading | None = None,
+    ) -> TextStream:
         """Submits what ``build_request`` returned; never blocks.
 
         Raises:
             JaxserveError: whatever ``Engine.submit`` raises.
         """
         stream = self.engine.submit(request, waker)
-        return TextStream(stream, request, self.tokenizer, echo_text=echo_text)
+        return TextStream(stream, request, self.tokenizer, echo_text=echo_text, reading=reading)
 
     def _compiled(self, grammar: Grammar) -> CompiledGrammar:
         if self.grammars is None:
@@ -297,6 +314,7 @@ class TextStream:
         tokenizer: Tokenizer,
         *,
         echo_text: str | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """Begins at the first event.
 
@@ -305,16 +323,29 @@ class TextStream:
             request: says how many choices there are and where each ends.
             tokenizer: of the model.
             echo_text: the prompt's text, to be sent first; None sends no prompt.
+            reading: what is made of the tokens; None makes text without control tokens.
         """
+        reading = reading or Reading()
         self.stream = stream
         self._request = request
         self._echo_text = echo_text
         self._tokenizer = tokenizer
         sampling = request.sampling
         self._stop_ids = stop_ids(sampling, tokenizer)
+        # Without text the tokens are read for stop strings alone.
+        self._reads = reading.text or bool(sampling.stop)
         # Text of resumed tokens is with the client; what was held back comes with the next token.
         self._choices = [
-            _Choice(number, assemble(tokenizer, sampling, request.resume), len(request.resume))
+            _Choice(
+                number,
+                assemble(
+                    tokenizer,
+                    sampling,
+                    request.resume,
+                    skip_special_tokens=reading.skip_special_tokens,
+                ),
+                len(request.resume),
+            )
             for number in range(sampling.n)
         ]
         self._open = sampling.n
@@ -405,6 +436,8 @@ class TextStream:
             last = ids.pop()
             if self._request.sampling.include_stop:
                 choice.tail = self._tokenizer.token_text(last)
+        if not self._reads:
+            return "", events
         delta = choice.assembler.push(ids)
         if not delta.stopped:
             return delta.text, events
@@ -459,13 +492,17 @@ def stop_ids(sampling: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def assemble(
-    tokenizer: Tokenizer, sampling: SamplingParams, resume: Sequence[int]
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    resume: Sequence[int],
+    *,
+    skip_special_tokens: bool = True,
 ) -> TextAssembler:
     """Returns the assembler for one choice, behind the tokens that the client already has."""
     return TextAssembler(
         tokenizer,
         stop=sampling.stop,
         include_stop=sampling.include_stop,
-        skip_special_tokens=True,
+        skip_special_tokens=skip_special_tokens,
         context=resume,
     )

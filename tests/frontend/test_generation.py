@@ -31,6 +31,7 @@ from jaxserve.frontend.generation import (
     Delta,
     Finished,
     GenerationCall,
+    Reading,
     Started,
     TextEngine,
     TextStream,
@@ -387,3 +388,28 @@ def test_closing_tells_the_engine_once_and_not_after_the_end(recorder):
     ended.of.close()
 
     assert recorder.closed == ["r"]
+
+
+def test_without_text_tokens_are_read_for_stop_strings_alone(recorder):
+    def stream(sampling: SamplingParams, reading: Reading) -> TextStream:
+        call = GenerationCall(text="p", sampling=sampling)
+        engine = TextEngine(recorder, TOKENIZER, None)
+        request, echo = engine.build_request(call)
+        return engine.open(request, echo, ThreadWaker(), reading=reading)
+
+    bare = stream(SamplingParams(), Reading(text=False))
+    (delta,) = bare.feed(tokens("ab"))
+    assert isinstance(delta, Delta)
+    assert (list(delta.token_ids), delta.text) == (ids("ab"), "")
+    (finished,) = bare.feed([finish(output=2)])
+    assert isinstance(finished, Finished)
+
+    stopping = stream(SamplingParams(stop="b"), Reading(text=False))
+    (delta,) = stopping.feed(tokens("abc"))
+    assert isinstance(delta, Delta)
+    assert list(delta.token_ids) == ids("ab")
+
+    marks = SamplingParams(stop="<|im_end|>", ignore_eos=True)
+    seen = stream(marks, Reading(text=False, skip_special_tokens=False))
+    seen.feed(tokens([5, END, 6]))
+    assert recorder.stops == [0, 0]

@@ -17,15 +17,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
 
 import grpc
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from jaxserve.errors import DrainingError, LaunchError
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.decoding import RequestDecoding
+from jaxserve.frontend.grpc.generating import Generator
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection
 from jaxserve.frontend.grpc.model_servicer import AdminServicer, ModelServicer
 from jaxserve.frontend.grpc.servicer import GenerationServicer
+from jaxserve.frontend.grpc.vllm_servicer import VllmServicer
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
@@ -48,11 +51,15 @@ class Server:
         self._server = grpc.aio.server(
             interceptors=(RequestDecoding(),), options=config.channel_options()
         )
+        generator = Generator(text, self._executor)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(text, info, self._calls, self._executor), self._server
+            GenerationServicer(generator, info, self._calls), self._server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(text.engine, info, self._calls), self._server
+        )
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(
+            VllmServicer(generator, info, self._calls, tells_pages=config.is_local), self._server
         )
         self._health.add_to(self._server)
         if config.is_local:

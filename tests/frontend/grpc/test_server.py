@@ -122,7 +122,10 @@ def test_an_ipv6_address_can_be_listened_on(engine, serving):
 # -- health and reflection -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("service", ["", "jaxserve.v1.GenerationService"])
+FOREIGN = ["vllm.grpc.engine.VllmEngine"]
+
+
+@pytest.mark.parametrize("service", ["", "jaxserve.v1.GenerationService", *FOREIGN])
 def test_health_follows_the_engine_there_and_back(engine, stubs, service):
     changes = watch_health(stubs.channel, service)
     assert next(changes).status == Serving.SERVING
@@ -166,6 +169,7 @@ def test_reflection_lists_services_and_describes_them(stubs, version):
         "jaxserve.v1.ModelService",
         "jaxserve.v1.AdminService",
         "grpc.health.v1.Health",
+        *FOREIGN,
     }
     (file,) = described.file_descriptor_response.file_descriptor_proto
     assert b"GenerateRequest" in file
