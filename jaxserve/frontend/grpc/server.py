@@ -26,10 +26,12 @@ from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.decoding import RequestDecoding
 from jaxserve.frontend.grpc.generating import Generator
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection
+from jaxserve.frontend.grpc.kserve_servicer import KserveServicer
 from jaxserve.frontend.grpc.model_servicer import AdminServicer, ModelServicer
 from jaxserve.frontend.grpc.servicer import GenerationServicer
 from jaxserve.frontend.grpc.vllm_servicer import VllmServicer
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.third_party.triton import grpc_service_pb2_grpc
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 CLOSE_S = 2.0
@@ -60,6 +62,9 @@ class Server:
         )
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(
             VllmServicer(generator, info, self._calls, tells_pages=config.is_local), self._server
+        )
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            KserveServicer(generator, info, self._calls), self._server
         )
         self._health.add_to(self._server)
         if config.is_local:

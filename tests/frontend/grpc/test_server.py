@@ -122,7 +122,7 @@ def test_an_ipv6_address_can_be_listened_on(engine, serving):
 # -- health and reflection -------------------------------------------------------------------------
 
 
-FOREIGN = ["vllm.grpc.engine.VllmEngine"]
+FOREIGN = ["vllm.grpc.engine.VllmEngine", "inference.GRPCInferenceService"]
 
 
 @pytest.mark.parametrize("service", ["", "jaxserve.v1.GenerationService", *FOREIGN])
