@@ -22,9 +22,11 @@ SHARED = "shared/"
 """How the salts of chains begin that more than one request may use; a client's salt follows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredPage:
-    """What is in a page that can be found."""
+    """What is in a page that can be found. Not frozen, because making one is then three times as
+    slow; nobody writes to it.
+    """
 
     digest: bytes
     """Of its tokens and of everything before them."""
@@ -133,7 +135,7 @@ class PrefixCache:
         if digest not in self._page_of:
             assert page not in self._stored, f"page {page} is indexed with other contents"
             self._page_of[digest] = page
-            stored = StoredPage(digest, parent, array("i", tokens), salt)
+            stored = StoredPage(digest, parent, tuple(tokens), salt)
             self._stored[page] = stored
             if self.changes is not None:
                 self.changes.append(stored)

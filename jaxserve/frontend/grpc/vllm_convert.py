@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
-from jaxserve.engine.request import FinishReason, SamplingParams, TokenLogprobs
+from jaxserve.engine.request import SamplingParams, TokenLogprobs
 from jaxserve.errors import InvalidRequestError, RequestCancelledError
 from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Reading, Started
 from jaxserve.frontend.grammar import Grammar
@@ -192,9 +192,8 @@ class AnswerWriter:
         if output.error is not None and not aborted:
             raise output.error
         complete = self._choices.setdefault(output.choice, pb.GenerateComplete())
-        # Of the three that are left, "error" is told by a status, which says more.
+        # "error" is never sent: a status says which.
         complete.finish_reason = "abort" if aborted else output.reason.value
-        assert aborted or output.reason in (FinishReason.STOP, FinishReason.LENGTH)
         complete.prompt_tokens = output.prompt_tokens
         complete.completion_tokens = output.output_tokens
         complete.cached_tokens = output.cached_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import struct
@@ -11,11 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxserve.engine.request import FinishReason, TokenLogprobs
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import InvalidRequestError, RequestFailedError
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.grpc.kserve_convert import read_inference
+from jaxserve.frontend.grpc.kserve_options import ALIASES, READERS
 from jaxserve.third_party.triton import grpc_service_pb2 as pb
 from jaxserve.third_party.triton import grpc_service_pb2_grpc, model_config_pb2
 from jaxserve.v1 import admin_pb2
@@ -280,6 +284,34 @@ def test_tensors_that_cannot_be_used_are_refused_by_name(kserve, request_, text)
     assert caught.value.code() is Code.INVALID_ARGUMENT
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*READERS, *ALIASES, "other"])
+
+
+@given(
+    inputs=st.lists(
+        st.tuples(
+            NAMES,
+            st.sampled_from(["BYTES", "BOOL", "INT32", "UINT64", "FP16", "FP64", "?"]),
+            st.lists(st.integers(-1, 3), max_size=3),
+            st.binary(max_size=12) | st.lists(st.binary(max_size=3)).map(lambda t: packed(*t)),
+        ),
+        max_size=3,
+    ),
+    parameters=st.dictionaries(NAMES, st.dictionaries(NAMES, JSON).map(json.dumps) | st.text()),
+)
+def test_no_request_is_worse_than_refused(inputs, parameters):
+    request = ask(parameters=parameters)
+    for name, datatype, shape, raw in inputs:
+        add(request, name, datatype, raw, tuple(shape))
+    with contextlib.suppress(InvalidRequestError):
+        read(request)
+
+
 # -- one request, one response ---------------------------------------------------------------------
 
 
@@ -489,6 +521,27 @@ def test_a_stream_takes_so_many_requests_at_a_time(engine, kserve, monkeypatch):
     assert len(engine.requests) == 2
     other.call.cancel()
     other.close()
+
+
+def test_a_stream_that_nobody_reads_is_ended_with_all_its_requests(engine, serving):
+    address = serving.start(engine, stall_timeout_s=0.3)
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    channel = serving.stubs(address, narrow).channel
+    deaf = Stream(grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel))
+    for number in range(2):
+        deaf.send(ask(id=str(number), parameters={"stream": True}))
+    loud, quiet = (engine.wait_request(number).request_id for number in range(2))
+    engine.start(loud)
+    letters = [engine.ids("x")[0]] * 60_000
+    while loud in engine.live:
+        engine.give(loud, letters)
+        engine.wait_taken(loud)
+    engine.wait(lambda: {*engine.closed} == {loud, quiet})
+    error = fail(deaf.call)
+
+    assert error.code() is Code.ABORTED
+    assert details(error)[0]["ErrorInfo"].reason == "SLOW_READER"
+    deaf.close()
 
 
 # -- draining --------------------------------------------------------------------------------------

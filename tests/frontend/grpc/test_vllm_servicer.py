@@ -19,7 +19,10 @@ from jaxserve.errors import RequestCancelledError, RequestFailedError
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.grpc import vllm_convert
 from jaxserve.frontend.grpc.tokenizer_bundle import CHUNK_BYTES, bundle_tokenizer
+from jaxserve.frontend.tokenizer import load_tokenizer
+from jaxserve.tokenizer_source import TokenizerSource
 from tests.frontend.grpc.asking import details, fail
+from tests.weights.gguf_writing import BYTE_VOCABULARY
 
 Code = grpc.StatusCode
 
@@ -375,6 +378,18 @@ def test_the_bundle_has_the_template_in_use_and_long_ones_are_cut(engine, servin
     chunks = list(stub.GetTokenizer(common_pb2.GetTokenizerRequest()))
     assert [len(chunk.data) for chunk in chunks] == [CHUNK_BYTES, CHUNK_BYTES]
     assert chunks[1].sha256 == hashlib.sha256(long).hexdigest()
+
+
+def test_a_tokenizer_out_of_gguf_is_bundled_like_any_other():
+    tokenizer = load_tokenizer(TokenizerSource(source="x", gguf=BYTE_VOCABULARY))
+    bundle = bundle_tokenizer(tokenizer, None, [0])
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        built = FastTokenizer.from_buffer(archive.read("tokenizer.json"))
+        config = json.loads(archive.read("tokenizer_config.json"))
+
+    text = "ab cd a<|end|>"
+    assert built.encode(text).ids == tokenizer.encode(text, add_special_tokens=True)
+    assert config["eos_token"] == "<|end|>"
 
 
 # -- what is not offered ---------------------------------------------------------------------------
