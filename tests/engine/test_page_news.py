@@ -188,3 +188,23 @@ def test_without_the_prefix_cache_there_is_nothing_to_tell() -> None:
     turn(engine)
 
     assert [list(batch.changes) for batch in listener.follow()] == [[]]
+
+
+def test_a_late_listener_hears_nothing_twice() -> None:
+    """What has changed in this very turn is in its snapshot already."""
+    pool = PagePool(9)
+    cache = PrefixCache(pool, 1, retain=True)
+    news = PageNews([cache])
+    early, late = Listener(), Listener()
+    news.watch(early.feed)
+    pages = pool.allocate(2)
+    assert pages is not None
+    cache.insert(b"one", pages[0])
+    cache.insert(b"two", pages[1])
+    cache.discard(pages[:1])
+    news.watch(late.feed)
+    news.tell()
+
+    assert [len(batch.changes) for batch in late.follow()] == [1]
+    assert [len(batch.changes) for batch in early.follow()] == [0, 3]
+    assert late.known == early.known
