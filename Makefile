@@ -130,7 +130,7 @@ native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and Threa
 ##@ The contract
 
 .PHONY: proto
-proto: $(STAMP) ## Generate jaxserve/v1 and jaxserve/internal/v1 from proto/
+proto: $(STAMP) ## Generate jaxserve/v1, internal/v1 and third_party/ from proto/
 	@$(BIN)/python .ci/protos.py
 
 .PHONY: proto-check

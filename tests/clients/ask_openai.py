@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-import openai  # Newer and older ones ask alike; this is the clients' one.
+import openai
 
 
 def ask(url: str, model: str, prompt: str) -> dict[str, Any]:
