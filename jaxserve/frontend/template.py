@@ -62,8 +62,8 @@ class ChatTemplate:
             TokenizerError: the template does not compile, or the worker does not start.
         """
         self.source = source
-        self.template = template
-        """The Jinja source."""
+        self.text = template
+        """Jinja source."""
         self._special_texts = dict(special_texts or {})
         self._timeout_s = timeout_s
         self._max_chars = max_chars
@@ -190,7 +190,7 @@ class ChatTemplate:
                 f"({error.strerror}); check the limits on processes and memory"
             ) from error
         first = {
-            "template": self.template,
+            "template": self.text,
             "timeout_s": self._timeout_s,
             "max_chars": self._max_chars,
         }

@@ -197,6 +197,6 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         template = self._text.template
         return bundle_tokenizer(
             self._text.tokenizer,
-            template.template if template is not None else None,
+            template.text if template is not None else None,
             self._info.eos_token_ids,
         )
