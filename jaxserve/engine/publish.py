@@ -29,7 +29,7 @@ from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.step import NO_TOKEN_LEFT, POISONED_TOKEN, ProgramCall
 from jaxserve.engine.stream import TokenStream
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import InvalidRequestError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +168,8 @@ class Publisher:
         if token in live.stop_ids and output > sampling.min_tokens:
             self.finish(sequence, FinishReason.STOP, now, stop_token_id=token)
         elif matcher is not None and not matcher.accept(token):
-            why = f"the grammar does not go on behind token {token}: {matcher.error}"
-            error = RequestFailedError(live.request.request_id, why)
-            self.finish(sequence, FinishReason.ERROR, now, error=error)
+            why = f"it does not go on behind token {token} ({matcher.error})"
+            self.finish(sequence, FinishReason.ERROR, now, error=_of_grammar(why))
         elif matcher is not None and matcher.complete:
             self.finish(sequence, FinishReason.STOP, now)
         elif len(tokens) >= sequence.max_total:
@@ -184,9 +183,11 @@ class Publisher:
                 self._scheduler.enqueue(sequence)
 
     def _fail(self, sequence: LiveSequence, token: int, now: float) -> None:
-        if sequence.matcher is not None and sequence.matcher.error:
-            why = f"the grammar cannot go on: {sequence.matcher.error}"
-        elif token == NO_TOKEN_LEFT:
+        matcher = sequence.matcher
+        if matcher is not None and matcher.error:
+            self.finish(sequence, FinishReason.ERROR, now, error=_of_grammar(matcher.error))
+            return
+        if token == NO_TOKEN_LEFT:
             why = "min_tokens, grammar, allowed and banned tokens leave no token to choose"
         else:
             why = "the model's logits are not finite"
@@ -281,6 +282,13 @@ class Publisher:
             except Exception:
                 # A front end that is going away must not take the engine with it.
                 logger.exception("waking the readers of %d streams failed", len(streams))
+
+
+def _of_grammar(why: str) -> InvalidRequestError:
+    """What a grammar's limits, met in mid-answer, are to whoever sent it: a grammar to change."""
+    return InvalidRequestError(
+        f"the grammar cannot go on here: {why}; send a simpler one", field="grammar"
+    )
 
 
 def timing(live: LiveRequest, now: float) -> Timing:

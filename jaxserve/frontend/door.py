@@ -43,7 +43,7 @@ class Door:
         self.info = info
         self.calls = calls
         self._executor = executor
-        self._waker = AsyncWaker(asyncio.get_running_loop())
+        self.waker = AsyncWaker(asyncio.get_running_loop())
 
     async def build(self, call: GenerationCall) -> tuple[Request, str | None]:
         """Renders, tokenises and compiles: see ``TextEngine.build_request``.
@@ -53,14 +53,22 @@ class Door:
         """
         return await self.off_loop(call, lambda: self.text.build_request(call))
 
-    def open(self, built: tuple[Request, str | None]) -> TextStream:
+    def open(self, built: tuple[Request, str | None], *, with_text: bool = True) -> TextStream:
         """Submits what ``build`` returned; see ``TextEngine.open``."""
         request, echo_text = built
-        return self.text.open(request, echo_text, self._waker)
+        return self.text.open(request, echo_text, self.waker, with_text=with_text)
+
+    async def ask(self, call: GenerationCall, *, with_text: bool = True) -> TextStream:
+        """Builds and opens: everything that can be refused is refused here.
+
+        Raises:
+            JaxserveError: whatever ``TextEngine.build_request`` and ``Engine.submit`` raise.
+        """
+        return self.open(await self.build(call), with_text=with_text)
 
     async def next(self, stream: TextStream) -> Sequence[Output]:
         """Waits for the engine and returns all that has become ready meanwhile."""
-        await self._waker.wait(stream.stream)
+        await self.waker.wait(stream.stream)
         return stream.feed(stream.stream.take())
 
     async def outputs(self, streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, Output]]:
@@ -76,7 +84,7 @@ class Door:
                 stream = streams[0]
                 while not stream.finished:
                     for output in await self.next(stream):
-                        yield 0, _sound(output)
+                        yield 0, sound(output)
                 return
             async with aclosing(self._merged(streams)) as merged:
                 async for item in merged:
@@ -102,7 +110,7 @@ class Door:
                 if isinstance(outputs, BaseException):
                     raise outputs
                 for output in outputs:
-                    yield place, _sound(output)
+                    yield place, sound(output)
         finally:
             for task in tasks:
                 task.cancel()
@@ -116,14 +124,14 @@ class Door:
         """
         with ExitStack() as open_streams:
             streams = [
-                open_streams.enter_context(closing(self.text.engine.submit(request, self._waker)))
+                open_streams.enter_context(closing(self.text.engine.submit(request, self.waker)))
                 for request, _ in built
             ]
             vectors: list[Sequence[float]] = []
             for stream in streams:
                 found = None
                 while found is None:
-                    await self._waker.wait(stream)
+                    await self.waker.wait(stream)
                     found = find_embedding(stream.take())
                 vectors.append(found.vector)
         return vectors
@@ -143,10 +151,14 @@ class Door:
         is_short = call.messages is None and len(call.text or "") <= INLINE_CHARS
         if is_short and call.grammar is None:
             return work()
+        return await self.in_thread(work)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Runs work that would hold up the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-def _sound(output: Output) -> Output:
+def sound(output: Output) -> Output:
     """Raises what a choice failed with; the whole request then ends with it."""
     if type(output) is Finished and output.error is not None:
         raise output.error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from jaxserve.engine.page_news import PageFeed
 from jaxserve.engine.request import Request
 from jaxserve.engine.stats import EngineStats
 from jaxserve.engine.stream import TokenStream, Waker
@@ -75,4 +76,17 @@ class EngineApi(Protocol):
 
     def health(self) -> HealthApi:
         """Says whether the engine makes progress."""
+        ...
+
+
+@runtime_checkable
+class PagesApi(Protocol):
+    """An engine that tells which pages a prompt may find. Not every double has it."""
+
+    def watch_pages(self, feed: PageFeed) -> None:
+        """Gives a feed all pages that can be found, and every change from then on."""
+        ...
+
+    def unwatch_pages(self, feed: PageFeed) -> None:
+        """Gives a feed nothing more."""
         ...

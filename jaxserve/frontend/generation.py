@@ -268,14 +268,21 @@ class TextEngine:
         request, echo_text = self.build_request(call)
         return self.open(request, echo_text, waker)
 
-    def open(self, request: Request, echo_text: str | None, waker: Waker) -> TextStream:
+    def open(
+        self,
+        request: Request,
+        echo_text: str | None,
+        waker: Waker,
+        *,
+        with_text: bool = True,
+    ) -> TextStream:
         """Submits what ``build_request`` returned; never blocks.
 
         Raises:
             JaxserveError: whatever ``Engine.submit`` raises.
         """
         stream = self.engine.submit(request, waker)
-        return TextStream(stream, request, self.tokenizer, echo_text=echo_text)
+        return TextStream(stream, request, self.tokenizer, echo_text=echo_text, with_text=with_text)
 
     def _compiled(self, grammar: Grammar) -> CompiledGrammar:
         if self.grammars is None:
@@ -360,6 +367,7 @@ class TextStream:
         tokenizer: Tokenizer,
         *,
         echo_text: str | None = None,
+        with_text: bool = True,
     ) -> None:
         """Begins at the first event.
 
@@ -368,6 +376,8 @@ class TextStream:
             request: says how many choices there are and where each ends.
             tokenizer: of the model.
             echo_text: the prompt's text, to be sent first; None sends no prompt.
+            with_text: False for doors that hand on token ids: nothing is detokenised but to find
+                stop strings.
         """
         self.stream = stream
         self._request = request
@@ -375,6 +385,8 @@ class TextStream:
         self._tokenizer = tokenizer
         sampling = request.sampling
         self._stop_ids = stop_ids(sampling, tokenizer)
+        # Without text the tokens are read for stop strings alone.
+        self._reads = with_text or bool(sampling.stop)
         # Text of resumed tokens is with the client; what was held back comes with the next token.
         self._choices = [
             _Choice(number, assemble(tokenizer, sampling, request.resume), len(request.resume))
@@ -468,6 +480,8 @@ class TextStream:
             last = ids.pop()
             if self._request.sampling.include_stop:
                 choice.tail = self._tokenizer.token_text(last)
+        if not self._reads:
+            return "", events
         delta = choice.assembler.push(ids)
         if not delta.stopped:
             return delta.text, events
