@@ -35,7 +35,12 @@ from jaxserve.frontend.parsing import FORMATS
 from jaxserve.frontend.template import ChatTemplate
 from jaxserve.testing import counting_engine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    # Threads of the server draw random numbers, too, which hypothesis takes for the test's.
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+]
 
 CASES = int(os.environ.get("JAXSERVE_FUZZ_CASES", "400"))
 QUIETLY: dict[str, Any] = {
