@@ -236,14 +236,14 @@ def test_a_picture_of_the_pool_shows_holders_and_what_is_kept() -> None:
     engine, _ = counting_engine(num_pages=11, context_tokens=40)
     submit(engine, "a", [1, 2, 3, 4, 5, 6, 7, 8, 9], max_tokens=8, n=2)
     turn(engine, 4)
-    asked = engine.pages()
+    stats, asked = engine.stats(), engine.pages()
     assert not asked.done()
     engine.run_once()
     (states,) = asked.result(timeout=0)
 
     assert states.shape == (10,)
     assert (states == 2).sum() == 2
-    assert (states == 1).sum() == engine.stats().pages_used - 2
+    assert (states == 1).sum() == stats.pages_used - 2
     run(engine)
     asked = engine.pages()
     engine.run_once()
