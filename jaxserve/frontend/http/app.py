@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.frontend.chats import ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.http import chat, completions, metrics, system
+from jaxserve.frontend.http import chat, completions, live, metrics, page, system
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.errors import refusal, response_of
 
@@ -40,7 +40,8 @@ def make_app(door: Door, config: HttpConfig) -> ASGIApp:
     counted = metrics.Counted()
     for routes in (chat.routes(door, chats), completions.routes(door), system.routes(door, chats)):
         app.include_router(routes)
-    app.include_router(metrics.routes(door, counted))
+    for routes in (metrics.routes(door, counted), live.routes(door), page.routes()):
+        app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
