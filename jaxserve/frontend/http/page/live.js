@@ -20,7 +20,9 @@ export function startLive() {
 function watch() {
   const source = new EventSource("live");
   source.addEventListener("message", (event) => {
-    newest = JSON.parse(event.data);
+    const told = JSON.parse(event.data);
+    if (told.error) return say("bad", told.error.message); // Its last words; it is asked again.
+    newest = told;
     note(newest);
     show(newest);
   });
@@ -87,8 +89,8 @@ function showPool(pages) {
     at(`pages-${state}`).textContent = count === null ? "–" : number.format(count);
   }
   const per = pages.map?.pages_per_cell ?? 1;
-  at("pool-size").textContent = `${number.format(pages.total)} of ${pages.page_tokens} tokens` +
-    (per > 1 ? `, ${per} in a square` : "");
+  at("pool-size").textContent = `${number.format(pages.total)} pages of ${pages.page_tokens} ` +
+    `tokens${per > 1 ? `, ${per} to a square` : ""}`;
   at("pool").setAttribute("aria-label", `Page pool: ${pages.used} of ${pages.total} pages used, ` +
     `${pages.cached} cached`);
   if (!pages.map) return; // The engine is busy with a long step: the last picture stays.
