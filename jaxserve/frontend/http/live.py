@@ -14,13 +14,14 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from jaxserve.errors import RetryableError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.engine_api import EngineApi
 from jaxserve.frontend.http.answering import Events, EventStream, request_id_of, sse
-from jaxserve.frontend.http.errors import refusal
 from jaxserve.frontend.live import LiveView
 
 INTERVAL_S = 0.5
+RETRY_AFTER_S = 10.0
 MAX_WATCHERS = 16
 """Each costs about 15 KB a second. Too few lock people out; too many cost the event loop time."""
 
@@ -40,13 +41,27 @@ class Broadcast:
         self._picture: asyncio.Future[list[np.ndarray]] | None = None
 
     async def events(self) -> Events:
-        """Returns the events of one watcher, from now until it leaves."""
-        return self._events()
+        """Returns the events of one watcher, from now until it leaves.
+
+        Raises:
+            RetryableError: as many as may watch do.
+        """
+        if self.watchers >= MAX_WATCHERS:
+            raise RetryableError(
+                f"{MAX_WATCHERS} watch already, which is the most; close another page, or read "
+                "/metrics",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        events = self._events()
+        # Up to its first, empty event: what has begun is counted, and is uncounted when closed.
+        await anext(events)
+        return events
 
     async def _events(self) -> Events:
         self.watchers += 1
         seen = self._looks
         try:
+            yield b""
             while True:
                 if seen == self._looks:
                     await self._look(seen)
@@ -88,12 +103,6 @@ def routes(door: Door) -> APIRouter:
     @router.get("/live", include_in_schema=False)
     async def live(http: HttpRequest) -> Response:
         """Tells what the engine does, about twice a second."""
-        if broadcast.watchers >= MAX_WATCHERS:
-            return refusal(
-                503,
-                f"{MAX_WATCHERS} watch already, which is the most; close another page, or read "
-                "/metrics",
-            )
         request_id = request_id_of(http, "", "live-")
         return EventStream(door.calls, request_id, broadcast.events, counts=False)
 

@@ -116,8 +116,8 @@ def tab(service: Service, browser: Browser) -> Iterator[Tab]:
 
 def go_on(route: Route) -> None:
     """Lets a request ask for an answer of its full length: a random model ends it at random."""
-    body = {**route.request.post_data_json, "ignore_eos": True}
-    route.continue_(post_data=json.dumps(body))
+    body: Any = route.request.post_data_json
+    route.continue_(post_data=json.dumps({**body, "ignore_eos": True}))
 
 
 def idle(service: Service) -> bool:
