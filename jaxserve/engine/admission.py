@@ -57,6 +57,7 @@ class Admission:
         """Prompt tokens of the waiting requests."""
         self.accepted = 0
         self.rejected = 0
+        self._refusals: dict[str, int] = {}
         self.draining = False
         self.dead: BaseException | None = None
 
@@ -108,6 +109,16 @@ class Admission:
         # is a fair guess for the next.
         age = now - next(iter(self._waiting.values())).accepted_s
         raise QueueFullError(*full, retry_after_s=min(MAX_RETRY_AFTER_S, max(0.1, age / 2)))
+
+    def count_refusal(self, reason: str) -> None:
+        """Counts a request that was not let in; ``reason`` is one of the errors' few words."""
+        with self._lock:
+            self._refusals[reason] = self._refusals.get(reason, 0) + 1
+
+    def refusals(self) -> dict[str, int]:
+        """Returns how many were refused, by reason."""
+        with self._lock:
+            return dict(self._refusals)
 
     def get(self, request_id: str) -> LiveRequest | None:
         """Returns a live request, or None."""

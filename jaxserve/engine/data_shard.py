@@ -15,6 +15,7 @@ from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, SchedulerConfig, StepPlan
 from jaxserve.engine.prefix import PrefixCache
 from jaxserve.engine.sequence import LiveSequence
+from jaxserve.engine.stats import ShardStats
 
 _rank = attrgetter("rank")
 
@@ -192,3 +193,18 @@ class DataShard:
             writable = sequence.pages[sequence.committed // self._config.page_tokens :]
             shared = [page for page in writable if self.pool.references(page) > 1]
             assert not shared, f"pages {shared} are writable in two tables"
+
+
+def shard_stats(shard: DataShard) -> ShardStats:
+    """Returns what a shard holds now."""
+    pool, prefix = shard.pool, shard.prefix
+    return ShardStats(
+        len(shard.running),
+        shard.max_rows,
+        pool.total,
+        pool.free,
+        pool.used,
+        pool.cached,
+        prefix.lookup_tokens,
+        prefix.hit_tokens,
+    )

@@ -21,12 +21,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from jaxserve.engine.admission import Admission, EngineLimits, describe
+from jaxserve.engine.data_shard import shard_stats
 from jaxserve.engine.fit import check_fit
+from jaxserve.engine.measures import PHASES, EngineMeasures, Measures
 from jaxserve.engine.page_news import PageFeed, PageNews
 from jaxserve.engine.plan import SchedulerConfig, StepPlan
 from jaxserve.engine.prefix import SHARED
@@ -34,13 +39,14 @@ from jaxserve.engine.publish import Publisher, StepHandle
 from jaxserve.engine.request import FinishReason, Request, SamplingParams
 from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from jaxserve.engine.sequence import LiveRequest
-from jaxserve.engine.stats import EngineStats, RateMeter, shard_stats
+from jaxserve.engine.stats import EngineStats, RateMeter
 from jaxserve.engine.step import RowTable, StepInputs, StepShape, pack_step
 from jaxserve.engine.stream import TokenStream, Waker
 from jaxserve.errors import (
     DeadlineExceededError,
     EngineDeadError,
     InvalidRequestError,
+    JaxserveError,
     RequestCancelledError,
     RequestFailedError,
     ShuttingDownError,
@@ -49,7 +55,6 @@ from jaxserve.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_STEP_FAILURES = 3  # In a row; then the device is taken for lost and the engine ends.
-PHASES: tuple[str, ...] = ("plan", "pack", "dispatch", "wait", "publish")
 STUCK_POLL_S = 0.05
 """How often to look again when requests are live and yet nothing can be done for them. No state
 is known in which that lasts; if there is one, it must neither spin nor sleep for ever."""
@@ -90,10 +95,13 @@ class _InFlight:
     plan: StepPlan
     inputs: StepInputs
     handle: StepHandle
+    dispatched_s: float
+    """On the clock of ``time.perf_counter``."""
 
 
 class Engine:
-    """See the top of this file. ``submit``, ``abort``, ``stats``, ``health`` from any thread."""
+    """See the top of this file. ``submit``, ``abort``, ``stats``, ``measures``, ``pages`` and
+    ``health`` from any thread."""
 
     def __init__(
         self,
@@ -123,7 +131,8 @@ class Engine:
         self._runner = runner
         self._table = RowTable(shape)
         self._end_ids = frozenset(end_ids)
-        self._publisher = Publisher(self.scheduler)
+        self._measures = Measures(context_tokens=limits.context_tokens)
+        self._publisher = Publisher(self.scheduler, self._measures)
         self._overlap = overlap
         self._clock = clock
         self._admission = Admission(limits)
@@ -137,7 +146,7 @@ class Engine:
         self._failures = 0
         self._progress_s = clock()
         self._steps = self._places = self._tokens = 0
-        self._phase_seconds = dict.fromkeys(PHASES, 0.0)
+        self._step_ended_s = 0.0
         self._rate = RateMeter()
         self._news = PageNews([shard.prefix for shard in self.scheduler.shards])
         self._shards_seen = tuple(map(shard_stats, self.scheduler.shards))
@@ -156,6 +165,13 @@ class Engine:
             DeadlineExceededError: the deadline is already past.
             EngineDeadError: the engine has ended.
         """
+        try:
+            return self._submit(request, waker)
+        except JaxserveError as error:
+            self._admission.count_refusal(error.reason)
+            raise
+
+    def _submit(self, request: Request, waker: Waker) -> TokenStream:
         limits = self.limits
         request.validate(
             vocab_size=limits.vocab_size,
@@ -268,12 +284,29 @@ class Engine:
             prefix_hit_rate=sum(shard.prefix_hit_tokens for shard in shards) / max(1, lookups),
             compiles_after_ready=self._runner.compiles_after_ready,
             padding_waste=1.0 - self._tokens / self._places if self._places else 0.0,
-            phase_seconds_total=dict(self._phase_seconds),
+            phase_seconds_total={
+                phase: self._measures.phase_seconds[phase].sum for phase in PHASES
+            },
             last_step_age_seconds=self._progress_age_s(),
             healthy=self.health().serving,
             draining=self.draining,
             data_shards=shards,
         )
+
+    def measures(self) -> EngineMeasures:
+        """Returns the distributions of what has happened since the start."""
+        return self._measures.snapshot(self._admission.refusals())
+
+    def pages(self) -> Future[list[np.ndarray]]:
+        """Asks for a picture of the pool; the engine thread takes it between two steps.
+
+        Returns:
+            To wait for: for each data shard, uint8 by page as of ``PagePool.states``. It never
+            comes from an engine that has ended.
+        """
+        picture: Future[list[np.ndarray]] = Future()
+        self._send(self._take_picture, picture)
+        return picture
 
     def _progress_age_s(self) -> float:
         return 0.0 if self.idle else max(0.0, self._clock() - self._progress_s)
@@ -349,7 +382,7 @@ class Engine:
         self._timed("dispatch", packed)
         self._places += inputs.token_places
         self._tokens += inputs.tokens
-        self._in_flight = _InFlight(plan, inputs, handle)
+        self._in_flight = _InFlight(plan, inputs, handle, packed)
         return None
 
     def _publish(self, step: _InFlight) -> None:
@@ -360,6 +393,7 @@ class Engine:
             self._step_failed(step.plan, error)
             return
         waited = self._timed("wait", start)
+        self._measure(step, waited)
         now = self._clock()
         before = self._publisher.output_tokens
         self._publisher.publish(step.plan, step.inputs.calls, result, now)
@@ -368,6 +402,15 @@ class Engine:
         self._failures = 0
         self._progress_s = now
         self._timed("publish", waited)
+
+    def _measure(self, step: _InFlight, ended_s: float) -> None:
+        plan, measures = step.plan, self._measures
+        kind = "decode" if not plan.chunks else "mixed" if plan.decode else "prefill"
+        # A step that was dispatched while another ran began when that one ended.
+        began_s = max(step.dispatched_s, self._step_ended_s)
+        measures.step_seconds[kind].observe(ended_s - began_s)
+        measures.step_tokens.observe(step.inputs.tokens)
+        self._step_ended_s = ended_s
 
     def _deliver(self) -> None:
         # The pages first: whoever sees that no request is left must see no page in use.
@@ -400,7 +443,7 @@ class Engine:
 
     def _timed(self, phase: str, start: float) -> float:
         now = time.perf_counter()
-        self._phase_seconds[phase] += now - start
+        self._measures.phase_seconds[phase].observe(now - start)
         return now
 
     # -- messages ------------------------------------------------------------------------------
@@ -436,6 +479,11 @@ class Engine:
 
     def _raise(self, error: Exception) -> None:
         raise error
+
+    def _take_picture(self, picture: Future[list[np.ndarray]]) -> None:
+        # A reader that has given up has cancelled it.
+        if picture.set_running_or_notify_cancel():
+            picture.set_result([shard.pool.states() for shard in self.scheduler.shards])
 
     def _cancel(self, live: LiveRequest) -> None:
         error = RequestCancelledError(live.request.request_id)

@@ -17,10 +17,15 @@ out and never counted.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 NULL_PAGE = 0
+CACHED = 255
+"""Of ``PagePool.states``; what is below are numbers of holders."""
 
 
 class PagePool:
@@ -35,7 +40,7 @@ class PagePool:
         self.total = num_pages - 1
         # A stack: the page released last is handed out first, while it is warm in a cache.
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
-        self._references = [0] * num_pages
+        self._references = array("i", [0]) * num_pages
         self._kept: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
         self.on_evict: Callable[[int], None] = lambda page: None
@@ -68,6 +73,17 @@ class PagePool:
     def references(self, page: int) -> int:
         """How many holders a page has."""
         return self._references[page]
+
+    def states(self) -> np.ndarray:
+        """Returns a picture of the pool: uint8, by page from 1 on.
+
+        0 is a free page, ``CACHED`` a cached one, and every other number how many hold a used one
+        (254: so many or more).
+        """
+        holders = np.frombuffer(self._references, np.intc)
+        states = np.minimum(holders, CACHED - 1).astype(np.uint8)
+        states[np.fromiter(self._cached, np.intp, len(self._cached))] = CACHED
+        return states[1:]
 
     def allocate(self, count: int) -> list[int] | None:
         """Hands out ``count`` pages with one reference each, or None (and nothing changes)."""

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxserve.engine.measures import Measures
 from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import (
     MAX_LOGPROBS,
@@ -57,9 +58,13 @@ class StepHandle(Protocol):
 class Publisher:
     """Delivers events and finishes choices."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, measures: Measures) -> None:
         """Reports to ``scheduler`` what was computed and what has ended."""
         self._scheduler = scheduler
+        self._measures = measures
+        self._published_s = math.nan
+        self._measured = 0
+        """Output tokens whose latency has been observed, or that were the first of their choice."""
         self._touched: list[TokenStream] = []
         self.finished_requests: list[LiveRequest] = []
         """Requests whose last choice ended since the engine last took them out."""
@@ -87,6 +92,12 @@ class Publisher:
         ):
             if not sequence.done:
                 self._publish_token(sequence, row, position + 1, tokens[row], result, now)
+        if steady := self.output_tokens - self._measured:
+            # Choices that had a token in the publication before this one, too, waited equally
+            # long: one observation, however many rows there are.
+            self._measures.inter_token_latency.observe(now - self._published_s, steady)
+            self._measured = self.output_tokens
+        self._published_s = now
 
     def _publish_chunk(self, chunk: Chunk, token: int, result: StepResult, now: float) -> None:
         sequence = chunk.sequence
@@ -156,8 +167,9 @@ class Publisher:
         tokens = sequence.tokens
         tokens.append(token)
         self.output_tokens += 1
-        if live.first_token_s is None:
-            live.first_token_s = now
+        last_s, sequence.last_token_s = sequence.last_token_s, now
+        if last_s != self._published_s:
+            self._measure(sequence, last_s, now)
         sampling = live.request.sampling
         logprobs = None
         if sampling.logprobs is not None:
@@ -174,6 +186,18 @@ class Publisher:
             self.finish(sequence, FinishReason.STOP, now)
         elif len(tokens) >= sequence.max_total:
             self.finish(sequence, FinishReason.LENGTH, now)
+
+    def _measure(self, sequence: LiveSequence, last_s: float | None, now: float) -> None:
+        """Observes a choice's first token, or one that came later than in every step."""
+        self._measured += 1
+        if last_s is not None:
+            self._measures.inter_token_latency.observe(now - last_s)
+            return
+        live = sequence.live
+        sequence.first_token_s = now
+        if live.first_token_s is None:
+            live.first_token_s = now
+            self._measures.began(live, now)
 
     def _queue_choices(self, live: LiveRequest) -> None:
         """Queues the other choices of a request, for which the first one's prompt is there now."""
@@ -221,6 +245,8 @@ class Publisher:
             live = sequence.live
             if live.open_choices == 0:
                 self.finished_requests.append(live)
+                if live.answered:
+                    self._measures.answered(live, now)
             elif not live.choices_queued:
                 # Ended before its prompt was computed; the others do without.
                 self._queue_choices(live)
@@ -250,6 +276,8 @@ class Publisher:
     ) -> None:
         live = sequence.live
         live.open_choices -= 1
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            live.answered = False
         self.finish_counts[reason.value] += 1
         event = FinishedEvent(
             choice=sequence.choice,

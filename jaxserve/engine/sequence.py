@@ -39,6 +39,8 @@ class LiveRequest:
     """Whether the choices after the first have been queued."""
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    answered: bool = True
+    """False once a choice has ended with neither ``stop`` nor ``length``."""
     started: bool = False
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
@@ -110,6 +112,9 @@ class LiveSequence:
     matcher: Matcher | None = None
     """Stands behind ``tokens`` in the grammar that the answer obeys, if there is one."""
     done: bool = False
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    """When the newest token was published."""
 
     @property
     def output_tokens(self) -> int:

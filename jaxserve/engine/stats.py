@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxserve.engine.data_shard import DataShard
-
 
 @dataclass(frozen=True, slots=True)
 class ShardStats:
@@ -22,21 +20,6 @@ class ShardStats:
     """Prompt tokens of admitted requests, since the start."""
     prefix_hit_tokens: int
     """Those that were in the prefix cache."""
-
-
-def shard_stats(shard: DataShard) -> ShardStats:
-    """Returns what a shard holds now."""
-    pool, prefix = shard.pool, shard.prefix
-    return ShardStats(
-        len(shard.running),
-        shard.max_rows,
-        pool.total,
-        pool.free,
-        pool.used,
-        pool.cached,
-        prefix.lookup_tokens,
-        prefix.hit_tokens,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,12 @@ class, so that a scripted double can stand in for it and a front end can move to
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+from jaxserve.engine.measures import EngineMeasures
 from jaxserve.engine.page_news import PageFeed
 from jaxserve.engine.request import Request
 from jaxserve.engine.stats import EngineStats
@@ -68,6 +72,14 @@ class EngineApi(Protocol):
 
     def stats(self) -> EngineStats:
         """Returns the counters as of the last step."""
+        ...
+
+    def measures(self) -> EngineMeasures:
+        """Returns the distributions of what has happened since the start."""
+        ...
+
+    def pages(self) -> Future[list[np.ndarray]]:
+        """Asks for the state of every page; see ``Engine.pages``."""
         ...
 
     def drain(self) -> None:

@@ -399,7 +399,8 @@ class Simulation:
         assert pool.free + pool.cached + used == pool.total, (
             f"free {pool.free} + cached {pool.cached} + used {used} != total {pool.total}"
         )
-        assert pool._references == holders, f"references {pool._references}, holders {holders}"
+        held = list(pool._references)
+        assert held == holders, f"references {held}, holders {holders}"
         for sequence in shard.running:
             for page in sequence.pages[sequence.committed // size :]:
                 assert holders[page] == 1, f"page {page} is writable in two tables"

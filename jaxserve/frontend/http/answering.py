@@ -57,7 +57,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, calls: OpenCalls, request_id: str, begin: Callable[[], Awaitable[Events]]
+        self,
+        calls: OpenCalls,
+        request_id: str,
+        begin: Callable[[], Awaitable[Events]],
+        *,
+        counts: bool = True,
     ) -> None:
         """Does nothing yet.
 
@@ -65,16 +70,18 @@ class EventStream(Response):
             calls: where the call is registered while it runs.
             request_id: told to the client.
             begin: admits the request and returns its events; raises what it is refused with.
+            counts: whether a server that stops waits for the end.
         """
         super().__init__()
         self._calls = calls
         self._request_id = request_id
         self._begin = begin
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         request_id, began = self._request_id, False
-        with self._calls.open(request_id) as call:
+        with self._calls.open(request_id, counts=self._counts) as call:
             try:
                 async with _cancelled_when_gone(receive):
                     events = await self._begin()

@@ -21,7 +21,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.frontend.chats import ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.http import chat, completions, embeddings, responses, system
+from jaxserve.frontend.http import (
+    chat,
+    completions,
+    embeddings,
+    live,
+    metrics,
+    page,
+    responses,
+    system,
+)
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.errors import refusal, response_of
 
@@ -37,18 +46,22 @@ def make_app(door: Door, config: HttpConfig) -> ASGIApp:
         separate_input_output_schemas=False,
     )
     chats = ChatEngine(door.text)
+    counted = metrics.Counted()
     for routes in (
         chat.routes(door, chats),
         completions.routes(door),
         responses.routes(door, chats),
         embeddings.routes(door),
         system.routes(door, chats),
+        metrics.routes(door, counted),
+        live.routes(door),
+        page.routes(),
     ):
         app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    return Guard(app, config)
+    return counted.around(Guard(app, config))
 
 
 class Guard:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
+from jaxserve.engine.measures import EngineMeasures, Measures
 from jaxserve.engine.request import (
     Event,
     FinishedEvent,
@@ -124,6 +127,14 @@ class ScriptedEngine:
             data_shards=(ShardStats(1, 2, 7, 4, 2, 1, 10, 5), ShardStats(0, 2, 7, 7, 0, 0, 0, 0)),
             draining=self.draining,
         )
+
+    def measures(self) -> EngineMeasures:
+        return Measures(context_tokens=self.limits.context_tokens).snapshot({})
+
+    def pages(self) -> Future[list[np.ndarray]]:
+        picture: Future[list[np.ndarray]] = Future()
+        picture.set_result([np.zeros(7, np.uint8)] * 2)
+        return picture
 
     def drain(self) -> None:
         self._note(lambda: setattr(self, "draining", True))
