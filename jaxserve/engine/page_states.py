@@ -21,5 +21,5 @@ def page_states(pool: PagePool) -> np.ndarray:
     """
     holders, cached = pool.picture()
     states = np.minimum(np.frombuffer(holders, np.intc), CACHED - 1).astype(np.uint8)
-    states[cached] = CACHED
+    states[np.fromiter(cached, np.intp, len(cached))] = CACHED
     return states[1:]
