@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 LOCK := .ci/requirements.lock
+CLIENTS := .clients/.stamp
 # The editable install of the environment compiles the native kernels in place.
 NATIVE := setup.py pallas_kernels/native/build.py $(wildcard pallas_kernels/*/*.cc pallas_kernels/*/*.h)
 PYTEST := $(BIN)/python -m pytest
@@ -111,6 +112,9 @@ peers: $(STAMP) ## Install the engines that bench-peers measures, each in its ow
 bench-peers: $(STAMP) ## jaxserve and these engines on the same tokens, about 25 minutes, into OUT=
 	$(BIN)/python -m bench.peers --out $(if $(filter file,$(origin OUT)),out/peers.json,$(OUT)) $(ARGS)
 
+.PHONY: clients
+clients: $(CLIENTS) ## Install the stock clients that tests hold against a server, in .clients: 240 MB
+
 .PHONY: native-sanitize
 native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and ThreadSanitizer, without Python
 	@mkdir -p build/native
@@ -126,7 +130,7 @@ native-sanitize: $(STAMP) ## The native kernels under AddressSanitizer and Threa
 ##@ The contract
 
 .PHONY: proto
-proto: $(STAMP) ## Generate jaxserve/v1 and jaxserve/internal/v1 from proto/
+proto: $(STAMP) ## Generate jaxserve/v1, internal/v1 and third_party/ from proto/
 	@$(BIN)/python .ci/protos.py
 
 .PHONY: proto-check
@@ -176,6 +180,10 @@ prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a sm
 	$(ONE_DEVICE) JAXSERVE_STORM_MODEL=smollm2 JAXSERVE_STORM_OUTPUT_TOKENS=32 \
 	    $(PYTEST) tests/storm -m slow -s $(ARGS)
 
+.PHONY: prove-fuzz
+prove-fuzz: $(STAMP) ## 20,000 random requests over HTTP: no 5xx, no hang, nothing left behind
+	JAXSERVE_FUZZ_CASES=20000 $(PYTEST) tests/frontend/http/test_fuzz.py -s $(ARGS)
+
 .PHONY: prove-simulator
 prove-simulator: $(STAMP) ## A million simulated steps under faults keep every invariant
 	$(PYTEST) tests/simulator -m prove -s $(ARGS)
@@ -222,6 +230,12 @@ lock: $(STAMP) ## Remake the lock from pyproject.toml, for every platform, namin
 	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
 	    --output-file $(LOCK) $(ARGS)
 
+.PHONY: clients-lock
+clients-lock: $(STAMP) ## Remake the lock of the stock clients from .ci/clients.in
+	$(BIN)/uv pip compile .ci/clients.in --universal --python-version 3.12 \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
+	    --output-file .ci/clients.lock $(ARGS)
+
 .PHONY: wheel
 wheel: $(STAMP) ## Build dist/jaxserve-*.whl
 	@rm -rf build  # setuptools would pack files that were deleted since the last time
@@ -229,10 +243,13 @@ wheel: $(STAMP) ## Build dist/jaxserve-*.whl
 
 .PHONY: clean
 clean: ## Remove what was built, and .venv; the asset cache stays
-	rm -rf pallas_kernels/native/_native.so $(VENV) $(VENV).lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf pallas_kernels/native/_native.so $(VENV) $(VENV).lock .clients build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(STAMP): $(LOCK) pyproject.toml .ci/environment.py $(NATIVE)
 	@python="$(PYTHON)"; \
 	[ -n "$$python" ] || python=$$(sh .ci/find-python $(LOCK)) || exit 1; \
 	exec "$$python" .ci/environment.py $(VENV)
+
+$(CLIENTS): .ci/clients.lock .ci/clients.py | $(STAMP)
+	@$(BIN)/python .ci/clients.py

@@ -1,8 +1,9 @@
-"""Generates jaxserve/v1 and jaxserve/internal/v1 from proto/, or checks what is committed.
+"""Generates jaxserve/v1 and what is beside it from proto/, or checks what is committed.
 
 `python .ci/protos.py` writes; `python .ci/protos.py --check` writes elsewhere and compares, so that
 it says the same with and without git. Directory, protobuf package and Python package share one
-path, so nothing that is generated has to be patched.
+path, so nothing that is generated has to be patched. Other projects' protos keep their packages,
+which are on the wire; for protoc they lie where their Python does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
-GENERATED = ("jaxserve/v1", "jaxserve/internal/v1")
+THIRD_PARTY = "jaxserve/third_party"
+GENERATED = ("jaxserve/v1", "jaxserve/internal/v1", f"{THIRD_PARTY}/triton")
 PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
@@ -26,8 +28,11 @@ def generate(target: Path) -> None:
     plugins = Path(sys.executable).parent
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     sources = sorted(str(path) for path in (PROTO / "jaxserve").rglob("*.proto"))
+    vendored = sorted((PROTO / "third_party").rglob("*.proto"))
+    sources += [f"{THIRD_PARTY}/{path.relative_to(PROTO / 'third_party')}" for path in vendored]
     arguments = [
         "protoc",
+        f"-I{THIRD_PARTY}={PROTO / 'third_party'}",
         f"-I{PROTO}",
         f"-I{well_known}",
         f"--plugin=protoc-gen-mypy={plugins / 'protoc-gen-mypy'}",
@@ -69,7 +74,7 @@ def main() -> None:
     if stale:
         sys.exit(f"not what proto/ generates: {', '.join(stale)}; run `make proto` and commit them")
     count = sum(len(generated_files(ROOT / folder)) for folder in GENERATED)
-    print(f"{' and '.join(GENERATED)} are what proto/ generates ({count} files)")
+    print(f"{', '.join(GENERATED)} are what proto/ generates ({count} files)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measures the front end alone: the real server and engine over a runner that only keeps a pace.
 
-    python -m bench.frontend [--rows 64] [--steps-per-s 250] [--seconds 5] [--out FILE]
+    python -m bench.frontend [--door grpc|http] [--rows 64] [--steps-per-s 250] [--seconds 5]
+        [--out FILE]
 
 The clients are another process over loopback, one stream a row, and read bytes before they parse
 them, to leave the server its share of the cores. Goals: 15,000 tokens a second delivered, and a
@@ -29,6 +30,7 @@ from jaxserve.frontend.client_wire import generate_request
 from jaxserve.frontend.generation import TextEngine
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread
+from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import generation_pb2 as pb
 
@@ -43,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.frontend", description="Measures the front end alone."
     )
+    parser.add_argument("--door", choices=("grpc", "http"), default="grpc", help="default grpc")
     parser.add_argument("--rows", type=int, default=64, help="streams at a time (default 64)")
     parser.add_argument("--steps-per-s", type=float, default=250.0, help="the pace (default 250)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long (default 5)")
@@ -55,9 +58,10 @@ def main(words: Sequence[str] | None = None) -> None:
             f"--seconds x --steps-per-s is {tokens} tokens a stream; at most {CONTEXT_TOKENS - 2}"
         )
     if arguments.client:
-        print(json.dumps(asyncio.run(read_all(arguments.client, arguments.rows, tokens))))
+        read = read_all if arguments.door == "grpc" else read_all_http
+        print(json.dumps(asyncio.run(read(arguments.client, arguments.rows, tokens))))
         return
-    line = measure(arguments.rows, arguments.steps_per_s, tokens)
+    line = measure(arguments.door, arguments.rows, arguments.steps_per_s, tokens)
     common.write(line, arguments.out)
     rate, median = line["delivered_tokens_per_s"], line["tokens_a_message"]["p50"]
     for what, value, met, goal in (
@@ -67,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
         common.say(f"{what} {value:g}; goal {goal}: {'met' if met else 'MISSED'}")
 
 
-def measure(rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
+def measure(door: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
     """Returns what the clients saw."""
     tokenizer = byte_tokenizer()
     (letter,) = tokenizer.encode("a", add_special_tokens=False)
@@ -78,9 +82,12 @@ def measure(rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
     info = ModelInfo(name="paced", model_digest="0" * 64, vocab_size=tokenizer.vocab_size)
     engine.start()
     try:
-        with ServerThread(text, info, ServerConfig(port=0)) as address:
+        server = ServerThread(text, info, ServerConfig(port=0), HttpConfig(port=0))
+        with server as grpc_address:
+            address = grpc_address if door == "grpc" else server.http_address
+            assert address is not None
             other, before = machine.OtherLoad(), engine.stats()
-            seen = _clients(address, rows, steps_per_s, tokens)
+            seen = _clients(door, address, rows, steps_per_s, tokens)
             after, cores = engine.stats(), other.cores()
     finally:
         engine.stop()
@@ -90,6 +97,7 @@ def measure(rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
         raise RuntimeError(f"{delivered} of {rows * tokens} tokens were delivered")
     return {
         "bench": "frontend",
+        "door": door,
         "rows": rows,
         "steps_per_s": steps_per_s,
         "delivered_tokens_per_s": round(delivered / seen["seconds"], 1),
@@ -102,9 +110,10 @@ def measure(rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
     }
 
 
-def _clients(address: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
+def _clients(door: str, address: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
     """Runs the clients' process; returns its numbers."""
     flags = ("--client", address, "--rows", str(rows), "--steps-per-s", str(steps_per_s))
+    flags += ("--door", door)
     done = subprocess.run(
         [sys.executable, "-m", "bench.frontend", *flags, "--seconds", str(tokens / steps_per_s)],
         stdout=subprocess.PIPE,
@@ -146,6 +155,51 @@ async def read_all(address: str, rows: int, tokens: int) -> dict[str, Any]:
             if count := len(event.delta.token_ids):
                 sizes[count] = sizes.get(count, 0) + 1
     return {"seconds": last_s - first_s, "sizes": sizes}
+
+
+async def read_all_http(address: str, rows: int, tokens: int) -> dict[str, Any]:
+    """The same over HTTP, one connection a stream, as OpenAI's client has it."""
+    streams = await asyncio.gather(
+        *(_read_http(address, [3 + number % 200] * 8, tokens) for number in range(rows))
+    )
+    first_s = min(times[0] for times, _ in streams)
+    last_s = max(times[-1] for times, _ in streams)
+    sizes: dict[int, int] = {}
+    for _, events in streams:
+        for event in events:
+            # The paced model's tokens are letters.
+            if count := len(json.loads(event)["choices"][0]["text"]):
+                sizes[count] = sizes.get(count, 0) + 1
+    return {"seconds": last_s - first_s, "sizes": sizes}
+
+
+async def _read_http(
+    address: str, prompt: list[int], tokens: int
+) -> tuple[list[float], list[bytes]]:
+    asked = {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    body = json.dumps(asked).encode()
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    times: list[float] = []
+    events: list[bytes] = []
+    while (line := await reader.readline()).strip() != b"data: [DONE]":
+        if not line:
+            raise RuntimeError("the server closed the connection")
+        if line.startswith(b"data: "):
+            times.append(time.perf_counter())
+            events.append(line[6:])
+    writer.close()
+    return times, events
 
 
 async def _read(method: Any, request: bytes) -> tuple[list[float], list[bytes]]:

@@ -77,6 +77,8 @@ class ServeConfig:
     """Share pages between requests that start alike."""
     prompt_logprobs: bool = True
     """Compile the programs that score prompts."""
+    embeddings: bool = False
+    """Compile the programs that embed prompts, for ``/v1/embeddings`` and ``Embed``."""
     max_waiting_requests: int = 1024
     """More are refused with RESOURCE_EXHAUSTED."""
     max_waiting_tokens: int = 1_048_576

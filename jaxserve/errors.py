@@ -6,6 +6,7 @@
     │   └── DuplicateRequestError
     ├── ModelNotFoundError             the request names a model that is not served here
     ├── RequestNotFoundError           abort of a request that is not live
+    ├── NotOfferedError                a call of a protocol that this server does not answer
     ├── RetryableError                 the same request may succeed later or elsewhere
     │   ├── QueueFullError
     │   ├── DrainingError
@@ -101,6 +102,16 @@ class RequestNotFoundError(JaxserveError):
     def __init__(self, request_id: str) -> None:
         super().__init__(f"no live request has the id {request_id!r}; it may have finished already")
         self.request_id = request_id
+
+
+class NotOfferedError(JaxserveError):
+    """A call that belongs to a protocol which is spoken here, and that is not answered."""
+
+    reason = "NOT_OFFERED"
+
+    def __init__(self, call: str, why: str) -> None:
+        super().__init__(f"{call} is not offered here: {why}")
+        self.call = call
 
 
 class RetryableError(JaxserveError):

@@ -94,6 +94,7 @@ SHARED_FLAGS = (
     "kv_memory_fraction",
     "kv_memory_bytes",
     "prompt_logprobs",
+    "embeddings",
 )
 """Fields of ``ServeConfig`` that have to be the same on every host of a mesh."""
 
@@ -447,6 +448,7 @@ def _make_engine(
         max_waiting_tokens=config.max_waiting_tokens,
         watchdog_s=config.watchdog_s,
         prompt_logprobs=config.prompt_logprobs,
+        embeddings=config.embeddings,
     )
     return Engine(
         runner,
@@ -479,6 +481,7 @@ def _model_info(
         eos_token_ids=_end_ids(plan.model, tokenizer),
         has_chat_template=tokenizer.chat_template is not None or config.chat_template is not None,
         has_prompt_logprobs=config.prompt_logprobs,
+        has_embeddings=config.embeddings,
         platform=plan.platform,
         server_version=__version__,
     )

@@ -28,9 +28,9 @@ from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.frontend.client_types import GenerateOptions, Generation, Score
-from jaxserve.frontend.generation import GenerationCall
+from jaxserve.frontend.generation import EMBEDDING, GenerationCall
 from jaxserve.frontend.grammar import GRAMMAR_OPTIONS, take_grammar
-from jaxserve.frontend.in_process_calls import Batch, Stream, score
+from jaxserve.frontend.in_process_calls import Batch, Stream, embed, score
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.launch import build
@@ -205,6 +205,30 @@ class LLM:
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_logprobs)
         self._check_open()
         return score(self._text, self.info.model_digest, replace(given, sampling=sampling))
+
+    def embed(
+        self, texts: Sequence[str] | str, *, truncate_prompt_tokens: int | None = None
+    ) -> np.ndarray:
+        """Returns what texts mean, float32 ``[N, D]``, each row of length 1.
+
+        Args:
+            texts: one or several.
+            truncate_prompt_tokens: keep only the last so many tokens of each.
+
+        Raises:
+            InvalidRequestError: also when the LLM was made without ``embeddings=True``.
+        """
+        self._check_open()
+        calls = [
+            GenerationCall(
+                text=text,
+                embed=True,
+                sampling=EMBEDDING,
+                truncate_prompt_tokens=truncate_prompt_tokens,
+            )
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return np.array(embed(self._text, calls), np.float32)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the float32 logits ``[T, V]`` after every token, from one dense forward pass.

@@ -172,6 +172,7 @@ def resolve_sizes(
         decode_buckets=decode_buckets(config.max_rows, smallest),
         prefill_buckets=prefill,
         score_buckets=score_buckets(prefill) if config.prompt_logprobs else (),
+        embed_buckets=prefill if config.embeddings else (),
         data_shards=data_shards,
         call_places=CPU_CALL_PLACES if on_cpu else CALL_PLACES,
     )

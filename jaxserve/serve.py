@@ -24,6 +24,8 @@ from jaxserve.engine.engine import Engine
 from jaxserve.errors import GroupError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.server import ServerThread, port_problem
+from jaxserve.frontend.http.config import Doors, HttpConfig
+from jaxserve.frontend.http.server import listen
 from jaxserve.launch import OnLost, Report, Service, build, follow, silent
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def serve(
     config: ServeConfig,
     server_config: ServerConfig,
     *,
-    on_ready: Callable[[Service, str], None],
+    http_config: HttpConfig | None = None,
+    on_ready: Callable[[Service, Doors], None],
     before_ready: Callable[[int], None],
     on_lost: OnLost = lambda error: None,
     hosts: GroupConfig | None = None,
@@ -97,7 +100,8 @@ def serve(
     Args:
         config: what to build.
         server_config: where to listen.
-        on_ready: called with the service and its address once requests are taken.
+        http_config: where to listen for HTTP; None does not.
+        on_ready: called with the service and its addresses once requests are taken.
         before_ready: called with the number of a signal that comes earlier; should exit.
         on_lost: called when another host is lost before ready; should exit.
         hosts: the hosts of the mesh, when there are several.
@@ -107,9 +111,11 @@ def serve(
         LaunchError: a flag, a file, the machine or the port has to change.
     """
     check_port(server_config)
+    if http_config is not None:
+        listen(http_config).close()
     with StopSignals(before_ready) as signals:
         service = build(config, report, hosts=hosts, on_lost=on_lost, measure=True)
-        server = ServerThread(service.text, service.info, server_config)
+        server = ServerThread(service.text, service.info, server_config, http_config)
         try:
             address = server.start()
         except LaunchError as error:
@@ -118,7 +124,7 @@ def serve(
             service.close()
             raise
         signals.ready = True
-        on_ready(service, address)
+        on_ready(service, Doors(address, server.http_address))
         failure = watch(service.engine, signals)
         grace_s = server_config.grace_s if failure is None else FAILURE_GRACE_S
 

@@ -103,6 +103,7 @@ class CountingRunner:
             "decode": {(rows, 1) for rows in shape.decode_buckets},
             "prefill": shape.prefill_buckets,
             "score": shape.score_buckets,
+            "embed": shape.embed_buckets,
         }
         self._clear()
 
@@ -142,9 +143,22 @@ class CountingRunner:
         parts = call.buffer.reshape(shards, rows, -1)
         for shard, lines in enumerate(parts):
             self._call_shard(shard, lines, result, call.bucket[1], decode=decode)
+        if call.kind == "embed":
+            return self._embedded(parts)
         if call.kind != "score":
             return None
         return np.stack([_scores(lines[0, columns + 1 :]) for lines in parts])
+
+    def _embedded(self, parts: np.ndarray) -> np.ndarray:
+        """Of each line, where its last token stands and what it is; 1 and 0 of padding."""
+        columns = self.shape.line_columns
+        hidden = np.zeros((*parts.shape[:2], 2), np.float32)
+        for shard, lines in enumerate(parts):
+            tokens = lines[:, columns:].ravel()
+            ends = np.cumsum(lines[:, Column.LENGTH])
+            hidden[shard, :, 0] = np.maximum(1, lines[:, Column.START] + lines[:, Column.LENGTH])
+            hidden[shard, :, 1] = tokens[np.maximum(ends - 1, 0)]
+        return hidden
 
     def _call_shard(
         self, shard: int, buffer: np.ndarray, result: np.ndarray, places: int, *, decode: bool
@@ -363,6 +377,7 @@ class EngineSizes:
                 for tokens in sorted({max(1, self.step_tokens // 2), self.step_tokens})
             ),
             score_buckets=((1, self.step_tokens),),
+            embed_buckets=((self.max_chunks, self.step_tokens),),
             data_shards=self.data_shards,
         )
 

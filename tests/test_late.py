@@ -21,6 +21,7 @@ from jaxserve.engine.publish import StepHandle
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.step import StepInputs
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.http.config import Doors
 from jaxserve.launch import Service, build
 from jaxserve.runner.compiling import CompileAfterReadyError, cores
 from jaxserve.runner.config import ProgramKey
@@ -192,7 +193,7 @@ def test_a_stop_does_not_wait_for_a_program_for_ever(
     """The process can be left then: what was asked for is done, and that is not a failure."""
     monkeypatch.setattr(serving, "CLOSE_LIMIT_S", 0.5)
 
-    def stop(service: Service, address: str) -> None:
+    def stop(service: Service, doors: Doors) -> None:
         assert gate.has_begun.wait(PATIENCE_S)
         signal.raise_signal(signal.SIGTERM)
 

@@ -506,3 +506,49 @@ def test_a_client_sends_every_kind_of_grammar(llm: LLM) -> None:
             client.generate("Hello", grammar="start: x")
         with pytest.raises(InvalidRequestError, match="choices holds something"):
             client.generate("Hello", choices=[1])  # type: ignore[list-item]
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "2x1"])
+def test_an_embedding_is_what_the_head_sees_at_length_1(mesh: str) -> None:
+    """The head's product with it is the dense pass's logits, but for their length."""
+    texts = ["Hello", "The sky is blue", "x" * 60, "", "Hello"]
+    with make(mesh=mesh, embeddings=True, device="cpu:8", max_waiting_requests=2) as llm:
+        vectors = llm.embed(texts[:3])
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        assert np.array_equal(llm.embed("Hello"), vectors[:1])
+        params = llm._service.runner.params
+        assert params is not None
+        model = llm._service.runner.model
+        head = np.asarray(model.head_weight(params), np.float32)[: llm.info.vocab_size]
+        for text, vector in zip(texts, vectors, strict=False):
+            ids = llm.tokenizer.encode(text, add_special_tokens=True)
+            logits = llm.logits(ids)[-1]
+            found = head @ vector
+            np.testing.assert_allclose(
+                found / np.linalg.norm(found), logits / np.linalg.norm(logits), atol=2e-5
+            )
+        # More than the queue takes at once, with answers beside them.
+        with llm.stream("Hello", **GREEDY):
+            many = llm.embed(["a", "bc", "def"] * 10)
+        assert np.array_equal(many[:3], many[27:])
+        with pytest.raises(InvalidRequestError, match="prompt is empty"):
+            llm.embed([""])
+        with (
+            ServerThread(llm._text, llm.info, ServerConfig(port=0)) as address,
+            Client(address) as client,
+        ):
+            assert np.array_equal(np.array(client.embed(texts[:3]), np.float32), vectors)
+            with pytest.raises(InvalidRequestError, match="texts has 0 prompts"):
+                client.embed([])
+            with pytest.raises(InvalidRequestError, match="texts cannot be sent"):
+                client.embed(["a"], truncate_prompt_tokens=2**40)
+
+
+def test_an_llm_without_embeddings_refuses_them(llm: LLM) -> None:
+    assert not llm.info.has_embeddings
+    with pytest.raises(InvalidRequestError, match="embeddings are off"):
+        llm.embed("Hello")

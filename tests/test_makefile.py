@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = (ROOT / ".ci" / "requirements.lock").read_text()
+CLIENTS = (ROOT / ".ci" / "clients.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -42,7 +43,7 @@ def test_make_alone_lists_the_targets() -> None:
     for verb in (
         "serve", "demo", "assets", "test", "quick", "test-gpu", "lint", "fmt", "types", "layers",
         "proto", "proto-lint", "bench", "lock", "wheel", "clean", "native", "native-sanitize",
-        "bench-gpu", "bench-gpu-dry",
+        "bench-gpu", "bench-gpu-dry", "clients", "clients-lock",
     ):  # fmt: skip
         assert re.search(rf"^  {verb} +\S", listed, flags=re.MULTILINE), verb
 
@@ -76,17 +77,29 @@ def test_make_test_runs_every_check_before_pytest() -> None:
     assert positions == sorted(positions)
 
 
-def test_the_lock_names_no_index_and_no_path_of_a_machine() -> None:
-    assert not re.search(r"https?:|file:|--index|--find-links|--extra-index|@ ", LOCK)
-    assert not re.search(r"(^|\s)/\w", LOCK)
+@pytest.mark.parametrize("lock", [LOCK, CLIENTS], ids=["requirements", "clients"])
+def test_the_lock_names_no_index_and_no_path_of_a_machine(lock: str) -> None:
+    assert not re.search(r"https?:|file:|--index|--find-links|--extra-index|@ ", lock)
+    assert not re.search(r"(^|\s)/\w", lock)
 
 
-def test_every_locked_package_has_a_version_and_a_hash() -> None:
-    blocks = re.findall(r"^[a-zA-Z].*(?:\n[ \t].*)*", LOCK, flags=re.MULTILINE)
-    assert len(blocks) > 100
+@pytest.mark.parametrize(("lock", "least"), [(LOCK, 100), (CLIENTS, 20)], ids=["all", "clients"])
+def test_every_locked_package_has_a_version_and_a_hash(lock: str, least: int) -> None:
+    blocks = re.findall(r"^[a-zA-Z].*(?:\n[ \t].*)*", lock, flags=re.MULTILINE)
+    assert len(blocks) > least
     for block in blocks:
         assert re.match(r"[\w.-]+==\S+", block), block
         assert "--hash=sha256:" in block, block
+
+
+def test_the_clients_that_are_named_are_locked() -> None:
+    wanted = re.findall(r"^[\w-]+", (ROOT / ".ci" / "clients.in").read_text(), flags=re.MULTILINE)
+    assert set(wanted) <= set(re.findall(r"^([\w.-]+)==", CLIENTS, flags=re.MULTILINE))
+
+
+def test_make_clients_builds_them_once_from_their_lock() -> None:
+    stale = make("clients", "--always-make", "--old-file=.venv/.stamp").splitlines()
+    assert stale[-1].strip().endswith(".venv/bin/python .ci/clients.py")
 
 
 def test_the_lock_holds_the_jax_that_the_device_is_measured_on() -> None:

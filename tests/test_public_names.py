@@ -42,7 +42,7 @@ def test_a_name_that_is_not_exported_is_refused() -> None:
 ERRORS = """
 CheckpointError ConfigError DeadlineExceededError DrainingError DuplicateRequestError
 EngineDeadError ExecutablesError GroupError InvalidRequestError JaxserveError LaunchError
-MemoryPlanError MeshError ModelNotFoundError PromptTooLongError QueueFullError
+MemoryPlanError MeshError ModelNotFoundError NotOfferedError PromptTooLongError QueueFullError
 RequestCancelledError RequestFailedError RequestNotFoundError RetryableError ShuttingDownError
 SlowReaderError TokenizerError
 UnsupportedModelError

@@ -18,6 +18,7 @@ from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import EngineDeadError, JaxserveError, LaunchError
 from jaxserve.frontend.client import RetryPolicy
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.http.config import Doors
 from jaxserve.launch import Service
 from jaxserve.serve import StopSignals, check_port, serve, shut_down
 
@@ -47,9 +48,9 @@ class Visitor:
         self._before = before
         self._thread: threading.Thread | None = None
 
-    def __call__(self, service: Service, address: str) -> None:
+    def __call__(self, service: Service, doors: Doors) -> None:
         self._before(service)
-        self._thread = threading.Thread(target=self._ask, args=(address,))
+        self._thread = threading.Thread(target=self._ask, args=(doors.grpc,))
         self._thread.start()
 
     def join(self) -> Any:
@@ -125,7 +126,7 @@ def test_ctrl_c_ends_the_server_without_a_failure() -> None:
     ended = serve(
         tiny_config(),
         ServerConfig(port=0),
-        on_ready=lambda service, address: interrupt(service),
+        on_ready=lambda service, doors: interrupt(service),
         before_ready=never,
     )
     assert ended == lifecycle.Ended(None, clean=True)

@@ -12,6 +12,7 @@ from jaxserve.cli.launch import config_defaults, ready_line
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.config import ServeConfig
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.http.config import Doors
 from jaxserve.progress import show_progress
 
 SUMMARY = "start a server, stream one answer, print its timing, stop"
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
     server = ServerThread(service.text, service.info, ServerConfig(port=0))
     messages = [{"role": "user", "content": options.question}]
     with service, server as address, Client(address) as client:
-        print(ready_line(service, address))
+        print(ready_line(service, Doors(address)))
         print(f"> {options.question}")
         stream = partial(client.stream, messages=messages, **sampling_options(options))
         answer = read_answer(stream, write_now)

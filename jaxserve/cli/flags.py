@@ -67,6 +67,7 @@ MEMORY_FLAGS = (
     "kv_memory_bytes",
     "prefix_cache",
     "prompt_logprobs",
+    "embeddings",
 )
 LIMIT_FLAGS = (
     "max_waiting_requests",

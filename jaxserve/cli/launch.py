@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jaxserve.cli import flags, launchers, supervisor
+from jaxserve.cli import flags, http_flags, launchers, supervisor
 from jaxserve.cli.environment import Environment
 from jaxserve.cli.models import ensure_asset, report_environment
 from jaxserve.cli.plan_table import describe_beside
@@ -25,6 +25,7 @@ from jaxserve.cli.words import say, tell
 from jaxserve.config import GroupConfig, ServeConfig
 from jaxserve.errors import ConfigError, GroupError, JaxserveError, LaunchError
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.http.config import Doors, HttpConfig
 from jaxserve.progress import Progress, show_progress
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from jaxserve.runner.runner import Runner
     from pallas_kernels.quantized_matmul import Format
 
-SUMMARY = "serve a model over gRPC"
+SUMMARY = "serve a model over gRPC and HTTP"
 USAGE = "[MODEL] [FLAGS]"
 EXAMPLES = """\
-  jaxserve launch                                the default model on 127.0.0.1:50051
-  jaxserve launch smollm2 --port 8000 --max-rows 128
+  jaxserve launch                                the default model on 127.0.0.1: gRPC on 50051,
+                                                 OpenAI's routes over HTTP on 8000
+  jaxserve launch smollm2 --port 7000 --http-port 7001 --max-rows 128
   jaxserve launch ./Llama-3.2-1B --dtype bfloat16 --mesh 1x4
   jaxserve launch owner/name --context-tokens 8192 --kv-memory 8GiB
   jaxserve launch dummy:llama-3.1-8b             random weights, to try sizes
@@ -70,6 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Environment) -> None
         help="allow a --host that other machines reach, without TLS or a password, and a "
         "--coordinator that they reach, without a group secret",
     )
+    http_flags.add_flags(parser)
     launchers.add_flags(parser)
     parser.add_argument(
         "--restart",
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace, environment: Environment) -> int:
 
 
 def _run(options: argparse.Namespace, environment: Environment) -> int:
-    config, server_config = read_configs(options)
+    config, server_config, http_config = read_configs(options)
     check_exposure(server_config, insecure=options.insecure)
     hosts = launchers.read_group(options, environment.variables, insecure=options.insecure)
     if options.restart:
@@ -108,7 +111,7 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
         # What exchanges data between CPU hosts talks on standard output, which is for scripts.
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
-        _exit_now(_run_host(config, server_config, hosts, environment))
+        _exit_now(_run_host(config, server_config, http_config, hosts, environment))
     with show_progress() as progress:
         report_environment(progress)
         ensure_asset(config, progress)
@@ -118,9 +121,10 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
         ended = serve(
             config,
             server_config,
+            http_config=http_config,
             report=progress,
             before_ready=_leave_early(progress),
-            on_ready=lambda service, address: _announce(service, address, server_config, progress),
+            on_ready=lambda service, doors: _announce(service, doors, server_config, progress),
         )
     say("stopped" if ended.failure is None else f"error: {ended.failure}")
     status = 0 if ended.failure is None else 1
@@ -134,7 +138,11 @@ def _run(options: argparse.Namespace, environment: Environment) -> int:
 
 
 def _run_host(
-    config: ServeConfig, server_config: ServerConfig, hosts: GroupConfig, environment: Environment
+    config: ServeConfig,
+    server_config: ServerConfig,
+    http_config: HttpConfig | None,
+    hosts: GroupConfig,
+    environment: Environment,
 ) -> int:
     """One host's part; the process has to be left at once, because JAX waits for lost hosts."""
     progress = show_progress()
@@ -163,13 +171,12 @@ def _run_host(
             ended = serve.serve(
                 config,
                 server_config,
+                http_config=http_config,
                 hosts=hosts,
                 report=progress,
                 before_ready=_leave_early(progress),
                 on_lost=lost,
-                on_ready=lambda service, address: _announce(
-                    service, address, server_config, progress
-                ),
+                on_ready=lambda service, doors: _announce(service, doors, server_config, progress),
             )
     except JaxserveError as error:
         say(f"error: {error}")
@@ -238,11 +245,13 @@ def config_defaults(environment: Environment) -> dict[str, Any]:
     }
 
 
-def read_configs(options: argparse.Namespace) -> tuple[ServeConfig, ServerConfig]:
-    """Makes both configs.
+def read_configs(
+    options: argparse.Namespace,
+) -> tuple[ServeConfig, ServerConfig, HttpConfig | None]:
+    """Makes the configs of the engine and of both doors.
 
     Raises:
-        ConfigError: every problem of both.
+        ConfigError: every problem of the first two, or what is wrong with the last.
     """
     problems: list[str] = []
 
@@ -257,7 +266,7 @@ def read_configs(options: argparse.Namespace) -> tuple[ServeConfig, ServerConfig
     server = attempt(ServerConfig, ServerConfig)
     if config is None or server is None:
         raise ConfigError("; ".join(problems))
-    return config, server
+    return config, server, http_flags.read_config(options, server)
 
 
 def check_exposure(config: ServerConfig, *, insecure: bool) -> None:
@@ -275,36 +284,46 @@ def check_exposure(config: ServerConfig, *, insecure: bool) -> None:
 
 
 def _announce(
-    service: Service, address: str, server_config: ServerConfig, progress: Progress
+    service: Service, doors: Doors, server_config: ServerConfig, progress: Progress
 ) -> None:
     progress.close()
     say(describe_plan(service, server_config))
-    tell(ready_line(service, address))
-    tell(how_to_talk(address, server_config))
+    tell(ready_line(service, doors))
+    tell(how_to_talk(doors, server_config))
 
 
-def ready_line(service: Service, address: str) -> str:
+def ready_line(service: Service, doors: Doors) -> str:
     """Returns the line that scripts wait for."""
     info = service.info
     return (
-        f"ready address={address} model={info.name} mesh={info.mesh} pages={info.pages_total} "
+        f"ready address={doors.grpc} http={doors.http or 'none'} model={info.name} "
+        f"mesh={info.mesh} pages={info.pages_total} "
         f"page_tokens={info.page_tokens} context={info.context_tokens} "
         f"quantization={info.quantization or 'none'} "
         f"ready_seconds={service.ready_seconds:.1f}"
     )
 
 
-def how_to_talk(address: str, config: ServerConfig) -> str:
+def how_to_talk(doors: Doors, config: ServerConfig) -> str:
     """Returns commands that reach the server from this machine."""
-    if here := {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host.strip("[]")):
-        address = f"{here}:{address.rpartition(':')[2]}"
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host.strip("[]"))
+
+    def from_here(address: str) -> str:
+        return f"{here}:{address.rpartition(':')[2]}" if here else address
+
+    address = from_here(doors.grpc)
     code = f"from jaxserve import Client; c = Client({address!r}); print(c.chat('Hello').text)"
     curl = f"""
   buf curl --protocol grpc --http2-prior-knowledge -d '{{"text": "The sky is", "max_tokens": 8}}' \\
       http://{address}/jaxserve.v1.GenerationService/Generate"""
+    http = ""
+    if doors.http is not None:
+        http = f"""
+  curl http://{from_here(doors.http)}/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'"""
     return f"""\
   jaxserve chat --server {address}
-  python -c "{code}"{curl if config.is_local else ""}
+  python -c "{code}"{curl if config.is_local else ""}{http}
 Ctrl-C stops it: running requests may finish, a second Ctrl-C gives them up."""
 
 

@@ -38,6 +38,8 @@ class EngineLimits:
     """Without a finished step for this long while work is there, health says so."""
     prompt_logprobs: bool = True
     """Whether programs that score prompts were compiled."""
+    embeddings: bool = False
+    """Whether programs that embed prompts were compiled."""
 
 
 class Admission:

@@ -9,9 +9,11 @@ planned (``Engine.run_once``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
+if TYPE_CHECKING:
+    # Clients import requests, and have no use for arrays.
+    import numpy as np
 
 
 @runtime_checkable

@@ -152,11 +152,19 @@ class DataShard:
     def commit(self, sequence: LiveSequence, committed: int) -> None:
         """Records that positions below ``committed`` are good, and indexes their full pages."""
         sequence.committed = committed
-        full = committed // self._config.page_tokens
+        size = self._config.page_tokens
+        full = committed // size
         if full > sequence.indexed:
-            self.prefix.extend_chain(sequence.digests, sequence.tokens, sequence.live.salt)
+            digests, salt = sequence.digests, sequence.live.salt
+            self.prefix.extend_chain(digests, sequence.tokens, salt)
             for index in range(sequence.indexed, full):
-                self.prefix.insert(sequence.digests[index], sequence.pages[index])
+                self.prefix.insert(
+                    digests[index],
+                    sequence.pages[index],
+                    parent=digests[index - 1] if index else None,
+                    tokens=sequence.tokens[index * size : (index + 1) * size],
+                    salt=salt,
+                )
             sequence.indexed = full
 
     def vacate(self, sequence: LiveSequence) -> None:

@@ -31,8 +31,10 @@ import numpy as np
 from jaxserve.engine.admission import Admission, EngineLimits, describe
 from jaxserve.engine.fit import check_fit
 from jaxserve.engine.measures import PHASES, EngineMeasures, Measures
+from jaxserve.engine.page_news import PageFeed, PageNews
 from jaxserve.engine.page_states import page_states
 from jaxserve.engine.plan import SchedulerConfig, StepPlan
+from jaxserve.engine.prefix import SHARED
 from jaxserve.engine.publish import Publisher, StepHandle
 from jaxserve.engine.request import FinishReason, Request, SamplingParams
 from jaxserve.engine.scheduler import PRIORITY_SECONDS, Scheduler
@@ -146,6 +148,7 @@ class Engine:
         self._steps = self._places = self._tokens = 0
         self._step_ended_s = 0.0
         self._rate = RateMeter()
+        self._news = PageNews([shard.prefix for shard in self.scheduler.shards])
         self._shards_seen = tuple(map(shard_stats, self.scheduler.shards))
         """After the last turn: one tuple, so that a reader sees one instant."""
 
@@ -174,6 +177,7 @@ class Engine:
             vocab_size=limits.vocab_size,
             context_tokens=limits.context_tokens,
             prompt_logprobs=limits.prompt_logprobs,
+            embeddings=limits.embeddings,
         )
         self._check_stops(request.sampling)
         now = self._clock()
@@ -204,6 +208,17 @@ class Engine:
         """
         check_fit(self.scheduler.config, shape, self.limits, tuple(self._end_ids))
         self._send(self._table.use_buckets, shape)
+
+    def watch_pages(self, feed: PageFeed) -> None:
+        """Tells a feed which pages a prompt may find, and every change from then on.
+
+        With the prefix cache off no page outlives its request, and there is nothing to tell.
+        """
+        self._send(self._news.watch, feed)
+
+    def unwatch_pages(self, feed: PageFeed) -> None:
+        """Tells a feed no more."""
+        self._send(self._news.unwatch, feed)
 
     def fail(self, error: Exception) -> None:
         """Ends the engine with an error, for those who know first that it cannot go on."""
@@ -404,6 +419,7 @@ class Engine:
         if finished:
             self._admission.forget(finished)
             finished.clear()
+        self._news.tell()
         self._publisher.wake()
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
@@ -510,7 +526,7 @@ class Engine:
             seed=secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed,
             accepted_s=now,
             # With the cache off only the choices of one request share pages.
-            salt=f"shared/{request.cache_salt}" if shared else f"request/{number}",
+            salt=SHARED + request.cache_salt if shared else f"request/{number}",
             stop_ids=self._end_ids_for(request.sampling),
             open_choices=request.sampling.n,
         )

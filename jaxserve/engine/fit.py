@@ -28,6 +28,8 @@ def check_fit(
     wanted = {"prefill": shape.prefill_buckets}
     if limits.prompt_logprobs:
         wanted["score"] = shape.score_buckets
+    if limits.embeddings:
+        wanted["embed"] = shape.embed_buckets
     for kind, buckets in wanted.items():
         longest = max((tokens for _, tokens in buckets), default=0)
         if longest < scheduler.longest_chunk:

@@ -17,6 +17,7 @@ from jaxserve.engine.measures import Measures
 from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import (
     MAX_LOGPROBS,
+    EmbeddingEvent,
     Event,
     FinishedEvent,
     FinishReason,
@@ -27,9 +28,9 @@ from jaxserve.engine.request import (
 )
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
-from jaxserve.engine.step import NO_TOKEN_LEFT, ProgramCall
+from jaxserve.engine.step import NO_TOKEN_LEFT, POISONED_TOKEN, ProgramCall
 from jaxserve.engine.stream import TokenStream
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import InvalidRequestError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class StepResult:
     rows: np.ndarray
     """int32 [all_rows, RESULT_COLUMNS]: the newest sample of every device row of all shards."""
     scores: list[np.ndarray | None]
-    """Per program call: None, or int32 [data_shards, T, RESULT_COLUMNS], the token after each
-    place of the shard's prompt."""
+    """Per program call: None; of ``score`` int32 [data_shards, T, RESULT_COLUMNS], the token after
+    each place of the shard's prompt; of ``embed`` float32 [data_shards, lines, D]."""
 
 
 @runtime_checkable
@@ -79,7 +80,9 @@ class Publisher:
         for call, scores in zip(calls, result.scores, strict=True):
             if scores is not None:
                 for own, shard_scores in zip(call.chunks, scores, strict=True):
-                    if own:
+                    if call.kind == "embed":
+                        self._embed(own, shard_scores, now)
+                    elif own:
                         self._collect_scores(own[0], shard_scores)
         for chunk in plan.chunks:
             if not chunk.sequence.done:
@@ -107,7 +110,27 @@ class Publisher:
             if sequence.row == chunk.row:
                 self._scheduler.commit(sequence, end)
             return
+        if live.request.embed:
+            if sequence.row == chunk.row:
+                self._scheduler.commit(sequence, end)
+            self.finish(sequence, FinishReason.STOP, now)
+            return
         self._publish_token(sequence, chunk.row, end, token, result, now)
+
+    def _embed(self, chunks: list[Chunk], hidden: np.ndarray, now: float) -> None:
+        """Delivers what prompts mean whose last token a call has computed."""
+        for chunk, line in zip(chunks, hidden, strict=False):
+            sequence = chunk.sequence
+            if not chunk.last or sequence.done:
+                continue
+            if not sequence.live.started:
+                self._start(sequence)
+            length = math.sqrt(float(np.square(line, dtype=np.float64).sum()))
+            if not math.isfinite(length) or not length:
+                self._fail(sequence, POISONED_TOKEN, now)
+                continue
+            vector = tuple((line / np.float32(length)).tolist())
+            self.put(sequence.live.stream, EmbeddingEvent(vector))
 
     def _start(self, sequence: LiveSequence) -> None:
         live = sequence.live
@@ -157,9 +180,8 @@ class Publisher:
         if token in live.stop_ids and output > sampling.min_tokens:
             self.finish(sequence, FinishReason.STOP, now, stop_token_id=token)
         elif matcher is not None and not matcher.accept(token):
-            why = f"the grammar does not go on behind token {token}: {matcher.error}"
-            error = RequestFailedError(live.request.request_id, why)
-            self.finish(sequence, FinishReason.ERROR, now, error=error)
+            why = f"it does not go on behind token {token} ({matcher.error})"
+            self.finish(sequence, FinishReason.ERROR, now, error=_of_grammar(why))
         elif matcher is not None and matcher.complete:
             self.finish(sequence, FinishReason.STOP, now)
         elif len(tokens) >= sequence.max_total:
@@ -185,9 +207,11 @@ class Publisher:
                 self._scheduler.enqueue(sequence)
 
     def _fail(self, sequence: LiveSequence, token: int, now: float) -> None:
-        if sequence.matcher is not None and sequence.matcher.error:
-            why = f"the grammar cannot go on: {sequence.matcher.error}"
-        elif token == NO_TOKEN_LEFT:
+        matcher = sequence.matcher
+        if matcher is not None and matcher.error:
+            self.finish(sequence, FinishReason.ERROR, now, error=_of_grammar(matcher.error))
+            return
+        if token == NO_TOKEN_LEFT:
             why = "min_tokens, grammar, allowed and banned tokens leave no token to choose"
         else:
             why = "the model's logits are not finite"
@@ -286,6 +310,13 @@ class Publisher:
             except Exception:
                 # A front end that is going away must not take the engine with it.
                 logger.exception("waking the readers of %d streams failed", len(streams))
+
+
+def _of_grammar(why: str) -> InvalidRequestError:
+    """What a grammar's limits, met in mid-answer, are to whoever sent it: a grammar to change."""
+    return InvalidRequestError(
+        f"the grammar cannot go on here: {why}; send a simpler one", field="grammar"
+    )
 
 
 def timing(live: LiveRequest, now: float) -> Timing:

@@ -176,9 +176,16 @@ class Request:
     """Monotonic time (``time.monotonic`` clock) after which the answer is of no use."""
     constraint: Constraint | None = None
     """The grammar that every choice of the answer obeys."""
+    embed: bool = False
+    """What the prompt means is wanted (``EmbeddingEvent``), and no answer; only with n = 1."""
 
     def validate(
-        self, *, vocab_size: int, context_tokens: int, prompt_logprobs: bool = True
+        self,
+        *,
+        vocab_size: int,
+        context_tokens: int,
+        prompt_logprobs: bool = True,
+        embeddings: bool = True,
     ) -> None:
         """Checks the request against the model's limits.
 
@@ -186,6 +193,7 @@ class Request:
             vocab_size: token ids are below this.
             context_tokens: prompt and output tokens together at most.
             prompt_logprobs: whether prompts can be scored by this server.
+            embeddings: whether it can embed them.
 
         Raises:
             InvalidRequestError: naming the field, the value, the limit and the remedy.
@@ -222,6 +230,10 @@ class Request:
                 "prompt_logprobs is off on this server (it was launched with "
                 "--no-prompt-logprobs); leave it unset",
                 field="prompt_logprobs",
+            )
+        if self.embed and not embeddings:
+            raise InvalidRequestError(
+                "embeddings are off on this server; launch it with --embeddings", field="embed"
             )
         tokens = len(self.prompt) + len(self.resume)
         if tokens >= context_tokens:
@@ -290,6 +302,14 @@ class TokenEvent:
 
 
 @dataclass(frozen=True)
+class EmbeddingEvent:
+    """What a prompt means, when that was asked for: the normalised hidden state of its last token
+    behind the final norm, float32."""
+
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds, on the engine's clock."""
 
@@ -318,7 +338,7 @@ class FinishedEvent:
     """The end or stop token that ended the choice, when one did."""
 
 
-Event = StartedEvent | TokenEvent | FinishedEvent
+Event = StartedEvent | TokenEvent | EmbeddingEvent | FinishedEvent
 
 
 def _is_int(value: object) -> bool:

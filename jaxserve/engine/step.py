@@ -99,6 +99,8 @@ class StepShape:
     """(lines, tokens of all lines), ascending by tokens."""
     score_buckets: tuple[tuple[int, int], ...] = ()
     """The same for programs that score prompts, of one line each; empty when none can be scored."""
+    embed_buckets: tuple[tuple[int, int], ...] = ()
+    """The same for programs that embed prompts; empty when none can be."""
     data_shards: int = 1
     call_places: int = CALL_PLACES
     """Token places that take as long as one more call, which reads every weight again: about the
@@ -130,13 +132,14 @@ class ProgramCall:
     """One call of one compiled program."""
 
     kind: str
-    """``decode``, ``prefill`` or ``score`` (prefill that also scores every prompt position)."""
+    """``decode``, ``prefill``, ``score`` (prefill that also scores every prompt position) or
+    ``embed`` (prefill that gives back what the last token of each line means)."""
     bucket: tuple[int, int]
     """Of each data shard: (rows, 1), or (lines, tokens)."""
     buffer: np.ndarray
     """int32, see the top of this file."""
     chunks: list[list[Chunk]] = field(default_factory=list[list[Chunk]])
-    """For prefill and score: of each data shard, the chunk of each line."""
+    """For all but decode: of each data shard, the chunk of each line."""
 
     @property
     def places(self) -> int:
@@ -348,29 +351,31 @@ type Prompts = tuple[str, tuple[int, int], list[list[Chunk]]]
 def _divide(plan: StepPlan, shape: StepShape) -> Iterator[Prompts]:
     """Deals the chunks of a step out to calls; a chunk may be cut where a call is full.
 
-    Its pieces are in calls that run in order. Prompts that are scored have calls of their own, and
-    are not cut.
+    Its pieces are in calls that run in order. Prompts that are scored or embedded have calls of
+    their own; those that are scored are not cut.
     """
-    scored, others = _by_shard(plan, shape, scores=True), _by_shard(plan, shape, scores=False)
+    scored = _by_shard(plan, shape, "score")
     while any(scored):
         first = [own[:1] for own in scored]
         most = max(chunk.count for own in first for chunk in own)
         yield "score", next(each for each in shape.score_buckets if each[1] >= most), first
         scored = [own[1:] for own in scored]
-    sizes = tuple(tokens for _, tokens in shape.prefill_buckets)
-    while any(others):
-        most = max(sum(chunk.count for chunk in own) for own in others)
-        size = cut(most, sizes, shape.call_places)[0]
-        bucket = next(each for each in shape.prefill_buckets if each[1] >= size)
-        taken = [_take(own, bucket) for own in others]
-        yield "prefill", bucket, [own for own, _ in taken]
-        others = [left for _, left in taken]
+    for kind, buckets in (("embed", shape.embed_buckets), ("prefill", shape.prefill_buckets)):
+        others = _by_shard(plan, shape, kind)
+        sizes = tuple(tokens for _, tokens in buckets)
+        while any(others):
+            most = max(sum(chunk.count for chunk in own) for own in others)
+            size = cut(most, sizes, shape.call_places)[0]
+            bucket = next(each for each in buckets if each[1] >= size)
+            taken = [_take(own, bucket) for own in others]
+            yield kind, bucket, [own for own, _ in taken]
+            others = [left for _, left in taken]
 
 
-def _by_shard(plan: StepPlan, shape: StepShape, *, scores: bool) -> list[list[Chunk]]:
+def _by_shard(plan: StepPlan, shape: StepShape, kind: str) -> list[list[Chunk]]:
     chunks: list[list[Chunk]] = [[] for _ in range(shape.data_shards)]
     for chunk in plan.chunks:
-        if _wants_scores(chunk) == scores:
+        if _kind(chunk) == kind:
             chunks[chunk.row // shape.shard_rows].append(chunk)
     return chunks
 
@@ -437,9 +442,11 @@ def _suppresses_stop(sequence: LiveSequence) -> bool:
     return sequence.sampled <= sequence.live.request.sampling.min_tokens
 
 
-def _wants_scores(chunk: Chunk) -> bool:
+def _kind(chunk: Chunk) -> str:
     sequence = chunk.sequence
-    return sequence.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens - 1
+    if sequence.prompt_logprobs is not None and chunk.start < sequence.prompt_tokens - 1:
+        return "score"
+    return "embed" if sequence.live.request.embed else "prefill"
 
 
 def _uses_counts(sampling: SamplingParams) -> bool:

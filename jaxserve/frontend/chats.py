@@ -16,7 +16,15 @@ from jaxserve.engine.request import Request
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.generation import GenerationCall, TextEngine
 from jaxserve.frontend.grammar import Grammar
-from jaxserve.frontend.parsing import AnswerFormat, AnswerParser, Part, Tool, tool_grammar
+from jaxserve.frontend.parsing import (
+    AnswerFormat,
+    AnswerParser,
+    Part,
+    Reasoning,
+    Tool,
+    tool_grammar,
+)
+from jaxserve.frontend.tool_texts import with_tools_in_text
 
 MAX_TOOLS = 128
 MAX_TOOL_NAME_CHARS = 64
@@ -54,6 +62,7 @@ class ChatEngine:
             for marker in self.format.markers
             if (number := self._added.get(marker)) is not None and number in special
         )
+        self._template_knows_tools = text.template is None or "tool" in text.template.text
         self._text = text
 
     def call_of(self, chat: Chat, call: GenerationCall) -> GenerationCall:
@@ -79,10 +88,14 @@ class ChatEngine:
                 special_tokens=self._added,
             )
             grammar = Grammar("grammar", source, "tools")
+        tools = [] if chat.tool_choice == "none" else [_schema(tool) for tool in chat.tools]
+        messages = chat.messages
+        if not self._template_knows_tools:
+            messages = with_tools_in_text(messages, tools, self.format)
         return replace(
             call,
-            messages=chat.messages,
-            tools=[] if chat.tool_choice == "none" else [_schema(tool) for tool in chat.tools],
+            messages=messages,
+            tools=tools,
             template_variables=chat.template_variables,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
@@ -139,10 +152,15 @@ class ChatAnswer:
         self._parser = parser
         self.calls = 0
         """Tool calls that have begun."""
+        self.reasoning_tokens = 0
+        """Tokens of the model's thoughts; one that holds a marker too may count or not."""
 
-    def push(self, text: str) -> list[Part]:
-        """Takes text and returns what it makes certain."""
-        return self._parser.push(text) if text else []
+    def push(self, text: str, tokens: int) -> list[Part]:
+        """Takes the text of so many tokens and returns what it makes certain."""
+        parts = self._parser.push(text) if text else []
+        if parts and type(parts[-1]) is Reasoning:
+            self.reasoning_tokens += tokens
+        return parts
 
     def finish(self) -> list[Part]:
         """Returns what was held back. Once, last."""

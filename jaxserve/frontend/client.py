@@ -203,6 +203,18 @@ class Client:
         wire.set_prompt(request, text, token_ids, messages)
         return wire.score_from(self._call(self._stubs.generation.Score, request, timeout_s))
 
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Returns what each text means: a vector of length 1."""
+        request = wire.embed_request(texts, truncate_prompt_tokens)
+        response = self._call(self._stubs.generation.Embed, request, timeout_s)
+        return [tuple(each.values) for each in response.embeddings]
+
     def tokenize(
         self,
         text: str | None = None,

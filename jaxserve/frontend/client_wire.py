@@ -81,6 +81,21 @@ def generate_request(
     return request
 
 
+def embed_request(texts: Sequence[str], truncate_prompt_tokens: int | None) -> pb.EmbedRequest:
+    """Builds an EmbedRequest.
+
+    Raises:
+        InvalidRequestError: something that is no text, or no number.
+    """
+    try:
+        return pb.EmbedRequest(
+            texts=[texts] if isinstance(texts, str) else texts,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"texts cannot be sent: {error}", field="texts") from None
+
+
 def set_prompt(
     request: Any,
     prompt: str | None,

@@ -9,12 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, closing
 from typing import TypeVar
 
 from jaxserve.engine.request import Request
 from jaxserve.engine.stream import AsyncWaker
-from jaxserve.frontend.generation import Finished, GenerationCall, Output, TextEngine, TextStream
+from jaxserve.frontend.generation import (
+    Finished,
+    GenerationCall,
+    Output,
+    TextEngine,
+    TextStream,
+    find_embedding,
+)
 from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.model_info import ModelInfo
 
@@ -36,7 +43,7 @@ class Door:
         self.info = info
         self.calls = calls
         self._executor = executor
-        self._waker = AsyncWaker(asyncio.get_running_loop())
+        self.waker = AsyncWaker(asyncio.get_running_loop())
 
     async def build(self, call: GenerationCall) -> tuple[Request, str | None]:
         """Renders, tokenises and compiles: see ``TextEngine.build_request``.
@@ -46,35 +53,38 @@ class Door:
         """
         return await self.off_loop(call, lambda: self.text.build_request(call))
 
-    def open(self, built: tuple[Request, str | None]) -> TextStream:
+    def open(self, built: tuple[Request, str | None], *, with_text: bool = True) -> TextStream:
         """Submits what ``build`` returned; see ``TextEngine.open``."""
         request, echo_text = built
-        return self.text.open(request, echo_text, self._waker)
+        return self.text.open(request, echo_text, self.waker, with_text=with_text)
 
-    async def next(self, stream: TextStream) -> Sequence[Output]:
-        """Waits for the engine and returns all that has become ready meanwhile.
+    async def ask(self, call: GenerationCall, *, with_text: bool = True) -> TextStream:
+        """Builds and opens: everything that can be refused is refused here.
 
         Raises:
-            JaxserveError: what a choice failed with; the whole request then ends with it.
+            JaxserveError: whatever ``TextEngine.build_request`` and ``Engine.submit`` raise.
         """
-        await self._waker.wait(stream.stream)
-        outputs = stream.feed(stream.stream.take())
-        for output in outputs:
-            if type(output) is Finished and output.error is not None:
-                raise output.error
-        return outputs
+        return self.open(await self.build(call), with_text=with_text)
+
+    async def next(self, stream: TextStream) -> Sequence[Output]:
+        """Waits for the engine and returns all that has become ready meanwhile."""
+        await self.waker.wait(stream.stream)
+        return stream.feed(stream.stream.take())
 
     async def outputs(self, streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, Output]]:
         """Yields (place of the stream, output) of several requests until all have finished.
 
-        Ends the others when one fails, or when it is closed itself.
+        Ends all of them when a choice of one fails, or when it is closed itself.
+
+        Raises:
+            JaxserveError: what a choice failed with, behind all that came before.
         """
         try:
             if len(streams) == 1:
                 stream = streams[0]
                 while not stream.finished:
                     for output in await self.next(stream):
-                        yield 0, output
+                        yield 0, sound(output)
                 return
             async with aclosing(self._merged(streams)) as merged:
                 async for item in merged:
@@ -100,11 +110,31 @@ class Door:
                 if isinstance(outputs, BaseException):
                     raise outputs
                 for output in outputs:
-                    yield place, output
+                    yield place, sound(output)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def embed(self, built: Sequence[tuple[Request, str | None]]) -> list[Sequence[float]]:
+        """Returns what prompts mean, which ``build`` has made of calls with ``embed``.
+
+        Raises:
+            JaxserveError: one was refused, or failed; the others are given up.
+        """
+        with ExitStack() as open_streams:
+            streams = [
+                open_streams.enter_context(closing(self.text.engine.submit(request, self.waker)))
+                for request, _ in built
+            ]
+            vectors: list[Sequence[float]] = []
+            for stream in streams:
+                found = None
+                while found is None:
+                    await self.waker.wait(stream)
+                    found = find_embedding(stream.take())
+                vectors.append(found.vector)
+        return vectors
 
     async def encode(self, call: GenerationCall, *, add_special_tokens: bool) -> Sequence[int]:
         """Returns the tokens of a prompt.
@@ -121,4 +151,15 @@ class Door:
         is_short = call.messages is None and len(call.text or "") <= INLINE_CHARS
         if is_short and call.grammar is None:
             return work()
+        return await self.in_thread(work)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Runs work that would hold up the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def sound(output: Output) -> Output:
+    """Raises what a choice failed with; the whole request then ends with it."""
+    if type(output) is Finished and output.error is not None:
+        raise output.error
+    return output

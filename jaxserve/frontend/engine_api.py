@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from jaxserve.engine.measures import EngineMeasures
+from jaxserve.engine.page_news import PageFeed
 from jaxserve.engine.request import Request
 from jaxserve.engine.stats import EngineStats
 from jaxserve.engine.stream import TokenStream, Waker
@@ -87,4 +88,17 @@ class EngineApi(Protocol):
 
     def health(self) -> HealthApi:
         """Says whether the engine makes progress."""
+        ...
+
+
+@runtime_checkable
+class PagesApi(Protocol):
+    """An engine that tells which pages a prompt may find. Not every double has it."""
+
+    def watch_pages(self, feed: PageFeed) -> None:
+        """Gives a feed all pages that can be found, and every change from then on."""
+        ...
+
+    def unwatch_pages(self, feed: PageFeed) -> None:
+        """Gives a feed nothing more."""
         ...

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.engine.request import (
+    EmbeddingEvent,
     Event,
     FinishedEvent,
     FinishReason,
@@ -39,6 +40,24 @@ from jaxserve.frontend.tokenizer import Tokenizer
 PROMPT_TOKENS_PER_DELTA = 512
 """Prompt tokens in one delta when log-probabilities are asked for. With 20 alternatives a token is
 about 700 bytes on the wire, so a delta stays far below the usual 4 MiB message limit."""
+
+MAX_PROMPTS = 256
+"""Of one request that takes several: completions, embeddings."""
+EMBEDDING = SamplingParams(max_tokens=1, temperature=0.0)
+"""Of a call that wants no answer."""
+
+
+def check_prompts(count: int, *, field: str) -> None:
+    """Refuses requests of no prompts, or of too many.
+
+    Raises:
+        InvalidRequestError: with the number.
+    """
+    if not 1 <= count <= MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"{field} has {count} prompts; send 1 to {MAX_PROMPTS}, and more in further requests",
+            field=field,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +92,8 @@ class GenerationCall:
     """On the ``time.monotonic`` clock."""
     grammar: Grammar | None = None
     """What the answer has to be."""
+    embed: bool = False
+    """What the prompt means is wanted, and no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +240,7 @@ class TextEngine:
             cache_salt=call.cache_salt,
             deadline_s=call.deadline_s,
             constraint=call.grammar and self._compiled(call.grammar),
+            embed=call.embed,
         )
         return request, text if call.echo else None
 
@@ -246,14 +268,21 @@ class TextEngine:
         request, echo_text = self.build_request(call)
         return self.open(request, echo_text, waker)
 
-    def open(self, request: Request, echo_text: str | None, waker: Waker) -> TextStream:
+    def open(
+        self,
+        request: Request,
+        echo_text: str | None,
+        waker: Waker,
+        *,
+        with_text: bool = True,
+    ) -> TextStream:
         """Submits what ``build_request`` returned; never blocks.
 
         Raises:
             JaxserveError: whatever ``Engine.submit`` raises.
         """
         stream = self.engine.submit(request, waker)
-        return TextStream(stream, request, self.tokenizer, echo_text=echo_text)
+        return TextStream(stream, request, self.tokenizer, echo_text=echo_text, with_text=with_text)
 
     def _compiled(self, grammar: Grammar) -> CompiledGrammar:
         if self.grammars is None:
@@ -338,6 +367,7 @@ class TextStream:
         tokenizer: Tokenizer,
         *,
         echo_text: str | None = None,
+        with_text: bool = True,
     ) -> None:
         """Begins at the first event.
 
@@ -346,6 +376,8 @@ class TextStream:
             request: says how many choices there are and where each ends.
             tokenizer: of the model.
             echo_text: the prompt's text, to be sent first; None sends no prompt.
+            with_text: False for doors that hand on token ids: nothing is detokenised but to find
+                stop strings.
         """
         self.stream = stream
         self._request = request
@@ -353,6 +385,8 @@ class TextStream:
         self._tokenizer = tokenizer
         sampling = request.sampling
         self._stop_ids = stop_ids(sampling, tokenizer)
+        # Without text the tokens are read for stop strings alone.
+        self._reads = with_text or bool(sampling.stop)
         # Text of resumed tokens is with the client; what was held back comes with the next token.
         self._choices = [
             _Choice(number, assemble(tokenizer, sampling, request.resume), len(request.resume))
@@ -446,6 +480,8 @@ class TextStream:
             last = ids.pop()
             if self._request.sampling.include_stop:
                 choice.tail = self._tokenizer.token_text(last)
+        if not self._reads:
+            return "", events
         delta = choice.assembler.push(ids)
         if not delta.stopped:
             return delta.text, events
@@ -487,6 +523,16 @@ def find_started(events: Iterable[Event]) -> StartedEvent | None:
     """Returns the start of a request, if it is there; raises what the request failed with."""
     for event in events:
         if isinstance(event, StartedEvent):
+            return event
+        if isinstance(event, FinishedEvent) and event.error is not None:
+            raise event.error
+    return None
+
+
+def find_embedding(events: Iterable[Event]) -> EmbeddingEvent | None:
+    """Returns what a prompt means, if it is there; raises what the request failed with."""
+    for event in events:
+        if isinstance(event, EmbeddingEvent):
             return event
         if isinstance(event, FinishedEvent) and event.error is not None:
             raise event.error

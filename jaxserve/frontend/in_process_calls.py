@@ -21,6 +21,7 @@ from jaxserve.frontend.generation import (
     Started,
     TextEngine,
     TextStream,
+    find_embedding,
     find_started,
 )
 from jaxserve.frontend.in_process import AnswerBuilder, chunk_from, score_from
@@ -197,3 +198,33 @@ def score(text: TextEngine, model_digest: str, call: GenerationCall) -> Score:
     finally:
         stream.close()  # The one token that would come next is of no use.
     return score_from(request.prompt, started, text.tokenizer, model_digest)
+
+
+def embed(text: TextEngine, calls: Sequence[GenerationCall]) -> list[Sequence[float]]:
+    """Returns what prompts mean that ask for it, computed together.
+
+    Raises:
+        JaxserveError: one was refused or failed; the others are given up.
+    """
+    inbox, vectors = Inbox(), dict[int, Sequence[float]]()
+    waiting = deque(enumerate(calls))
+    live: dict[TokenStream, int] = {}
+    try:
+        while waiting or live:
+            while waiting:
+                request, _ = text.build_request(waiting[0][1])
+                try:
+                    stream = text.engine.submit(request, inbox)
+                except QueueFullError:
+                    if not live:
+                        raise  # Others fill the queue; nothing of ours will make room.
+                    break
+                live[stream] = waiting.popleft()[0]
+            for stream in inbox.wait(text.engine):
+                if stream in live and (found := find_embedding(stream.take())) is not None:
+                    vectors[live.pop(stream)] = found.vector
+                    stream.close()
+    finally:
+        for stream in live:
+            stream.close()
+    return [vectors[number] for number in range(len(calls))]

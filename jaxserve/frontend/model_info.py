@@ -40,6 +40,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...] = ()
     has_chat_template: bool = False
     has_prompt_logprobs: bool = True
+    has_embeddings: bool = False
     platform: str = ""
     """What computes, such as ``cpu`` or ``gpu``."""
     server_version: str = ""

@@ -26,7 +26,7 @@ class ProgramKey:
     places: int
     """Token places that it computes."""
     kind: str
-    """``decode``, ``prefill``, ``score``, ``set_row`` or ``set_masks``."""
+    """``decode``, ``prefill``, ``score``, ``embed``, ``set_row`` or ``set_masks``."""
     rows: int
     """Lines, which of ``prefill`` share their token places."""
     tokens: int
@@ -77,6 +77,7 @@ class RunnerConfig:
         for kind, buckets in (
             ("prefill", self.step.prefill_buckets),
             ("score", self.step.score_buckets),
+            ("embed", self.step.embed_buckets),
         ):
             keys += [ProgramKey(tokens, kind, lines, tokens) for lines, tokens in buckets]
         return sorted(keys)
@@ -96,5 +97,6 @@ class RunnerConfig:
             "decode": {(size, 1) for size in (*rows[:1], *few, *rows[-1:])},
             "prefill": {*short, *prefill[-1:]},
             "score": {*self.step.score_buckets[-1:]},
+            "embed": {*self.step.embed_buckets[-1:]},
         }
         return [key for key in self.program_keys() if (key.rows, key.tokens) in first[key.kind]]

@@ -103,6 +103,22 @@ class StepPrograms:
         state, result = self._sample(params, state, result, lines, _last(hidden, lines))
         return state, result, scores, hidden
 
+    def embed(
+        self,
+        params: Params,
+        state: DeviceState,
+        result: Int[Array, "R C"],
+        packed: Int[Array, "B X"],
+        *,
+        tokens: int,
+    ) -> tuple[DeviceState, Int[Array, "R C"], Float[Array, "B D"]]:
+        """``prefill`` that samples nothing, and gives back what the head would see of each line.
+
+        That is the last token's hidden state behind the final norm, in float32.
+        """
+        hidden, state, lines = self._prompt(params, state, packed, tokens)
+        return state, result, _last(hidden, lines).astype(jnp.float32)
+
     def set_row(
         self,
         state: DeviceState,

@@ -58,6 +58,9 @@ from sharding.specs import check_divisible, named_shardings, partition_specs
 
 logger = logging.getLogger(__name__)
 
+MORE_RESULTS = {"score": 2, "embed": 1}
+"""Results beside the newest samples: scores and hidden states, or what prompts mean."""
+
 
 class _Handle:
     """A dispatched step: the arrays that will come back."""
@@ -72,9 +75,10 @@ class _Handle:
 
     def wait(self) -> StepResult:
         """Blocks until the step has run."""
-        shape = (self._data_shards, -1, RESULT_COLUMNS)
+        shards = self._data_shards
         scores = [
-            None if array is None else np.asarray(array).reshape(shape) for array in self._scores
+            None if array is None else np.asarray(array).reshape(shards, -1, array.shape[1])
+            for array in self._scores
         ]
         return StepResult(np.asarray(self._result), scores)
 
@@ -134,8 +138,9 @@ class Runner:
         self.on_scored: Callable[[ProgramCall, Array], None] | None = None
         """Called with each scoring call and its hidden states ``[shards * T, D]``, which are still
         being computed; on the thread that dispatches."""
-        self._gathers: dict[tuple[int, ...], Any] = {}
-        """Programs that bring data shards of other hosts here, by shape; empty on one host."""
+        self._gathers: dict[tuple[tuple[int, ...], jnp.dtype], Any] = {}
+        """Programs that bring data shards of other hosts here, by shape and dtype; empty on one
+        host."""
 
     # -- before ready --------------------------------------------------------------------------
 
@@ -177,7 +182,8 @@ class Runner:
         """
         keys = self.program_keys()
         kinds = [
-            [key for key in keys if key.kind == kind] for kind in ("score", "prefill", "decode")
+            [key for key in keys if key.kind == kind]
+            for kind in ("score", "embed", "prefill", "decode")
         ]
         return [max(some) for some in kinds if some]
 
@@ -203,6 +209,9 @@ class Runner:
             ),
             score_buckets=tuple(
                 bucket for bucket in step.score_buckets if ("score", *bucket) in there
+            ),
+            embed_buckets=tuple(
+                bucket for bucket in step.embed_buckets if ("embed", *bucket) in there
             ),
         )
 
@@ -308,15 +317,18 @@ class Runner:
             return
         step = self._config.step
         heights = [step.all_rows, *(step.data_shards * tokens for _, tokens in step.score_buckets)]
+        shapes = [((height, RESULT_COLUMNS), jnp.int32) for height in heights]
+        width = self._model.config.embed
+        embedded = {step.data_shards * lines for lines, _ in step.embed_buckets}
+        shapes += [((lines, width), jnp.float32) for lines in embedded]
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        for height in heights:
-            shape = (height, RESULT_COLUMNS)
+        for shape, dtype in shapes:
             program = jax.jit(lambda array: array, out_shardings=everywhere)
-            lowered = program.lower(self._host_array(shape, jnp.int32, self._by_row))
-            self._gathers[shape] = lowered.compile()
+            lowered = program.lower(self._host_array(shape, dtype, self._by_row))
+            self._gathers[shape, jnp.dtype(dtype)] = lowered.compile()
 
     def _gather(self, array: Array) -> Array:
-        program = self._gathers.get(array.shape)
+        program = self._gathers.get((array.shape, array.dtype))
         return array if program is None else program(array)
 
     def _warm_up(self) -> None:
@@ -340,8 +352,8 @@ class Runner:
             buffer = np.zeros((step.data_shards * rows, step.line_columns + extra), np.int32)
             buffer[:, 0] = step.null_row
             self._call((kind, rows, tokens), self._blank, buffer)
-        for shape in self._gathers:
-            zeros = jnp.zeros(shape, jnp.int32, device=NamedSharding(self._mesh, self._by_row))
+        for shape, dtype in self._gathers:
+            zeros = jnp.zeros(shape, dtype, device=NamedSharding(self._mesh, self._by_row))
             self._gather(zeros)
         jax.block_until_ready(self._state)
 
@@ -370,7 +382,7 @@ class Runner:
             arguments, results = (state, leaf, leaf), state
         else:
             arguments = (self._weights(key)[0], state, leaf, leaf)
-            results = (state, leaf, *((leaf, leaf) if key.kind == "score" else ()))
+            results = (state, leaf, *((leaf,) * MORE_RESULTS.get(key.kind, 0)))
         signature = Signature(arguments, results, list(self._mesh.devices.flat))
         if isinstance(noted := self._executables.note(key.file_name, KERNELS), dict):
             self._made_of[_name(key)] = noted
@@ -438,8 +450,7 @@ class Runner:
         packed = self._host_array((step.data_shards * key.rows, columns), jnp.int32, by_row)
         result = self._host_array((step.all_rows, RESULT_COLUMNS), jnp.int32, by_row)
         outputs = (self._state_specs, by_row)
-        if key.kind == "score":
-            outputs += (by_row, by_row)
+        outputs += (by_row,) * MORE_RESULTS.get(key.kind, 0)
         mapped = jax.shard_map(
             function,
             mesh=self._mesh,
@@ -536,7 +547,7 @@ class Runner:
         for call in inputs.calls:
             result, *more = self._call((call.kind, *call.bucket), result, call.buffer)
             scores.append(self._gather(more[0]) if more else None)
-            if more and self.on_scored is not None:
+            if call.kind == "score" and self.on_scored is not None:
                 self.on_scored(call, more[1])
         return _Handle(self._gather(result), scores, self._config.step.data_shards)
 
@@ -584,7 +595,7 @@ class Runner:
     def _call(
         self, name: tuple[str, int, int], result: Array, buffer: np.ndarray
     ) -> tuple[Array, ...]:
-        """Runs a program; returns its result and, of ``score``, scores and hidden states."""
+        """Runs a program; returns its result and, of some, ``MORE_RESULTS``."""
         program = self._compiled[name]
         params = self._unstacked if self._is_unrolled(*name[:2]) else self._params
         outputs = program(params, self._state, result, buffer)

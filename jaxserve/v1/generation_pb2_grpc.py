@@ -54,6 +54,11 @@ class GenerationServiceStub:
                 request_serializer=jaxserve_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.GenerationService/Embed',
+                request_serializer=jaxserve_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.GenerationService/Tokenize',
                 request_serializer=jaxserve_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -124,6 +129,16 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Returns what texts mean: the normalised hidden state of each one's last token.
+
+        Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field "embed" when
+        the server was launched without --embeddings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or chat messages into the token ids that Generate would use.
 
@@ -178,6 +193,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=jaxserve_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -286,6 +306,33 @@ class GenerationService:
             '/jaxserve.v1.GenerationService/Score',
             jaxserve_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             jaxserve_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.GenerationService/Embed',
+            jaxserve_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

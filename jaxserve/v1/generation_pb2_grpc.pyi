@@ -70,6 +70,12 @@ class GenerationServiceStub:
     "prompt_logprobs" when the server was launched without prompt log-probabilities. The response grows with
     prompt tokens times top_logprobs; clients set their receive limit accordingly.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]
+    """Returns what texts mean: the normalised hidden state of each one's last token.
+
+    Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field "embed" when
+    the server was launched without --embeddings.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text or chat messages into the token ids that Generate would use.
 
@@ -129,6 +135,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field
     "prompt_logprobs" when the server was launched without prompt log-probabilities. The response grows with
     prompt tokens times top_logprobs; clients set their receive limit accordingly.
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Returns what texts mean: the normalised hidden state of each one's last token.
+
+    Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field "embed" when
+    the server was launched without --embeddings.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into the token ids that Generate would use.
@@ -204,6 +216,18 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field
         "prompt_logprobs" when the server was launched without prompt log-probabilities. The response grows with
         prompt tokens times top_logprobs; clients set their receive limit accordingly.
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _generation_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.EmbedResponse, _abc.Awaitable[_generation_pb2.EmbedResponse]]:
+        """Returns what texts mean: the normalised hidden state of each one's last token.
+
+        Status codes and which are retryable: as Generate, and INVALID_ARGUMENT with field "embed" when
+        the server was launched without --embeddings.
         """
 
     @_abc_1.abstractmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17jaxserve/v1/model.proto\x12\x0bjaxserve.v1\"\x95\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x03\x12\x0c\n\x04mesh\x18\t \x01(\t\x12\x18\n\x10sharding_summary\x18\n \x01(\t\x12\x10\n\x08max_rows\x18\x0b \x01(\x05\x12\x13\n\x0bpages_total\x18\x0c \x01(\x05\x12\x13\n\x0bpage_tokens\x18\r \x01(\x05\x12\x15\n\reos_token_ids\x18\x0e \x03(\x05\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x1b\n\x13has_prompt_logprobs\x18\x10 \x01(\x08\x12\x10\n\x08platform\x18\x11 \x01(\t\x12\x16\n\x0eserver_version\x18\x12 \x01(\t\x12\x10\n\x08kv_dtype\x18\x13 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.jaxserve.v1.Model\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.jaxserve.v1.Model\" \n\x0fGetStatsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbb\x07\n\x10GetStatsResponse\x12\x14\n\x0crows_running\x18\x01 \x01(\x05\x12\x10\n\x08rows_max\x18\x02 \x01(\x05\x12\x18\n\x10requests_waiting\x18\x03 \x01(\x05\x12\x16\n\x0etokens_waiting\x18\x04 \x01(\x05\x12\x13\n\x0bpages_total\x18\x05 \x01(\x05\x12\x12\n\npages_free\x18\x06 \x01(\x05\x12\x12\n\npages_used\x18\x07 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x08 \x01(\x05\x12\x13\n\x0bpage_tokens\x18\t \x01(\x05\x12\x19\n\x11queue_age_seconds\x18\n \x01(\x01\x12 \n\x18output_tokens_per_second\x18\x0b \x01(\x01\x12\x17\n\x0fprefix_hit_rate\x18\x0c \x01(\x01\x12\x1c\n\x14\x63ompiles_after_ready\x18\r \x01(\x05\x12\x15\n\rpadding_waste\x18\x0e \x01(\x01\x12\x1b\n\x13prompt_tokens_total\x18\x0f \x01(\x03\x12\x1b\n\x13output_tokens_total\x18\x10 \x01(\x03\x12\x1f\n\x17requests_accepted_total\x18\x11 \x01(\x03\x12\x1f\n\x17requests_rejected_total\x18\x12 \x01(\x03\x12Y\n\x17requests_finished_total\x18\x13 \x03(\x0b\x32\x38.jaxserve.v1.GetStatsResponse.RequestsFinishedTotalEntry\x12\x19\n\x11preemptions_total\x18\x14 \x01(\x03\x12\x13\n\x0bsteps_total\x18\x15 \x01(\x03\x12Q\n\x13phase_seconds_total\x18\x16 \x03(\x0b\x32\x34.jaxserve.v1.GetStatsResponse.PhaseSecondsTotalEntry\x12\x1d\n\x15last_step_age_seconds\x18\x17 \x01(\x01\x12\x0f\n\x07healthy\x18\x18 \x01(\x08\x12\x10\n\x08\x64raining\x18\x19 \x01(\x08\x12\x14\n\x0cmodel_digest\x18\x1a \x01(\t\x12\x30\n\x0b\x64\x61ta_shards\x18\x1b \x03(\x0b\x32\x1b.jaxserve.v1.DataShardStats\x1a<\n\x1aRequestsFinishedTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x38\n\x16PhaseSecondsTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc4\x01\n\x0e\x44\x61taShardStats\x12\x14\n\x0crows_running\x18\x01 \x01(\x05\x12\x10\n\x08rows_max\x18\x02 \x01(\x05\x12\x13\n\x0bpages_total\x18\x03 \x01(\x05\x12\x12\n\npages_free\x18\x04 \x01(\x05\x12\x12\n\npages_used\x18\x05 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x06 \x01(\x05\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\"V\n\x11WatchStatsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x10interval_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_interval_seconds\"B\n\x12WatchStatsResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1d.jaxserve.v1.GetStatsResponse2\xc0\x02\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.jaxserve.v1.GetModelRequest\x1a\x1d.jaxserve.v1.GetModelResponse\x12M\n\nListModels\x12\x1e.jaxserve.v1.ListModelsRequest\x1a\x1f.jaxserve.v1.ListModelsResponse\x12G\n\x08GetStats\x12\x1c.jaxserve.v1.GetStatsRequest\x1a\x1d.jaxserve.v1.GetStatsResponse\x12O\n\nWatchStats\x12\x1e.jaxserve.v1.WatchStatsRequest\x1a\x1f.jaxserve.v1.WatchStatsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17jaxserve/v1/model.proto\x12\x0bjaxserve.v1\"\xad\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x03\x12\x0c\n\x04mesh\x18\t \x01(\t\x12\x18\n\x10sharding_summary\x18\n \x01(\t\x12\x10\n\x08max_rows\x18\x0b \x01(\x05\x12\x13\n\x0bpages_total\x18\x0c \x01(\x05\x12\x13\n\x0bpage_tokens\x18\r \x01(\x05\x12\x15\n\reos_token_ids\x18\x0e \x03(\x05\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x1b\n\x13has_prompt_logprobs\x18\x10 \x01(\x08\x12\x10\n\x08platform\x18\x11 \x01(\t\x12\x16\n\x0eserver_version\x18\x12 \x01(\t\x12\x10\n\x08kv_dtype\x18\x13 \x01(\t\x12\x16\n\x0ehas_embeddings\x18\x14 \x01(\x08\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.jaxserve.v1.Model\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.jaxserve.v1.Model\" \n\x0fGetStatsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbb\x07\n\x10GetStatsResponse\x12\x14\n\x0crows_running\x18\x01 \x01(\x05\x12\x10\n\x08rows_max\x18\x02 \x01(\x05\x12\x18\n\x10requests_waiting\x18\x03 \x01(\x05\x12\x16\n\x0etokens_waiting\x18\x04 \x01(\x05\x12\x13\n\x0bpages_total\x18\x05 \x01(\x05\x12\x12\n\npages_free\x18\x06 \x01(\x05\x12\x12\n\npages_used\x18\x07 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x08 \x01(\x05\x12\x13\n\x0bpage_tokens\x18\t \x01(\x05\x12\x19\n\x11queue_age_seconds\x18\n \x01(\x01\x12 \n\x18output_tokens_per_second\x18\x0b \x01(\x01\x12\x17\n\x0fprefix_hit_rate\x18\x0c \x01(\x01\x12\x1c\n\x14\x63ompiles_after_ready\x18\r \x01(\x05\x12\x15\n\rpadding_waste\x18\x0e \x01(\x01\x12\x1b\n\x13prompt_tokens_total\x18\x0f \x01(\x03\x12\x1b\n\x13output_tokens_total\x18\x10 \x01(\x03\x12\x1f\n\x17requests_accepted_total\x18\x11 \x01(\x03\x12\x1f\n\x17requests_rejected_total\x18\x12 \x01(\x03\x12Y\n\x17requests_finished_total\x18\x13 \x03(\x0b\x32\x38.jaxserve.v1.GetStatsResponse.RequestsFinishedTotalEntry\x12\x19\n\x11preemptions_total\x18\x14 \x01(\x03\x12\x13\n\x0bsteps_total\x18\x15 \x01(\x03\x12Q\n\x13phase_seconds_total\x18\x16 \x03(\x0b\x32\x34.jaxserve.v1.GetStatsResponse.PhaseSecondsTotalEntry\x12\x1d\n\x15last_step_age_seconds\x18\x17 \x01(\x01\x12\x0f\n\x07healthy\x18\x18 \x01(\x08\x12\x10\n\x08\x64raining\x18\x19 \x01(\x08\x12\x14\n\x0cmodel_digest\x18\x1a \x01(\t\x12\x30\n\x0b\x64\x61ta_shards\x18\x1b \x03(\x0b\x32\x1b.jaxserve.v1.DataShardStats\x1a<\n\x1aRequestsFinishedTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x38\n\x16PhaseSecondsTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc4\x01\n\x0e\x44\x61taShardStats\x12\x14\n\x0crows_running\x18\x01 \x01(\x05\x12\x10\n\x08rows_max\x18\x02 \x01(\x05\x12\x13\n\x0bpages_total\x18\x03 \x01(\x05\x12\x12\n\npages_free\x18\x04 \x01(\x05\x12\x12\n\npages_used\x18\x05 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x06 \x01(\x05\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\"V\n\x11WatchStatsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x10interval_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_interval_seconds\"B\n\x12WatchStatsResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1d.jaxserve.v1.GetStatsResponse2\xc0\x02\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.jaxserve.v1.GetModelRequest\x1a\x1d.jaxserve.v1.GetModelResponse\x12M\n\nListModels\x12\x1e.jaxserve.v1.ListModelsRequest\x1a\x1f.jaxserve.v1.ListModelsResponse\x12G\n\x08GetStats\x12\x1c.jaxserve.v1.GetStatsRequest\x1a\x1d.jaxserve.v1.GetStatsResponse\x12O\n\nWatchStats\x12\x1e.jaxserve.v1.WatchStatsRequest\x1a\x1f.jaxserve.v1.WatchStatsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._loaded_options = None
   _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._serialized_options = b'8\001'
   _globals['_MODEL']._serialized_start=41
-  _globals['_MODEL']._serialized_end=446
-  _globals['_GETMODELREQUEST']._serialized_start=448
-  _globals['_GETMODELREQUEST']._serialized_end=480
-  _globals['_GETMODELRESPONSE']._serialized_start=482
-  _globals['_GETMODELRESPONSE']._serialized_end=535
-  _globals['_LISTMODELSREQUEST']._serialized_start=537
-  _globals['_LISTMODELSREQUEST']._serialized_end=556
-  _globals['_LISTMODELSRESPONSE']._serialized_start=558
-  _globals['_LISTMODELSRESPONSE']._serialized_end=614
-  _globals['_GETSTATSREQUEST']._serialized_start=616
-  _globals['_GETSTATSREQUEST']._serialized_end=648
-  _globals['_GETSTATSRESPONSE']._serialized_start=651
-  _globals['_GETSTATSRESPONSE']._serialized_end=1606
-  _globals['_GETSTATSRESPONSE_REQUESTSFINISHEDTOTALENTRY']._serialized_start=1488
-  _globals['_GETSTATSRESPONSE_REQUESTSFINISHEDTOTALENTRY']._serialized_end=1548
-  _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._serialized_start=1550
-  _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._serialized_end=1606
-  _globals['_DATASHARDSTATS']._serialized_start=1609
-  _globals['_DATASHARDSTATS']._serialized_end=1805
-  _globals['_WATCHSTATSREQUEST']._serialized_start=1807
-  _globals['_WATCHSTATSREQUEST']._serialized_end=1893
-  _globals['_WATCHSTATSRESPONSE']._serialized_start=1895
-  _globals['_WATCHSTATSRESPONSE']._serialized_end=1961
-  _globals['_MODELSERVICE']._serialized_start=1964
-  _globals['_MODELSERVICE']._serialized_end=2284
+  _globals['_MODEL']._serialized_end=470
+  _globals['_GETMODELREQUEST']._serialized_start=472
+  _globals['_GETMODELREQUEST']._serialized_end=504
+  _globals['_GETMODELRESPONSE']._serialized_start=506
+  _globals['_GETMODELRESPONSE']._serialized_end=559
+  _globals['_LISTMODELSREQUEST']._serialized_start=561
+  _globals['_LISTMODELSREQUEST']._serialized_end=580
+  _globals['_LISTMODELSRESPONSE']._serialized_start=582
+  _globals['_LISTMODELSRESPONSE']._serialized_end=638
+  _globals['_GETSTATSREQUEST']._serialized_start=640
+  _globals['_GETSTATSREQUEST']._serialized_end=672
+  _globals['_GETSTATSRESPONSE']._serialized_start=675
+  _globals['_GETSTATSRESPONSE']._serialized_end=1630
+  _globals['_GETSTATSRESPONSE_REQUESTSFINISHEDTOTALENTRY']._serialized_start=1512
+  _globals['_GETSTATSRESPONSE_REQUESTSFINISHEDTOTALENTRY']._serialized_end=1572
+  _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._serialized_start=1574
+  _globals['_GETSTATSRESPONSE_PHASESECONDSTOTALENTRY']._serialized_end=1630
+  _globals['_DATASHARDSTATS']._serialized_start=1633
+  _globals['_DATASHARDSTATS']._serialized_end=1829
+  _globals['_WATCHSTATSREQUEST']._serialized_start=1831
+  _globals['_WATCHSTATSREQUEST']._serialized_end=1917
+  _globals['_WATCHSTATSRESPONSE']._serialized_start=1919
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=1985
+  _globals['_MODELSERVICE']._serialized_start=1988
+  _globals['_MODELSERVICE']._serialized_end=2308
 # @@protoc_insertion_point(module_scope)

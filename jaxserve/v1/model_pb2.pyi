@@ -43,6 +43,7 @@ class Model(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    HAS_EMBEDDINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     model_digest: _builtins.str
@@ -81,6 +82,8 @@ class Model(_message.Message):
     """Version of jaxserve."""
     kv_dtype: _builtins.str
     """Number format of cached keys and values, such as bfloat16."""
+    has_embeddings: _builtins.bool
+    """Whether Embed is offered."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end an answer."""
@@ -107,10 +110,11 @@ class Model(_message.Message):
         platform: _builtins.str = ...,
         server_version: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
+        has_embeddings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_tokens", b"context_tokens", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "has_prompt_logprobs", b"has_prompt_logprobs", "kv_dtype", b"kv_dtype", "max_rows", b"max_rows", "mesh", b"mesh", "model_digest", b"model_digest", "name", b"name", "page_tokens", b"page_tokens", "pages_total", b"pages_total", "parameters", b"parameters", "platform", b"platform", "quantization", b"quantization", "server_version", b"server_version", "sharding_summary", b"sharding_summary", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_tokens", b"context_tokens", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "has_embeddings", b"has_embeddings", "has_prompt_logprobs", b"has_prompt_logprobs", "kv_dtype", b"kv_dtype", "max_rows", b"max_rows", "mesh", b"mesh", "model_digest", b"model_digest", "name", b"name", "page_tokens", b"page_tokens", "pages_total", b"pages_total", "parameters", b"parameters", "platform", b"platform", "quantization", b"quantization", "server_version", b"server_version", "sharding_summary", b"sharding_summary", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

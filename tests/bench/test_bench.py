@@ -386,9 +386,12 @@ def test_host_writes_a_line_for_each_kind_of_traffic(
     assert "answers end after 1984 tokens" in capsys.readouterr().err
 
 
-def test_frontend_delivers_every_token_to_clients_in_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", ["grpc", "http"])
+def test_frontend_delivers_every_token_to_clients_in_another_process(
+    tmp_path: Path, door: str
+) -> None:
     out = tmp_path / "line"
-    frontend.main(["--rows", "4", "--seconds", "0.2", "--out", str(out)])
+    frontend.main(["--door", door, "--rows", "4", "--seconds", "0.2", "--out", str(out)])
     (line,) = read_lines(out)
     assert line["delivered_tokens_per_s"] > 0
     assert 50 <= line["messages"] <= 4 * 50

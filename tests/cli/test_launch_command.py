@@ -19,11 +19,13 @@ from jaxserve.cli.launch import check_exposure, how_to_talk
 from jaxserve.engine.request import FinishReason
 from jaxserve.errors import ConfigError
 from jaxserve.frontend.grpc.config import ServerConfig
+from jaxserve.frontend.http.config import Doors
 from jaxserve.serve import Ended
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 READY = (
-    r"ready address=127\.0\.0\.1:\d+ model=dummy:tiny-llama mesh=data=1,tensor=1 pages=\d+ "
+    r"ready address=127\.0\.0\.1:\d+ http=127\.0\.0\.1:\d+ "
+    r"model=dummy:tiny-llama mesh=data=1,tensor=1 pages=\d+ "
     r"page_tokens=32 context=256 quantization=none ready_seconds=\d+\.\d"
 )
 
@@ -48,7 +50,7 @@ def test_the_facts_of_the_ready_line_are_those_of_the_server(server: Any) -> Non
 @pytest.mark.slow
 def test_stderr_tells_of_every_stage_and_of_settings_beside_their_defaults(server: Any) -> None:
     text = "".join(server.errors)
-    for stage in ("[environment] python", "[compile] 0/4", "[weights] ", "[ready]"):
+    for stage in ("[environment] python", "[compile] 0/5", "[weights] ", "[ready]"):
         assert stage in text
     assert re.search(r"max_rows +4  \[64\]", text)
     assert re.search(r"dtype +float32  \[auto\]", text)
@@ -191,14 +193,15 @@ def test_launch_refuses_an_open_host(shell: Any) -> None:
 def test_commands_shown_for_an_open_host_name_an_address_that_can_be_reached() -> None:
     for host, here in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("[::]", "[::1]")):
         config = ServerConfig(host=host)
-        text = how_to_talk(config.address, config)
+        text = how_to_talk(Doors(config.address, f"{host}:8000"), config)
         assert config.address not in text
         assert f"jaxserve chat --server {here}:50051" in text
+        assert f"curl http://{here}:8000/v1/chat/completions" in text
         assert "buf curl" not in text, "there is no reflection for it"
 
 
 def test_the_data_in_the_shown_buf_command_is_json() -> None:
-    text = how_to_talk("127.0.0.1:1", ServerConfig())
+    text = how_to_talk(Doors("127.0.0.1:1"), ServerConfig())
     match = re.search(r"-d '([^']*)'", text)
     assert match is not None
     assert json.loads(match[1]) == {"text": "The sky is", "max_tokens": 8}

@@ -149,9 +149,9 @@ def test_the_index_notices_when_it_is_lopsided() -> None:
     pool.release(pages)
     with pytest.raises(AssertionError, match="page 1 is indexed and not held"):
         cache.check_integrity()
-    cache._digest_of[1], cache._digest_of[2] = cache._digest_of[2], cache._digest_of[1]
+    cache._stored[1], cache._stored[2] = cache._stored[2], cache._stored[1]
     with pytest.raises(AssertionError, match="indexed under two digests"):
         cache.check_integrity()
-    del cache._digest_of[1]
+    del cache._stored[1]
     with pytest.raises(AssertionError, match="lopsided"):
         cache.check_integrity()

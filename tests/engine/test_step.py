@@ -38,7 +38,7 @@ SHAPE = StepShape(
     prefill_buckets=((2, 4), (3, 16)),
     score_buckets=((1, 4), (1, 16)),
 )
-NULL_LINE = [3, *[0] * 17, *[-1] * MAX_SUPPRESSED, 0, 0, 0, 0]
+NULL_LINE = [3, *[0] * 18, *[-1] * MAX_SUPPRESSED, 0, 0, 0, 0]
 
 
 class Packer:

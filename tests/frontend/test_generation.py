@@ -391,3 +391,28 @@ def test_closing_tells_the_engine_once_and_not_after_the_end(recorder):
     ended.of.close()
 
     assert recorder.closed == ["r"]
+
+
+def test_without_text_tokens_are_read_for_stop_strings_alone(recorder):
+    def stream(sampling: SamplingParams) -> TextStream:
+        call = GenerationCall(text="p", sampling=sampling)
+        engine = TextEngine(recorder, TOKENIZER, None)
+        request, echo = engine.build_request(call)
+        return engine.open(request, echo, ThreadWaker(), with_text=False)
+
+    bare = stream(SamplingParams())
+    (delta,) = bare.feed(tokens("ab"))
+    assert isinstance(delta, Delta)
+    assert (list(delta.token_ids), delta.text) == (ids("ab"), "")
+    (finished,) = bare.feed([finish(output=2)])
+    assert isinstance(finished, Finished)
+
+    stopping = stream(SamplingParams(stop="b"))
+    (delta,) = stopping.feed(tokens("abc"))
+    assert isinstance(delta, Delta)
+    assert list(delta.token_ids) == ids("ab")
+
+    marks = SamplingParams(stop="<|im_end|>", ignore_eos=True, skip_special_tokens=False)
+    seen = stream(marks)
+    seen.feed(tokens([5, END, 6]))
+    assert recorder.stops == [0, 0]

@@ -225,7 +225,7 @@ class HostGroup:
                 *(prefix_of or {}).get(host_id, ()),
                 *(sys.executable, "-m", "jaxserve", "launch", MODEL, "--mesh", mesh),
                 *("--device", DEVICES[mesh], "--hosts", "2", "--host-id", str(host_id)),
-                *("--coordinator", self.coordinator, "--port", str(port)),
+                *("--coordinator", self.coordinator, "--port", str(port), "--http-port", "none"),
                 *(*FLAGS, *flags, *(flags_of or {}).get(host_id, ())),
             ]
             own = (environment or {}).get(host_id, {})

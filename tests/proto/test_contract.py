@@ -115,8 +115,12 @@ def test_generate_request_has_the_names_that_others_rely_on():
     assert names == ZERO_IS_LEGAL | {
         "request_id", "model", "text", "token_ids", "chat", "stop", "stop_token_ids",
         "include_stop", "ignore_eos", "logit_bias", "allowed_token_ids", "banned_token_ids",
-        "echo", "priority", "cache_salt", "resume",
+        "echo", "priority", "cache_salt", "resume", "json_schema", "json_object", "regex",
+        "grammar", "choices",
     }  # fmt: skip
+    constraint = generation_pb2.GenerateRequest.DESCRIPTOR.oneofs_by_name["constraint"]
+    kinds = ["json_schema", "json_object", "regex", "grammar", "choices"]
+    assert [field.name for field in constraint.fields] == kinds
     oneof = generation_pb2.GenerateRequest.DESCRIPTOR.oneofs_by_name["prompt"]
     assert [field.name for field in oneof.fields] == ["text", "token_ids", "chat"]
     assert [f.name for f in generation_pb2.Resume.DESCRIPTOR.fields] == ["token_ids"]

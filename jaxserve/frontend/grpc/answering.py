@@ -68,12 +68,7 @@ def answered(handler: Handler | None = None, *, counts: bool = True) -> Any:
         request_id = _request_id(request)
         with self.calls.open(request_id, counts=counts) as call:
             try:
-                if type(request) is Malformed:
-                    raise InvalidRequestError(
-                        f"the bytes received are not a request of {request.method}; generate the "
-                        "client from the same proto files, and send text as UTF-8",
-                        field="",
-                    )
+                refuse_malformed(request)
                 return await handler(self, request, context, call)
             except asyncio.CancelledError:
                 if call.error is None:
@@ -84,6 +79,20 @@ def answered(handler: Handler | None = None, *, counts: bool = True) -> Any:
             return await abort(context, error, request_id)
 
     return handle
+
+
+def refuse_malformed(request: Any) -> None:
+    """Accepts every message that could be read.
+
+    Raises:
+        InvalidRequestError: it could not.
+    """
+    if type(request) is Malformed:
+        raise InvalidRequestError(
+            f"the bytes received are not a request of {request.method}; generate the client from "
+            "the same proto files, and send text as UTF-8",
+            field="",
+        )
 
 
 async def abort(context: Context, error: BaseException, request_id: str) -> NoReturn:

@@ -59,14 +59,23 @@ class OpenCalls:
         assert task is not None, "handlers run in tasks"
         call = OpenCall(request_id, task, counts=counts)
         self._calls.add(call)
-        if counts:
-            self._none_left.clear()
+        self._settle()
         try:
             yield call
         finally:
             self._calls.discard(call)
-            if not any(other.counts for other in self._calls):
-                self._none_left.set()
+            self._settle()
+
+    def count(self, call: OpenCall, counts: bool) -> None:
+        """Changes whether a drain waits for an open call."""
+        call.counts = counts
+        self._settle()
+
+    def _settle(self) -> None:
+        if any(call.counts for call in self._calls):
+            self._none_left.clear()
+        else:
+            self._none_left.set()
 
     def end_all(self, error: JaxserveError, *, counts: bool | None = None) -> None:
         """Ends every call, or only those whose ``counts`` is as given."""

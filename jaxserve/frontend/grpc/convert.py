@@ -20,7 +20,15 @@ from jaxserve.engine.request import (
 )
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Started
+from jaxserve.frontend.generation import (
+    EMBEDDING,
+    Delta,
+    Finished,
+    GenerationCall,
+    Output,
+    Started,
+    check_prompts,
+)
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -123,6 +131,32 @@ def call_from_score(
         cache_salt=request.cache_salt,
         deadline_s=deadline_s,
     )
+
+
+def calls_from_embed(
+    request: pb.EmbedRequest, request_id: str, deadline_s: float | None
+) -> list[GenerationCall]:
+    """Reads an EmbedRequest: a call for each prompt.
+
+    Raises:
+        InvalidRequestError: there is none, or there are too many.
+    """
+    prompts = [GenerationCall(text=text) for text in request.texts]
+    prompts += [GenerationCall(token_ids=tuple(each.ids)) for each in request.token_ids]
+    check_prompts(len(prompts), field="texts")
+    truncation = request.HasField("truncate_prompt_tokens") and request.truncate_prompt_tokens
+    return [
+        dataclasses.replace(
+            prompt,
+            embed=True,
+            sampling=EMBEDDING,
+            request_id=f"{request_id[:112]}-{place}",
+            truncate_prompt_tokens=None if truncation is False else truncation,
+            priority=request.priority,
+            deadline_s=deadline_s,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
 
 
 def call_from_prompt(

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-PREFIX = "/jaxserve.v1."
-"""Our own services; those of libraries keep gRPC's behaviour."""
+PREFIXES = ("/jaxserve.v1.", "/vllm.grpc.engine.", "/inference.")
+"""Services that are answered by this package; those of libraries keep gRPC's behaviour."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RequestDecoding(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Returns the method's handler, changed once and then remembered."""
         method: Any = handler_call_details.method  # str; the stubs leave it untyped.
-        if not method.startswith(PREFIX):
+        if not method.startswith(PREFIXES):
             return await continuation(handler_call_details)
         if method not in self._handlers:
             handler = await continuation(handler_call_details)
@@ -51,6 +51,10 @@ def _replaced(handler: Any, method: str) -> Any:
         except DecodeError:
             return Malformed(method)
 
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            handler.stream_stream, decode, handler.response_serializer
+        )
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(
             handler.unary_stream, decode, handler.response_serializer

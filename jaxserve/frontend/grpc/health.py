@@ -13,20 +13,26 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+from smg_grpc_proto.generated import vllm_engine_pb2
 
 from jaxserve.frontend.engine_api import EngineApi
+from jaxserve.third_party.triton import grpc_service_pb2
 from jaxserve.v1 import admin_pb2, generation_pb2, model_pb2
 
+VLLM = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+KSERVE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 SERVICES = (
     GENERATION,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+    VLLM,
+    KSERVE,
     health.SERVICE_NAME,
     reflection.SERVICE_NAME,
 )
 """What reflection lists."""
-WATCHED = ("", GENERATION)
+WATCHED = ("", GENERATION, VLLM, KSERVE)
 """Names that health answers for; "" is the whole process."""
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 

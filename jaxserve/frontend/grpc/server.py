@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
 
 import grpc
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from jaxserve.errors import DrainingError, LaunchError
 from jaxserve.frontend.door import Door
@@ -25,11 +26,14 @@ from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.decoding import RequestDecoding
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection
+from jaxserve.frontend.grpc.kserve_servicer import KserveServicer
 from jaxserve.frontend.grpc.model_servicer import AdminServicer, ModelServicer
 from jaxserve.frontend.grpc.servicer import GenerationServicer
+from jaxserve.frontend.grpc.vllm_servicer import VllmServicer
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.server import HttpServer
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.third_party.triton import grpc_service_pb2_grpc
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 CLOSE_S = 2.0
@@ -64,17 +68,24 @@ class Server:
         self._server = grpc.aio.server(
             interceptors=(RequestDecoding(),), options=config.channel_options()
         )
+        door = Door(text, info, self._calls, self._executor)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(text, info, self._calls, self._executor), self._server
+            GenerationServicer(door, info, self._calls), self._server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(text.engine, info, self._calls), self._server
         )
         self._http: HttpServer | None = None
         if http is not None:
-            self._http = HttpServer(Door(text, info, self._calls, self._executor), http)
+            self._http = HttpServer(door, http)
         self.http_address: str | None = None
         """Where HTTP is served, once it is."""
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(
+            VllmServicer(door, info, self._calls, tells_pages=config.is_local), self._server
+        )
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            KserveServicer(door, info, self._calls), self._server
+        )
         self._health.add_to(self._server)
         if config.is_local:
             # Strangers must not drain the server or look around; there are no keys to tell them by.

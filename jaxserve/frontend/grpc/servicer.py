@@ -8,21 +8,11 @@ back.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from typing import TypeVar
+from collections.abc import Sequence
 
-from jaxserve.engine.stream import AsyncWaker
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.generation import (
-    Finished,
-    GenerationCall,
-    Output,
-    TextEngine,
-    TextStream,
-    find_started,
-)
+from jaxserve.frontend.door import Door, sound
+from jaxserve.frontend.generation import TextStream, find_started
 from jaxserve.frontend.grpc import convert
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
 from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
@@ -31,25 +21,16 @@ from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import generation_pb2 as pb
 from jaxserve.v1 import generation_pb2_grpc
 
-INLINE_CHARS = 4096
-"""Longer text is tokenised in a thread: about a microsecond a character would hold up all streams.
-Chat always is, because a template may run up to its time limit."""
-
-T = TypeVar("T")
-
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Serves one model. Belongs to one event loop; ``executor`` is the caller's to shut down."""
+    """Serves one model. Belongs to the event loop of its ``door``."""
 
-    def __init__(
-        self, text: TextEngine, info: ModelInfo, calls: OpenCalls, executor: Executor
-    ) -> None:
-        """Needs a running event loop, which the engine will wake."""
+    def __init__(self, door: Door, info: ModelInfo, calls: OpenCalls) -> None:
+        """Answers for one model."""
         self.calls = calls
-        self._text = text
+        self._door = door
+        self._text = door.text
         self._info = info
-        self._executor = executor
-        self._waker = AsyncWaker(asyncio.get_running_loop())
 
     @answered
     async def Generate(self, request: pb.GenerateRequest, context: Context, call: OpenCall) -> None:
@@ -58,8 +39,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         tokenizer, digest = self._text.tokenizer, self._info.model_digest
         try:
             while not stream.finished:
-                for output in await self._next(stream):
-                    _raise_failure(output)
+                for output in await self._door.next(stream):
+                    sound(output)
                     message = convert.response_from(output, tokenizer, digest)
                     await write(context, call, message)
         finally:
@@ -74,8 +55,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         answer = AnswerCollector(self._text.tokenizer, self._info.model_digest)
         try:
             while not stream.finished:
-                for output in await self._next(stream):
-                    _raise_failure(output)
+                for output in await self._door.next(stream):
+                    sound(output)
                     answer.add(output)
         finally:
             stream.close()
@@ -88,17 +69,35 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Returns the log-probability of every token of a text."""
         self._info.check_name(request.model)
         asked = convert.call_from_score(request, call.request_id, deadline_of(context))
-        built, _ = await self._off_loop(asked, lambda: self._text.build_request(asked))
-        stream = self._text.engine.submit(built, self._waker)
+        built, _ = await self._door.off_loop(asked, lambda: self._text.build_request(asked))
+        stream = self._text.engine.submit(built, self._door.waker)
         try:
             started = None
             while started is None:
-                await self._waker.wait(stream)
+                await self._door.waker.wait(stream)
                 started = find_started(stream.take())
         finally:
             stream.close()  # The one token that the engine would go on to make is of no use.
         return convert.score_response(
             built.prompt, started, self._text.tokenizer, self._info.model_digest
+        )
+
+    @answered
+    async def Embed(
+        self, request: pb.EmbedRequest, context: Context, call: OpenCall
+    ) -> pb.EmbedResponse:
+        """Returns what texts mean."""
+        self._info.check_name(request.model)
+        asked = convert.calls_from_embed(request, call.request_id, deadline_of(context))
+        door = self._door
+        built = [await door.build(each) for each in asked]
+        vectors = await door.embed(built)
+        return pb.EmbedResponse(
+            embeddings=[
+                pb.Embedding(values=vector, prompt_tokens=len(made.prompt))
+                for vector, (made, _) in zip(vectors, built, strict=True)
+            ],
+            model_digest=self._info.model_digest,
         )
 
     @answered
@@ -153,32 +152,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Admits a request: everything that can be refused is refused here."""
         self._info.check_name(request.model)
         asked = convert.call_from_generate(request, call.request_id, deadline_of(context))
-        built, echo_text = await self._off_loop(asked, lambda: self._text.build_request(asked))
-        return self._text.open(built, echo_text, self._waker)
-
-    async def _next(self, stream: TextStream) -> Sequence[Output]:
-        """Waits for the engine and returns all that has become ready meanwhile."""
-        await self._waker.wait(stream.stream)
-        return stream.feed(stream.stream.take())
+        return await self._door.ask(asked)
 
     async def _encode(
         self, request: pb.TokenizeRequest | pb.CountTokensRequest, *, add_special_tokens: bool
     ) -> Sequence[int]:
         self._info.check_name(request.model)
         asked = convert.call_from_prompt(request)
-        return await self._off_loop(
+        return await self._door.off_loop(
             asked, lambda: self._text.encode(asked, add_special_tokens=add_special_tokens)[0]
         )
-
-    async def _off_loop(self, asked: GenerationCall, work: Callable[[], T]) -> T:
-        """Runs work on a prompt, in a thread when it may take long."""
-        is_short = asked.messages is None and len(asked.text or "") <= INLINE_CHARS
-        if is_short and asked.grammar is None:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-
-def _raise_failure(output: Output) -> None:
-    """Raises what a choice failed with; the whole call then ends with it."""
-    if type(output) is Finished and output.error is not None:
-        raise output.error

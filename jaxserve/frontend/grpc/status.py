@@ -48,6 +48,7 @@ TABLE: dict[type[errors.JaxserveError], Row] = {
     errors.DuplicateRequestError: Row(C.ALREADY_EXISTS),
     errors.ModelNotFoundError: Row(C.NOT_FOUND),
     errors.RequestNotFoundError: Row(C.NOT_FOUND),
+    errors.NotOfferedError: Row(C.UNIMPLEMENTED),
     errors.RetryableError: Row(C.UNAVAILABLE, retryable=True),
     errors.QueueFullError: Row(C.RESOURCE_EXHAUSTED, retryable=True),
     errors.DrainingError: Row(C.UNAVAILABLE, retryable=True, resumable=True),

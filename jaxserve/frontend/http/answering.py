@@ -41,7 +41,7 @@ async def answer(
     with calls.open(request_id) as call:
         try:
             async with _cancelled_when_gone(http.receive):
-                return JSONResponse(await work(), headers={"x-request-id": request_id})
+                return JSONResponse(await work(), headers={"x-request-id": _header(request_id)})
         except asyncio.CancelledError:
             if call.error is None:
                 return Response(status_code=CLIENT_CLOSED)
@@ -111,11 +111,9 @@ class EventStream(Response):
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would gather what is to be read at once.
-            "x-request-id": self._request_id,
+            "x-request-id": _header(self._request_id),
         }
-        raw = [
-            (name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()
-        ]
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         return {"type": "http.response.start", "status": 200, "headers": raw}
 
 
@@ -123,6 +121,11 @@ def sse(payload: Any, *, event: str = "") -> bytes:
     """One event, of a name where the protocol has names."""
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {json.dumps(payload, ensure_ascii=False)}\n\n".encode(errors="replace")
+
+
+def _header(request_id: str) -> str:
+    """An id as a header can carry it; clients may choose any text."""
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in request_id)
 
 
 async def _send(send: Send, call: OpenCall, event: bytes) -> None:

@@ -21,7 +21,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.frontend.chats import ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.http import chat, completions, live, metrics, page, system
+from jaxserve.frontend.http import (
+    chat,
+    completions,
+    embeddings,
+    live,
+    metrics,
+    page,
+    responses,
+    system,
+)
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.errors import refusal, response_of
 
@@ -38,9 +47,16 @@ def make_app(door: Door, config: HttpConfig) -> ASGIApp:
     )
     chats = ChatEngine(door.text)
     counted = metrics.Counted()
-    for routes in (chat.routes(door, chats), completions.routes(door), system.routes(door, chats)):
-        app.include_router(routes)
-    for routes in (metrics.routes(door, counted), live.routes(door), page.routes()):
+    for routes in (
+        chat.routes(door, chats),
+        completions.routes(door),
+        responses.routes(door, chats),
+        embeddings.routes(door),
+        system.routes(door, chats),
+        metrics.routes(door, counted),
+        live.routes(door),
+        page.routes(),
+    ):
         app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -158,7 +158,7 @@ class ChatCompletion:
                 continue
             gathered = choices[output.choice]
             if isinstance(output, Delta):
-                gathered.add(self._answers[output.choice].push(output.text))
+                gathered.add(self._answers[output.choice].push(output.text, len(output.token_ids)))
                 gathered.scored += output.logprobs
                 gathered.token_ids += output.token_ids
             else:
@@ -195,7 +195,7 @@ class ChatCompletion:
                 yield self._chunk(head, output.choice, {}, None, reason, continuous)
             else:
                 logprobs = self._logprobs(output.logprobs)
-                made = deltas[output.choice].push(output.text)
+                made = deltas[output.choice].push(output.text, len(output.token_ids))
                 if not made and (logprobs or self._request.return_token_ids):
                     made = [{"content": ""}]
                 for place, delta in enumerate(made):
@@ -279,7 +279,9 @@ class ChatCompletion:
     def _usage(self) -> dict[str, Any]:
         started = self._started
         assert started is not None, "usage is asked for after the start"
-        return usage(started.prompt_tokens, self._output_tokens, started.cached_tokens)
+        made = usage(started.prompt_tokens, self._output_tokens, started.cached_tokens)
+        thoughts = sum(answer.reasoning_tokens for answer in self._answers)
+        return {**made, "completion_tokens_details": {"reasoning_tokens": thoughts}}
 
 
 class _Gathered:
@@ -329,8 +331,8 @@ class _Deltas:
     def __init__(self, answer: ChatAnswer) -> None:
         self.answer = answer
 
-    def push(self, text: str) -> list[dict[str, Any]]:
-        return self._deltas(self.answer.push(text))
+    def push(self, text: str, tokens: int) -> list[dict[str, Any]]:
+        return self._deltas(self.answer.push(text, tokens))
 
     def finish(self) -> list[dict[str, Any]]:
         return self._deltas(self.answer.finish())

@@ -21,10 +21,11 @@ from jaxserve.frontend.generation import (
     Output,
     Started,
     TextStream,
+    check_prompts,
 )
 from jaxserve.frontend.http.answering import DONE, Events, EventStream, answer, request_id_of, sse
 from jaxserve.frontend.http.logprobs import CompletionLogprobs
-from jaxserve.frontend.http.requests import MAX_PROMPTS, GenerationRequest, refuse, usage
+from jaxserve.frontend.http.requests import GenerationRequest, refuse, usage
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -52,12 +53,7 @@ class CompletionRequest(GenerationRequest):
             given = [given]
         if not given:
             raise InvalidRequestError("prompt is empty; send at least one token", field="prompt")
-        if len(given) > MAX_PROMPTS:
-            raise InvalidRequestError(
-                f"prompt has {len(given)} entries and the limit is {MAX_PROMPTS}; send them in "
-                "several requests",
-                field="prompt",
-            )
+        check_prompts(len(given), field="prompt")
         return given
 
 

@@ -59,3 +59,12 @@ class HttpConfig:
         if self.allowed_hosts:
             return tuple(name.lower() for name in self.allowed_hosts)
         return (*LOOPBACK_NAMES, self.host.lower()) if self.is_local else None
+
+
+@dataclass(frozen=True)
+class Doors:
+    """The addresses that a server listens on."""
+
+    grpc: str
+    http: str | None = None
+    """None when no HTTP door was asked for."""

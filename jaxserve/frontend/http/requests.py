@@ -18,9 +18,6 @@ from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.grammar import Grammar, take_grammar
 
-MAX_PROMPTS = 256
-"""Of one request of completions or embeddings."""
-
 _SAMPLING_NAMES = {field.name for field in fields(SamplingParams)}
 
 

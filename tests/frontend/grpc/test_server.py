@@ -122,7 +122,10 @@ def test_an_ipv6_address_can_be_listened_on(engine, serving):
 # -- health and reflection -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("service", ["", "jaxserve.v1.GenerationService"])
+FOREIGN = ["vllm.grpc.engine.VllmEngine", "inference.GRPCInferenceService"]
+
+
+@pytest.mark.parametrize("service", ["", "jaxserve.v1.GenerationService", *FOREIGN])
 def test_health_follows_the_engine_there_and_back(engine, stubs, service):
     changes = watch_health(stubs.channel, service)
     assert next(changes).status == Serving.SERVING
@@ -166,6 +169,7 @@ def test_reflection_lists_services_and_describes_them(stubs, version):
         "jaxserve.v1.ModelService",
         "jaxserve.v1.AdminService",
         "grpc.health.v1.Health",
+        *FOREIGN,
     }
     (file,) = described.file_descriptor_response.file_descriptor_proto
     assert b"GenerateRequest" in file
@@ -337,7 +341,7 @@ def test_stopping_twice_and_leaving_no_thread(engine, serving):
 
 def test_the_server_thread_is_a_context_manager(engine, serving):
     serving.start(engine)
-    text, info, _ = serving.servers[0]._parts
+    text, info, *_ = serving.servers[0]._parts
     engine.draining = False
     with type(serving.servers[0])(text, info, ServerConfig(port=0)) as address:
         stubs = serving.stubs(address)

@@ -21,6 +21,7 @@ ROWS = [
     (errors.DuplicateRequestError("r"), Code.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     (errors.ModelNotFoundError("a", "b"), Code.NOT_FOUND, "MODEL_NOT_FOUND"),
     (errors.RequestNotFoundError("r"), Code.NOT_FOUND, "REQUEST_NOT_FOUND"),
+    (errors.NotOfferedError("Embed", "later"), Code.UNIMPLEMENTED, "NOT_OFFERED"),
     (errors.RetryableError("later", retry_after_s=2.0), Code.UNAVAILABLE, "RETRY"),
     (
         errors.QueueFullError("tokens", 9, 8, retry_after_s=2.0),
