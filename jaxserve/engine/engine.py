@@ -33,6 +33,7 @@ from jaxserve.engine.data_shard import shard_stats
 from jaxserve.engine.fit import check_fit
 from jaxserve.engine.measures import PHASES, EngineMeasures, Measures
 from jaxserve.engine.page_news import PageFeed, PageNews
+from jaxserve.engine.page_states import page_states
 from jaxserve.engine.plan import SchedulerConfig, StepPlan
 from jaxserve.engine.prefix import SHARED
 from jaxserve.engine.publish import Publisher, StepHandle
@@ -301,7 +302,7 @@ class Engine:
         """Asks for a picture of the pool; the engine thread takes it between two steps.
 
         Returns:
-            To wait for: for each data shard, uint8 by page as of ``PagePool.states``. It never
+            To wait for: for each data shard, uint8 by page as of ``page_states``. It never
             comes from an engine that has ended.
         """
         picture: Future[list[np.ndarray]] = Future()
@@ -483,7 +484,7 @@ class Engine:
     def _take_picture(self, picture: Future[list[np.ndarray]]) -> None:
         # A reader that has given up has cancelled it.
         if picture.set_running_or_notify_cancel():
-            picture.set_result([shard.pool.states() for shard in self.scheduler.shards])
+            picture.set_result([page_states(shard.pool) for shard in self.scheduler.shards])
 
     def _cancel(self, live: LiveRequest) -> None:
         error = RequestCancelledError(live.request.request_id)

@@ -21,11 +21,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 NULL_PAGE = 0
-CACHED = 255
-"""Of ``PagePool.states``; what is below are numbers of holders."""
 
 
 class PagePool:
@@ -74,16 +70,9 @@ class PagePool:
         """How many holders a page has."""
         return self._references[page]
 
-    def states(self) -> np.ndarray:
-        """Returns a picture of the pool: uint8, by page from 1 on.
-
-        0 is a free page, ``CACHED`` a cached one, and every other number how many hold a used one
-        (254: so many or more).
-        """
-        holders = np.frombuffer(self._references, np.intc)
-        states = np.minimum(holders, CACHED - 1).astype(np.uint8)
-        states[np.fromiter(self._cached, np.intp, len(self._cached))] = CACHED
-        return states[1:]
+    def picture(self) -> tuple[array[int], list[int]]:
+        """Returns how many hold each page, by page number, and the cached pages; both copies."""
+        return self._references[:], list(self._cached)
 
     def allocate(self, count: int) -> list[int] | None:
         """Hands out ``count`` pages with one reference each, or None (and nothing changes)."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.measures import EngineMeasures, HistogramSnapshot
-from jaxserve.engine.pages import CACHED
+from jaxserve.engine.page_states import CACHED
 from jaxserve.engine.stats import EngineStats
 from jaxserve.frontend.engine_api import EngineApi
 
@@ -138,7 +138,7 @@ def _pool(stats: EngineStats) -> dict[str, Any]:
 
 
 def pool_map(shards: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Counts and draws a picture of the pool; see ``PagePool.states`` for what is in it.
+    """Counts and draws a picture of the pool; see ``page_states`` for what is in it.
 
     The map is base64 of three bytes a cell: 255 times the share of its pages that one sequence
     holds, that several share, and that are cached. What is left is free.

@@ -16,7 +16,7 @@ from jaxserve.engine.measures import (
     Histogram,
     one_two_five,
 )
-from jaxserve.engine.pages import CACHED
+from jaxserve.engine.page_states import CACHED
 from jaxserve.errors import (
     DrainingError,
     DuplicateRequestError,

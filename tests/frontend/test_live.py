@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.pages import CACHED
+from jaxserve.engine.page_states import CACHED, page_states
 from jaxserve.frontend.live import MAX_CELLS, WINDOW_S, LiveView, pool_map
 from jaxserve.testing import ManualClock, counting_engine
 from tests.engine.driving import run, submit, turn
@@ -67,7 +67,7 @@ def test_an_event_tells_what_the_engine_does_now() -> None:
         submit(engine, name, [1, 2, 3, 4, 5], max_tokens=9)
     turn(engine, 2)
     clock.advance(2.0)
-    states = [shard.pool.states() for shard in engine.scheduler.shards]
+    states = [page_states(shard.pool) for shard in engine.scheduler.shards]
     event = LiveView(engine, clock).event(states)
 
     assert event["health"] == {"serving": True, "detail": "serving"}
