@@ -18,6 +18,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from jaxserve.errors import NotOfferedError, RequestNotFoundError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.engine_api import PagesApi
+from jaxserve.frontend.generation import EMBEDDING, GenerationCall
 from jaxserve.frontend.grpc import vllm_convert, vllm_facts
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
 from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
@@ -165,8 +166,19 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def Embed(
         self, request: pb.EmbedRequest, context: Context, call: OpenCall
     ) -> pb.EmbedResponse:
-        """Refuses."""
-        raise NotOfferedError("Embed", "this server generates text")
+        """Returns what a prompt means, where the server was launched with ``--embeddings``."""
+        asked = GenerationCall(
+            token_ids=tuple(request.tokenized.input_ids),
+            embed=True,
+            sampling=EMBEDDING,
+            request_id=call.request_id,
+            deadline_s=deadline_of(context),
+        )
+        built = await self._door.build(asked)
+        (vector,) = await self._door.embed([built])
+        return pb.EmbedResponse(
+            embedding=vector, prompt_tokens=len(built[0].prompt), embedding_dim=len(vector)
+        )
 
     @answered
     async def FlushCache(

@@ -20,6 +20,7 @@ from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.testing import counting_engine, expected_tokens, paced_engine
 from jaxserve.third_party.triton import grpc_service_pb2 as triton
 from jaxserve.third_party.triton import grpc_service_pb2_grpc
+from jaxserve.v1 import generation_pb2
 from tests.frontend.grpc.asking import details, fail
 
 Code = grpc.StatusCode
@@ -198,3 +199,19 @@ def test_a_draining_server_says_so_in_every_protocol(serve):
     assert not doors.kserve.ServerReady(triton.ServerReadyRequest()).ready
     assert not doors.vllm.HealthCheck(vllm_engine_pb2.HealthCheckRequest()).healthy
     assert doors.vllm.GetServerInfo(vllm_engine_pb2.GetServerInfoRequest()).is_paused
+
+
+def test_a_gateway_embeds_where_the_server_does(serve: Any) -> None:
+    doors = serve(counting_engine(embeddings=True)[0])
+    prompt = vllm_engine_pb2.TokenizedInput(input_ids=[5, 6, 8])
+    got = doors.vllm.Embed(vllm_engine_pb2.EmbedRequest(tokenized=prompt))
+    (expected,) = doors.client._stubs.generation.Embed(
+        generation_pb2.EmbedRequest(token_ids=[generation_pb2.TokenIds(ids=[5, 6, 8])])
+    ).embeddings
+    assert list(got.embedding) == list(expected.values)
+    assert (got.prompt_tokens, got.embedding_dim) == (3, 2)
+    without = serve(counting_engine()[0])
+    with pytest.raises(grpc.RpcError, match="--embeddings") as refused:
+        without.vllm.Embed(vllm_engine_pb2.EmbedRequest(tokenized=prompt))
+    error: Any = refused.value
+    assert error.code() is Code.INVALID_ARGUMENT

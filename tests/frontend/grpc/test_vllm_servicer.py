@@ -398,7 +398,6 @@ def test_a_tokenizer_out_of_gguf_is_bundled_like_any_other():
 @pytest.mark.parametrize(
     ("name", "request_type", "text"),
     [
-        ("Embed", pb.EmbedRequest, "this server generates text"),
         ("FlushCache", common_pb2.FlushCacheRequest, "--no-prefix-cache"),
         ("StartProfile", common_pb2.StartProfileRequest, "not taken over the network"),
         ("StopProfile", common_pb2.StopProfileRequest, "not taken over the network"),
