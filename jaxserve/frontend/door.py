@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from jaxserve.engine.request import Request
 from jaxserve.engine.stream import AsyncWaker
+from jaxserve.frontend.calls import OpenCalls
 from jaxserve.frontend.generation import (
     Finished,
     GenerationCall,
@@ -22,7 +23,6 @@ from jaxserve.frontend.generation import (
     TextStream,
     find_embedding,
 )
-from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.model_info import ModelInfo
 
 INLINE_CHARS = 4096

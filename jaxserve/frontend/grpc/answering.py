@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import grpc
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
+from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.grpc.decoding import Malformed
 from jaxserve.frontend.grpc.status import to_grpc_status
 

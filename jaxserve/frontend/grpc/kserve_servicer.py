@@ -15,10 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError, ModelNotFoundError
+from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.grpc import kserve_convert, kserve_facts
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, refuse_malformed, write
-from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
 from jaxserve.frontend.grpc.status import to_grpc_status
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.third_party.triton import grpc_service_pb2 as pb

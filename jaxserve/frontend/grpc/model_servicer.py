@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.engine_api import EngineApi
 from jaxserve.frontend.grpc import convert
 from jaxserve.frontend.grpc.answering import Context, answered, write
-from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.v1 import admin_pb2, admin_pb2_grpc, model_pb2, model_pb2_grpc
 

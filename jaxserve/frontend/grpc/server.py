@@ -20,9 +20,9 @@ import grpc
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from jaxserve.errors import DrainingError, LaunchError
+from jaxserve.frontend.calls import OpenCalls
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.generation import TextEngine
-from jaxserve.frontend.grpc.calls import OpenCalls
 from jaxserve.frontend.grpc.config import ServerConfig
 from jaxserve.frontend.grpc.decoding import RequestDecoding
 from jaxserve.frontend.grpc.health import HealthReporter, add_reflection

@@ -16,12 +16,12 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.errors import NotOfferedError, RequestNotFoundError
+from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.engine_api import PagesApi
 from jaxserve.frontend.generation import EMBEDDING, GenerationCall
 from jaxserve.frontend.grpc import vllm_convert, vllm_facts
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
-from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
 from jaxserve.frontend.grpc.kv_events import KvEventWriter, LoopFeed
 from jaxserve.frontend.grpc.tokenizer_bundle import CHUNK_BYTES, bundle_tokenizer
 from jaxserve.frontend.model_info import ModelInfo

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from jaxserve.engine.request import MAX_REQUEST_ID_CHARS
-from jaxserve.frontend.grpc.calls import OpenCall, OpenCalls
+from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.http import errors
 
 CLIENT_CLOSED = 499

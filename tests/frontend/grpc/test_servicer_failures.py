@@ -15,7 +15,7 @@ from jaxserve.errors import (
     RequestCancelledError,
     RequestFailedError,
 )
-from jaxserve.frontend.grpc.calls import SWEEPS_PER_STALL, OpenCalls
+from jaxserve.frontend.calls import SWEEPS_PER_STALL, OpenCalls
 from jaxserve.v1 import generation_pb2 as pb
 from tests.frontend.grpc.asking import all_of, ask, details, fail
 

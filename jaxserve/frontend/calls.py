@@ -1,4 +1,4 @@
-"""The RPCs that are being answered: who is open, who has stalled, and how to end them.
+"""The calls that are being answered, by any door: who is open, who has stalled, and how to end them.
 
 An open call can be ended from outside (the reader stalled, the server stops) with the error that
 its client shall see. Stalls are found by one timer that counts how often it has met the same
@@ -30,7 +30,7 @@ class OpenCall:
         self.counts = counts
         """Whether a drain waits for it."""
         self.sweeps_waited: int | None = None
-        """How many sweeps have met the message that gRPC has not accepted yet; None without one."""
+        """How many sweeps have met the message that has not been accepted yet; None without one."""
         self.error: JaxserveError | None = None
         """Why it was ended from outside, once it was."""
         self._task = task
