@@ -20,10 +20,10 @@ def programs(shell: Any, tmp_path: Path) -> Path:
     result = shell("compile", shell.model, *shell.flags, "--out", out)
     assert result.status == 0, result.err
     wrote, launch = result.out.splitlines()
-    assert wrote.startswith(f"wrote {out}: 4 programs for ")
+    assert wrote.startswith(f"wrote {out}: 5 programs for ")
     assert " bytes, in " in wrote
     assert launch == f"  jaxserve launch {shell.model} --executables '{out}', with the same flags"
-    assert "[compile] 0/4" in result.err
+    assert "[compile] 0/5" in result.err
     assert "[weights]" not in result.err
     return out
 

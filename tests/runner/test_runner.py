@@ -206,7 +206,7 @@ def test_no_program_copies_the_pool(
         moved = re.compile(rf"\[({shapes})\]\S* (copy|transpose|convert)\(")
         for name, program in runner._compiled.items():
             assert not moved.search(program.as_text()), name
-            if name[0] != "set_row":
+            if name[0] not in ("set_row", "set_masks"):
                 assert program.memory_analysis().alias_size_in_bytes >= pool_bytes, name
 
 
