@@ -30,7 +30,7 @@ from tests.agreement.ways import ask_together, service_config
 
 pytestmark = pytest.mark.slow
 
-FIRST, ALL = 5, 7
+FIRST, ALL = 6, 8
 """Without decode of 4 rows and prefill of 16 tokens."""
 PATIENCE_S = 120.0
 

@@ -515,7 +515,7 @@ def test_a_client_sends_every_kind_of_grammar(llm: LLM) -> None:
 def test_an_embedding_is_what_the_head_sees_at_length_1(mesh: str) -> None:
     """The head's product with it is the dense pass's logits, but for their length."""
     texts = ["Hello", "The sky is blue", "x" * 60, "", "Hello"]
-    with make(mesh=mesh, embeddings=True, device="cpu:8", max_waiting_requests=2) as llm:
+    with make(mesh=mesh, embeddings=True, device="cpu:8", max_waiting_requests=4) as llm:
         vectors = llm.embed(texts[:3])
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

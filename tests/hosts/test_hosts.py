@@ -104,7 +104,11 @@ def ask_over_grpc(address: str, together: list[Request]) -> list[list[int]]:
 
     def ask(request: Request) -> list[int]:
         given = vars(request.sampling).items()
-        options: Any = {name: value for name, value in given if value not in (None, (), {})}
+        options: Any = {
+            name: value
+            for name, value in given
+            if name in GenerateOptions.__annotations__ and value not in (None, (), {})
+        }
         answer = client.generate(token_ids=request.prompt, timeout_s=REFUSED_S, **options)
         return list(answer.choices[0].token_ids)
 
