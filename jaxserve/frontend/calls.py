@@ -1,4 +1,4 @@
-"""The calls that are being answered, by any door: who is open, who has stalled, and how to end them.
+"""The calls that are being answered by any door: who is open, who has stalled, how to end them.
 
 An open call can be ended from outside (the reader stalled, the server stops) with the error that
 its client shall see. Stalls are found by one timer that counts how often it has met the same
