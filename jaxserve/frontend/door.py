@@ -27,7 +27,7 @@ from jaxserve.frontend.model_info import ModelInfo
 
 INLINE_CHARS = 4096
 """Longer text is tokenised in a thread: about a microsecond a character would hold up all streams.
-Chats and grammars always go there, because a template or a compilation may take its whole time."""
+Chats always go there, because a template may take its whole time."""
 
 T = TypeVar("T")
 
@@ -46,12 +46,16 @@ class Door:
         self.waker = AsyncWaker(asyncio.get_running_loop())
 
     async def build(self, call: GenerationCall) -> tuple[Request, str | None]:
-        """Renders, tokenises and compiles: see ``TextEngine.build_request``.
+        """Compiles, renders and tokenises: see ``TextEngine.build_request``.
+
+        Whoever waits for a grammar holds up nobody else: grammars have threads of their own.
 
         Raises:
             JaxserveError: the request cannot be used.
         """
-        return await self.off_loop(call, lambda: self.text.build_request(call))
+        grammar = call.grammar
+        compiled = grammar and await self.text.compiler_of(grammar).compile_async(grammar)
+        return await self.off_loop(call, lambda: self.text.build_request(call, compiled))
 
     def open(self, built: tuple[Request, str | None], *, with_text: bool = True) -> TextStream:
         """Submits what ``build`` returned; see ``TextEngine.open``."""
@@ -149,7 +153,7 @@ class Door:
     async def off_loop(self, call: GenerationCall, work: Callable[[], T]) -> T:
         """Runs work on a call, in a thread when it may take long."""
         is_short = call.messages is None and len(call.text or "") <= INLINE_CHARS
-        if is_short and call.grammar is None:
+        if is_short:
             return work()
         return await self.in_thread(work)
 

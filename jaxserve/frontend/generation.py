@@ -200,15 +200,17 @@ class TextEngine:
         text = self._render(call)
         return self.tokenizer.encode(text, add_special_tokens=False), text
 
-    def build_request(self, call: GenerationCall) -> tuple[Request, str | None]:
+    def build_request(
+        self, call: GenerationCall, compiled: CompiledGrammar | None = None
+    ) -> tuple[Request, str | None]:
         """Returns the request for the engine, and the prompt's text when ``echo`` needs it.
 
-        May wait for a grammar to be compiled.
+        Args:
+            call: what is asked for.
+            compiled: its grammar, which ``compiler_of`` has compiled.
 
         Raises:
-            InvalidRequestError: the prompt, its truncation, its grammar or what is resumed cannot
-                be used.
-            RetryableError: too many grammars wait to be compiled.
+            InvalidRequestError: the prompt, its truncation or what is resumed cannot be used.
         """
         if call.resume:
             self._check_resume(call)
@@ -239,7 +241,7 @@ class TextEngine:
             priority=call.priority,
             cache_salt=call.cache_salt,
             deadline_s=call.deadline_s,
-            constraint=call.grammar and self._compiled(call.grammar),
+            constraint=compiled,
             embed=call.embed,
         )
         return request, text if call.echo else None
@@ -263,9 +265,12 @@ class TextEngine:
         """Tokenises and submits; for doors that may block while doing so.
 
         Raises:
-            JaxserveError: whatever ``build_request`` and ``Engine.submit`` raise.
+            JaxserveError: whatever ``GrammarCompiler.compile``, ``build_request`` and
+                ``Engine.submit`` raise.
         """
-        request, echo_text = self.build_request(call)
+        grammar = call.grammar
+        compiled = grammar and self.compiler_of(grammar).compile(grammar)
+        request, echo_text = self.build_request(call, compiled)
         return self.open(request, echo_text, waker)
 
     def open(
@@ -284,13 +289,18 @@ class TextEngine:
         stream = self.engine.submit(request, waker)
         return TextStream(stream, request, self.tokenizer, echo_text=echo_text, with_text=with_text)
 
-    def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+    def compiler_of(self, grammar: Grammar) -> GrammarCompiler:
+        """Returns what compiles a call's grammar, before ``build_request``.
+
+        Raises:
+            InvalidRequestError: this engine compiles none.
+        """
         if self.grammars is None:
             raise InvalidRequestError(
                 f"{grammar.field} is given, and this engine compiles no grammars; leave it out",
                 field=grammar.field,
             )
-        return self.grammars.compile(grammar)
+        return self.grammars
 
     def _render(self, call: GenerationCall) -> str:
         messages = call.messages or ()

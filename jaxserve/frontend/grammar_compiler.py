@@ -10,11 +10,13 @@ of stack for each level, and a stack that overflows takes the process along: the
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from queue import Full, Queue
 from typing import Any, assert_never
@@ -135,18 +137,37 @@ class GrammarCompiler:
                 or takes too long.
             RetryableError: too many wait to be compiled.
         """
+        made = self._begin(grammar)
+        with _refusing(grammar.field):
+            try:
+                return made.result(COMPILE_TIMEOUT_S)
+            finally:
+                made.cancel()
+
+    async def compile_async(self, grammar: Grammar) -> CompiledGrammar:
+        """``compile`` for event loops: no thread waits.
+
+        Raises:
+            InvalidRequestError: see ``compile``.
+            RetryableError: see ``compile``.
+        """
+        made = self._begin(grammar)
+        with _refusing(grammar.field):
+            return await asyncio.wait_for(asyncio.wrap_future(made), COMPILE_TIMEOUT_S)
+
+    def _begin(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        made: Future[CompiledGrammar] = Future()
         with self._lock:
             if (kept := self._kept.get(grammar)) is not None:
                 self._kept.move_to_end(grammar)
-                return kept
-        field = grammar.field
+                made.set_result(kept)
+                return made
         if len(grammar.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(
-                f"{field} has {len(grammar.text)} characters and the limit is "
+                f"{grammar.field} has {len(grammar.text)} characters and the limit is "
                 f"{MAX_GRAMMAR_CHARS}; send a shorter one",
-                field=field,
+                field=grammar.field,
             )
-        made: Future[CompiledGrammar] = Future()
         try:
             self._jobs.put_nowait((grammar, made))
         except Full:
@@ -154,18 +175,7 @@ class GrammarCompiler:
                 f"{MAX_COMPILING} grammars wait to be compiled already; retry in about a second",
                 retry_after_s=1.0,
             ) from None
-        try:
-            return made.result(COMPILE_TIMEOUT_S)
-        except TimeoutError:
-            made.cancel()
-            raise InvalidRequestError(
-                f"{field} takes more than {COMPILE_TIMEOUT_S:g} s to compile; send a simpler one",
-                field=field,
-            ) from None
-        except ValueError as error:
-            raise InvalidRequestError(
-                f"{field} cannot be used: {error}; correct it or send a simpler one", field=field
-            ) from None
+        return made
 
     def close(self) -> None:
         """Ends the threads when what they compile is done. Safe to call again."""
@@ -209,6 +219,22 @@ class GrammarCompiler:
             raise ValueError("this model has no end token, so no grammar can end an answer")
         words = _Words(self._tokenizer, self._vocab_size)
         return LLTokenizer(TokenizerWrapper(words), n_vocab=self._vocab_size, eos_token=ends)
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """Tells of what went wrong under the name that the client knows."""
+    try:
+        yield
+    except TimeoutError:
+        raise InvalidRequestError(
+            f"{field} takes more than {COMPILE_TIMEOUT_S:g} s to compile; send a simpler one",
+            field=field,
+        ) from None
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{field} cannot be used: {error}; correct it or send a simpler one", field=field
+        ) from None
 
 
 def source_of(grammar: Grammar) -> str:

@@ -69,7 +69,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Returns the log-probability of every token of a text."""
         self._info.check_name(request.model)
         asked = convert.call_from_score(request, call.request_id, deadline_of(context))
-        built, _ = await self._door.off_loop(asked, lambda: self._text.build_request(asked))
+        built, _ = await self._door.build(asked)
         stream = self._text.engine.submit(built, self._door.waker)
         try:
             started = None
