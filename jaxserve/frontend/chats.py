@@ -14,7 +14,8 @@ from typing import Any
 
 from jaxserve.engine.request import Request
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.generation import GenerationCall, TextEngine
+from jaxserve.frontend.door import Door
+from jaxserve.frontend.generation import GenerationCall, TextEngine, TextStream
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.parsing import (
     AnswerFormat,
@@ -22,6 +23,7 @@ from jaxserve.frontend.parsing import (
     Part,
     Reasoning,
     Tool,
+    ToolCallStarted,
     tool_grammar,
 )
 from jaxserve.frontend.tool_texts import with_tools_in_text
@@ -103,6 +105,18 @@ class ChatEngine:
             sampling=replace(call.sampling, kept_token_ids=self._kept),
         )
 
+    async def ask(
+        self, door: Door, chat: Chat, call: GenerationCall
+    ) -> tuple[TextStream, list[ChatAnswer]]:
+        """Submits ``call`` as a chat; returns its stream, and what splits each choice's text.
+
+        Raises:
+            JaxserveError: see ``call_of`` and ``Door.ask``.
+        """
+        built = await door.build(self.call_of(chat, call))
+        answers = [self.answer(chat, built[0]) for _ in range(call.sampling.n)]
+        return door.open(built), answers
+
     def answer(self, chat: Chat, request: Request) -> ChatAnswer:
         """Returns what splits one choice of the answer."""
         opens = self.format.reasoning[0] if self.format.reasoning else ""
@@ -157,14 +171,18 @@ class ChatAnswer:
 
     def push(self, text: str, tokens: int) -> list[Part]:
         """Takes the text of so many tokens and returns what it makes certain."""
-        parts = self._parser.push(text) if text else []
+        parts = self._counted(self._parser.push(text)) if text else []
         if parts and type(parts[-1]) is Reasoning:
             self.reasoning_tokens += tokens
         return parts
 
     def finish(self) -> list[Part]:
         """Returns what was held back. Once, last."""
-        return self._parser.finish()
+        return self._counted(self._parser.finish())
+
+    def _counted(self, parts: list[Part]) -> list[Part]:
+        self.calls += sum(type(part) is ToolCallStarted for part in parts)
+        return parts
 
 
 def _forced(chat: Chat) -> list[Tool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,16 +16,17 @@ from jaxserve.engine.request import FinishReason, SamplingParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.chats import Chat, ChatAnswer, ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Started, TextStream
+from jaxserve.frontend.generation import Finished, GenerationCall, Started, TextStream
 from jaxserve.frontend.http.answering import DONE, Events, EventStream, answer, request_id_of, sse
-from jaxserve.frontend.http.logprobs import chat_logprobs
+from jaxserve.frontend.http.logprobs import Scored, ScoredToken, chat_logprobs, prompt_logprobs
 from jaxserve.frontend.http.messages import (
     ChatFields,
     choice_from,
     template_messages,
     tools_from,
 )
-from jaxserve.frontend.http.requests import GenerationRequest, refuse, usage
+from jaxserve.frontend.http.requests import GenerationRequest, StreamOptions, refuse
+from jaxserve.frontend.http.usage import Usage
 from jaxserve.frontend.parsing import (
     Content,
     Part,
@@ -142,94 +144,95 @@ class ChatCompletion:
         self._door = door
         self._chats = chats
         self._request = request
-        self._id = request_id
-        self._created = int(time.time())
+        self._head = {
+            "id": request_id,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": door.info.name,
+        }
         self._answers: list[ChatAnswer] = []
-        self._started: Started | None = None
-        self._output_tokens = 0
+        self._usage = Usage()
 
     async def body(self) -> dict[str, Any]:
         """The whole answer."""
         stream = await self._begin()
         choices = [_Gathered() for _ in self._answers]
+        prompt: list[ScoredToken] = []
         async for _, output in self._door.outputs([stream]):
+            self._usage.count(0, output)
             if isinstance(output, Started):
-                self._started = output
                 continue
-            gathered = choices[output.choice]
-            if isinstance(output, Delta):
-                gathered.add(self._answers[output.choice].push(output.text, len(output.token_ids)))
+            gathered, answer = choices[output.choice], self._answers[output.choice]
+            if isinstance(output, Finished):
+                gathered.add(answer.finish())
+                gathered.reason = _reason(output, answer)
+            elif output.prompt:
+                prompt += output.logprobs
+            else:
+                gathered.add(answer.push(output.text, len(output.token_ids)))
                 gathered.scored += output.logprobs
                 gathered.token_ids += output.token_ids
-            else:
-                gathered.add(self._answers[output.choice].finish())
-                gathered.reason = _reason(output, gathered.calls)
-                self._output_tokens += output.output_tokens
-        return {
-            **self._head("chat.completion"),
+        made: dict[str, Any] = {
+            **self._head,
             "choices": [self._choice(*item) for item in enumerate(choices)],
-            "usage": self._usage(),
+            "usage": self._shown_usage(),
         }
+        if self._request.prompt_logprobs is not None:
+            made["prompt_logprobs"] = prompt_logprobs(
+                prompt, self._door.text.tokenizer, self._request.prompt_logprobs
+            )
+        return made
 
     async def events(self) -> Events:
         """The answer in pieces."""
         return self._events(await self._begin())
 
     async def _events(self, stream: TextStream) -> Events:
-        options = self._request.stream_options
-        continuous = options is not None and options.continuous_usage_stats
-        deltas = [_Deltas(answer) for answer in self._answers]
-        head = json.dumps(self._head("chat.completion.chunk"))[:-1]
+        options = self._request.stream_options or StreamOptions()
+        chunks = _Chunks(
+            {**self._head, "object": "chat.completion.chunk"},
+            with_token_ids=bool(self._request.return_token_ids),
+            usage=self._shown_usage if options.continuous_usage_stats else None,
+        )
+        shows = self._request.include_reasoning is not False
         async for _, output in self._door.outputs([stream]):
+            self._usage.count(0, output)
             if isinstance(output, Started):
-                self._started = output
-                for number in range(len(deltas)):
-                    first = {"role": "assistant", "content": ""}
-                    yield self._chunk(head, number, first, None, None, continuous)
-            elif isinstance(output, Finished):
-                own = deltas[output.choice]
-                self._output_tokens += output.output_tokens
-                for delta in own.finish():
-                    yield self._chunk(head, output.choice, delta, None, None, continuous)
-                reason = _reason(output, own.answer.calls)
-                yield self._chunk(head, output.choice, {}, None, reason, continuous)
-            else:
-                logprobs = self._logprobs(output.logprobs)
-                made = deltas[output.choice].push(output.text, len(output.token_ids))
-                if not made and (logprobs or self._request.return_token_ids):
-                    made = [{"content": ""}]
-                for place, delta in enumerate(made):
-                    own = logprobs if place == 0 else None
-                    ids = list(output.token_ids) if place == 0 else []
-                    yield self._chunk(head, output.choice, delta, own, None, continuous, ids)
-        if options is not None and options.include_usage:
-            last = {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
-            yield sse(last)
+                for number in range(len(self._answers)):
+                    yield chunks.make(number, {"role": "assistant", "content": ""})
+                continue
+            number, answer = output.choice, self._answers[output.choice]
+            if isinstance(output, Finished):
+                for delta in _deltas(answer.finish(), with_reasoning=shows):
+                    yield chunks.make(number, delta)
+                yield chunks.make(number, {}, reason=_reason(output, answer))
+                continue
+            parts = answer.push(output.text, len(output.token_ids))
+            logprobs, token_ids = self._logprobs(output.logprobs), output.token_ids
+            made = _deltas(parts, with_reasoning=shows)
+            if not made and (logprobs or self._request.return_token_ids):
+                made = [{"content": ""}]
+            for delta in made:
+                yield chunks.make(number, delta, logprobs=logprobs, token_ids=token_ids)
+                logprobs, token_ids = None, ()  # They come once, with the first.
+        if options.include_usage:
+            yield sse({**chunks.head, "choices": [], "usage": self._shown_usage()})
         yield DONE
 
     async def _begin(self) -> TextStream:
-        door, request = self._door, self._request
-        door.info.check_name(request.model)
+        request = self._request
+        self._door.info.check_name(request.model)
         chat, sampling = chat_from(request)
         call = GenerationCall(
             sampling=sampling,
-            request_id=self._id,
+            request_id=self._head["id"],
             truncate_prompt_tokens=request.truncate_prompt_tokens,
             priority=request.priority,
             cache_salt=request.cache_salt,
             grammar=request.grammar(),
         )
-        built = await door.build(self._chats.call_of(chat, call))
-        self._answers = [self._chats.answer(chat, built[0]) for _ in range(sampling.n)]
-        return door.open(built)
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._door.info.name,
-        }
+        stream, self._answers = await self._chats.ask(self._door, chat, call)
+        return stream
 
     def _choice(self, number: int, gathered: _Gathered) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -244,44 +247,58 @@ class ChatCompletion:
             choice["token_ids"] = gathered.token_ids
         return choice
 
-    def _logprobs(self, scored: Any) -> dict[str, Any] | None:
+    def _logprobs(self, scored: Scored) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
         top = self._request.top_logprobs or 0
         content = chat_logprobs(scored, self._door.text.tokenizer, top)
         return {"content": content, "refusal": None}
 
-    def _chunk(
+    def _shown_usage(self) -> dict[str, Any]:
+        thoughts = sum(answer.reasoning_tokens for answer in self._answers)
+        return {
+            **self._usage.shown(),
+            "completion_tokens_details": {"reasoning_tokens": thoughts},
+        }
+
+
+class _Chunks:
+    """Writes the chunks of one stream. The path of a token: what stays the same is written once."""
+
+    def __init__(
         self,
-        head: str,
+        head: dict[str, Any],
+        *,
+        with_token_ids: bool,
+        usage: Callable[[], dict[str, Any]] | None,
+    ) -> None:
+        """``usage`` is asked for every chunk, where the client wants it in all of them."""
+        self.head = head
+        self._text = json.dumps(head, ensure_ascii=False)[:-1]
+        self._with_token_ids = with_token_ids
+        self._usage = usage
+
+    def make(
+        self,
         number: int,
         delta: dict[str, Any],
-        logprobs: dict[str, Any] | None,
-        reason: str | None,
-        with_usage: bool,
-        token_ids: list[int] | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+        token_ids: Sequence[int] = (),
     ) -> bytes:
-        """The per-token path: what stays the same is written once."""
-        if "reasoning_content" in delta and self._request.include_reasoning is False:
-            delta = {}
+        """Returns one choice's delta as an event."""
         choice: dict[str, Any] = {
             "index": number,
             "delta": delta,
             "logprobs": logprobs,
             "finish_reason": reason,
         }
-        if self._request.return_token_ids and token_ids:
-            choice["token_ids"] = token_ids
-        rest = f', "usage": {json.dumps(self._usage())}' if with_usage else ""
+        if self._with_token_ids and token_ids:
+            choice["token_ids"] = list(token_ids)
+        rest = f', "usage": {json.dumps(self._usage())}' if self._usage is not None else ""
         text = json.dumps(choice, ensure_ascii=False)
-        return f'data: {head}, "choices": [{text}]{rest}}}\n\n'.encode(errors="replace")
-
-    def _usage(self) -> dict[str, Any]:
-        started = self._started
-        assert started is not None, "usage is asked for after the start"
-        made = usage(started.prompt_tokens, self._output_tokens, started.cached_tokens)
-        thoughts = sum(answer.reasoning_tokens for answer in self._answers)
-        return {**made, "completion_tokens_details": {"reasoning_tokens": thoughts}}
+        return f'data: {self._text}, "choices": [{text}]{rest}}}\n\n'.encode(errors="replace")
 
 
 class _Gathered:
@@ -291,13 +308,9 @@ class _Gathered:
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self.tool_calls: list[dict[str, Any]] = []
-        self.scored: list[Any] = []
+        self.scored: list[ScoredToken] = []
         self.token_ids: list[int] = []
         self.reason: str | None = None
-
-    @property
-    def calls(self) -> int:
-        return len(self.tool_calls)
 
     def add(self, parts: list[Part]) -> None:
         for part in parts:
@@ -325,33 +338,22 @@ class _Gathered:
         return message
 
 
-class _Deltas:
-    """A choice being turned into deltas."""
-
-    def __init__(self, answer: ChatAnswer) -> None:
-        self.answer = answer
-
-    def push(self, text: str, tokens: int) -> list[dict[str, Any]]:
-        return self._deltas(self.answer.push(text, tokens))
-
-    def finish(self) -> list[dict[str, Any]]:
-        return self._deltas(self.answer.finish())
-
-    def _deltas(self, parts: list[Part]) -> list[dict[str, Any]]:
-        deltas: list[dict[str, Any]] = []
-        for part in parts:
-            match part:
-                case Content(text):
-                    deltas.append({"content": text})
-                case Reasoning(text):
+def _deltas(parts: list[Part], *, with_reasoning: bool) -> list[dict[str, Any]]:
+    """What a stream tells of the next parts."""
+    deltas: list[dict[str, Any]] = []
+    for part in parts:
+        match part:
+            case Content(text):
+                deltas.append({"content": text})
+            case Reasoning(text):
+                if with_reasoning:
                     deltas.append({"reasoning_content": text})
-                case ToolCallStarted(index, name):
-                    self.answer.calls += 1
-                    deltas.append({"tool_calls": [{"index": index, **_new_call(name)}]})
-                case ToolCallArguments(index, text):
-                    function = {"arguments": text}
-                    deltas.append({"tool_calls": [{"index": index, "function": function}]})
-        return deltas
+            case ToolCallStarted(index, name):
+                deltas.append({"tool_calls": [{"index": index, **_new_call(name)}]})
+            case ToolCallArguments(index, text):
+                function = {"arguments": text}
+                deltas.append({"tool_calls": [{"index": index, "function": function}]})
+    return deltas
 
 
 def _new_call(name: str) -> dict[str, Any]:
@@ -359,7 +361,7 @@ def _new_call(name: str) -> dict[str, Any]:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
-def _reason(output: Finished, calls: int) -> str:
-    if calls and output.reason is FinishReason.STOP:
+def _reason(output: Finished, answer: ChatAnswer) -> str:
+    if answer.calls and output.reason is FinishReason.STOP:
         return "tool_calls"
     return output.reason.value

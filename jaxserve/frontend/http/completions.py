@@ -15,7 +15,6 @@ from starlette.responses import Response
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.generation import (
-    Delta,
     Finished,
     GenerationCall,
     Output,
@@ -24,8 +23,9 @@ from jaxserve.frontend.generation import (
     check_prompts,
 )
 from jaxserve.frontend.http.answering import DONE, Events, EventStream, answer, request_id_of, sse
-from jaxserve.frontend.http.logprobs import CompletionLogprobs
-from jaxserve.frontend.http.requests import GenerationRequest, refuse, usage
+from jaxserve.frontend.http.logprobs import CompletionLogprobs, ScoredToken, prompt_logprobs
+from jaxserve.frontend.http.requests import GenerationRequest, refuse
+from jaxserve.frontend.http.usage import Usage
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -85,6 +85,9 @@ def asked_from(request: CompletionRequest, request_id: str) -> Asked:
             "add_special_tokens", False, (None, True), "send token ids, which are used as they are"
         )
     logprobs, echo = request.logprobs, bool(request.echo)
+    if echo and logprobs is not None:
+        why = "echo with logprobs scores the prompt as often as the answer"
+        refuse("prompt_logprobs", request.prompt_logprobs, (None, logprobs), why)
     scores_only = request.max_tokens == 0
     if scores_only and not echo:
         raise InvalidRequestError(
@@ -95,7 +98,7 @@ def asked_from(request: CompletionRequest, request_id: str) -> Asked:
     sampling = request.sampling(
         max_tokens=1 if scores_only else default,
         logprobs=logprobs,
-        prompt_logprobs=request.prompt_logprobs if not echo or logprobs is None else logprobs,
+        prompt_logprobs=logprobs if echo and logprobs is not None else request.prompt_logprobs,
     )
     call = GenerationCall(
         sampling=sampling,
@@ -147,41 +150,38 @@ class Completion:
             "created": int(time.time()),
             "model": door.info.name,
         }
-        self._prompt_tokens: dict[int, int] = {}
-        self._cached_tokens: dict[int, int] = {}
-        self._output_tokens: dict[int, int] = {}
+        self._usage = Usage()
 
     async def body(self) -> dict[str, Any]:
         """The whole answer."""
         asked, streams = await self._begin()
         choices: dict[int, dict[str, Any]] = {}
-        scored: dict[int, list[Any]] = {}
+        prompts: list[list[ScoredToken]] = [[] for _ in streams]
+        answers: dict[int, list[ScoredToken]] = {}
         async for place, output in self._door.outputs(streams):
             self._count(asked, place, output)
             if isinstance(output, Started):
                 continue
             number = place * asked.n + output.choice
             choice = choices.setdefault(number, {"index": number, "text": "", "token_ids": []})
-            if isinstance(output, Delta):
-                if asked.scores_only and not output.prompt:
-                    continue
-                choice["text"] += output.text
-                if not output.prompt:
-                    choice["token_ids"] += output.token_ids
-                scored.setdefault(number, []).extend(output.logprobs)
-            else:
+            if isinstance(output, Finished):
                 choice["finish_reason"] = _reason(asked, output)
-        self._share_prompt(asked, scored)
+            elif output.prompt:
+                choice["text"] += output.text
+                prompts[place] += output.logprobs
+            elif not asked.scores_only:
+                choice["text"] += output.text
+                choice["token_ids"] += output.token_ids
+                answers.setdefault(number, []).extend(output.logprobs)
         for number, choice in choices.items():
-            lists = CompletionLogprobs(self._door.text.tokenizer, asked.logprobs or 0)
-            given = asked.logprobs is not None
-            choice["logprobs"] = lists.take(scored.get(number, ())) if given else None
+            prompt = prompts[number // asked.n]
+            self._add_logprobs(asked, choice, prompt, answers.get(number, []))
             if not self._request.return_token_ids:
                 del choice["token_ids"]
         return {
             **self._head,
             "choices": [choices[number] for number in sorted(choices)],
-            "usage": self._usage(),
+            "usage": self._usage.shown(),
         }
 
     async def events(self) -> Events:
@@ -209,7 +209,7 @@ class Completion:
             if output.text or logprobs or self._request.return_token_ids:
                 yield self._chunk(number, output.text, logprobs, None, ids)
         if options is not None and options.include_usage:
-            yield sse({**self._head, "choices": [], "usage": self._usage()})
+            yield sse({**self._head, "choices": [], "usage": self._usage.shown()})
         yield DONE
 
     async def _begin(self) -> tuple[Asked, list[TextStream]]:
@@ -241,32 +241,29 @@ class Completion:
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
         options = self._request.stream_options
         if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = self._usage()
+            chunk["usage"] = self._usage.shown()
         return sse(chunk)
 
     def _count(self, asked: Asked, place: int, output: Output) -> None:
-        if isinstance(output, Started):
-            self._prompt_tokens[place] = output.prompt_tokens
-            self._cached_tokens[place] = output.cached_tokens
-        elif isinstance(output, Finished) and not asked.scores_only:
-            self._output_tokens[place * asked.n + output.choice] = output.output_tokens
+        if isinstance(output, Started) or not asked.scores_only:
+            self._usage.count(place, output)
 
-    def _usage(self) -> dict[str, Any]:
-        return usage(
-            sum(self._prompt_tokens.values()),
-            sum(self._output_tokens.values()),
-            sum(self._cached_tokens.values()),
-        )
-
-    def _share_prompt(self, asked: Asked, scored: dict[int, list[Any]]) -> None:
-        """The prompt's scores come once, with the first choice; every choice shows them."""
-        if not asked.echo or asked.logprobs is None:
-            return
-        for place in range(len(asked.calls)):
-            first = place * asked.n
-            prompt = scored.get(first, [])[: self._prompt_tokens.get(place, 0)]
-            for number in range(first + 1, first + asked.n):
-                scored[number] = [*prompt, *scored.get(number, [])]
+    def _add_logprobs(
+        self,
+        asked: Asked,
+        choice: dict[str, Any],
+        prompt: list[ScoredToken],
+        answer: list[ScoredToken],
+    ) -> None:
+        """A prompt is scored once; every choice shows it."""
+        tokenizer = self._door.text.tokenizer
+        choice["logprobs"] = None
+        if asked.logprobs is not None:
+            lists = CompletionLogprobs(tokenizer, asked.logprobs)
+            choice["logprobs"] = lists.take([*prompt, *answer] if asked.echo else answer)
+        if self._request.prompt_logprobs is not None:
+            top = self._request.prompt_logprobs
+            choice["prompt_logprobs"] = prompt_logprobs(prompt, tokenizer, top)
 
 
 def _reason(asked: Asked, output: Finished) -> str:

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two forms: objects for chats, parallel lists for completions."""
+"""Log-probabilities: OpenAI's objects for chats and lists for completions, vLLM's for prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from jaxserve.frontend.tokenizer import Tokenizer
 
 LEAST = -9999.0
 """JSON has no minus infinity; this is what OpenAI's own servers send."""
-Scored = Sequence[tuple[int, TokenLogprobs | None]]
+ScoredToken = tuple[int, TokenLogprobs | None]
+Scored = Sequence[ScoredToken]
 
 
 def chat_logprobs(scored: Scored, tokenizer: Tokenizer, top: int) -> list[dict[str, Any]]:
@@ -36,6 +37,32 @@ def _token(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
         "logprob": max(logprob, LEAST),
         "bytes": list(raw),
     }
+
+
+def prompt_logprobs(
+    scored: Scored, tokenizer: Tokenizer, top: int
+) -> list[dict[int, dict[str, Any]] | None]:
+    """vLLM's ``prompt_logprobs``: for every token but the first, its entry and the likeliest."""
+    shown: list[dict[int, dict[str, Any]] | None] = []
+    for token, entry in scored:
+        if entry is None:
+            shown.append(None)
+            continue
+        likeliest = zip(entry.top_ids[:top], entry.top_logprobs, strict=False)
+        entries = {
+            other: (value, rank) for rank, (other, value) in enumerate(likeliest, start=1)
+        } | {token: (entry.logprob, entry.rank)}
+        shown.append(
+            {
+                number: {
+                    "logprob": max(value, LEAST),
+                    "rank": rank,
+                    "decoded_token": tokenizer.token_text(number),
+                }
+                for number, (value, rank) in entries.items()
+            }
+        )
+    return shown
 
 
 class CompletionLogprobs:

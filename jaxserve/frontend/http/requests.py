@@ -147,6 +147,10 @@ class GenerationRequest(StrictModel):
         """
         refuse("use_beam_search", self.use_beam_search, (None, False), "sample with n instead")
         refuse("length_penalty", self.length_penalty, (None, 1.0), "it belongs to beam search")
+        if self.stream:
+            refuse(
+                "prompt_logprobs", self.prompt_logprobs, (None,), "it comes with whole answers only"
+            )
         refuse(
             "spaces_between_special_tokens",
             self.spaces_between_special_tokens,
@@ -233,13 +237,3 @@ def refuse(name: str, value: object, allowed: Sequence[object], why: str) -> Non
     if value not in allowed:
         shown = json.dumps(value, default=str)[:80]
         raise InvalidRequestError(f"{name} is {shown}, which is not offered: {why}", field=name)
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Token counts as OpenAI has them."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -31,15 +31,18 @@ class Items:
         self.done: list[dict[str, Any]] = []
         """In order; the last may still be open."""
         self._open: str = ""
+        self._scored: list[Any] = []
+        """Log-probabilities of tokens whose text is still held back."""
 
     def push(self, parts: list[Part], logprobs: list[Any]) -> Iterator[Event]:
         """Takes parts, with the log-probabilities of the tokens that they came with."""
+        self._scored += logprobs
         for part in parts:
+            scored, self._scored = self._scored, []  # Only content shows them.
             match part:
                 case Content(text):
                     yield from self._enter("message")
-                    yield from self._text("response.output_text.delta", text, logprobs)
-                    logprobs = []
+                    yield from self._text("response.output_text.delta", text, scored)
                 case Reasoning(text):
                     yield from self._enter("reasoning")
                     yield from self._text("response.reasoning_text.delta", text, None)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -182,9 +183,9 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[Message]:
 def _checked(place: int, **fields: Any) -> Message:
     try:
         return Message(**fields)
-    except ValueError as error:
+    except ValidationError as error:
         raise InvalidRequestError(
-            f"input[{place}] is no message: {str(error).splitlines()[-2].strip()[:200]}",
+            f"input[{place}] is no message: {error.errors()[0]['msg'][:200]}",
             field=f"input[{place}]",
         ) from None
 
@@ -255,7 +256,6 @@ class Responding:
         self._created = int(time.time())
         self._items = Items()
         self._answer: ChatAnswer | None = None
-        self._started: Started | None = None
         self._finished: Finished | None = None
 
     async def body(self) -> dict[str, Any]:
@@ -287,8 +287,8 @@ class Responding:
         assert answer is not None, "events come after the beginning"
         async for _, output in self._door.outputs([stream]):
             if isinstance(output, Started):
-                self._started = output
-            elif isinstance(output, Delta):
+                continue
+            if isinstance(output, Delta):
                 logprobs = []
                 if self._request.wants_logprobs:
                     top = self._request.top_logprobs or 0
@@ -306,8 +306,8 @@ class Responding:
                     yield event
 
     async def _begin(self) -> TextStream:
-        door, request = self._door, self._request
-        door.info.check_name(request.model)
+        request = self._request
+        self._door.info.check_name(request.model)
         chat, sampling, grammar = chat_from(request)
         call = GenerationCall(
             sampling=sampling,
@@ -316,9 +316,8 @@ class Responding:
             cache_salt=request.cache_salt,
             grammar=grammar,
         )
-        built = await door.build(self._chats.call_of(chat, call))
-        self._answer = self._chats.answer(chat, built[0])
-        return door.open(built)
+        stream, [self._answer] = await self._chats.ask(self._door, chat, call)
+        return stream
 
     def _response(self) -> dict[str, Any]:
         request, finished = self._request, self._finished
