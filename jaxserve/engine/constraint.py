@@ -1,9 +1,9 @@
 """What the engine asks of a grammar: which tokens may come next, and that one has come.
 
-Grammars are compiled by the front end (``frontend/grammar.py``), on no thread of the engine. Here
-they are a ``Constraint``, of which every choice of a request takes a ``Matcher``. A matcher stands
-behind the newest *published* token, so a step with constrained rows is read before the next is
-planned (``Engine.run_once``).
+Grammars are compiled by the front end (``frontend/grammar_compiler.py``), on no thread of the
+engine. Here they are a ``Constraint``, of which every choice of a request takes a ``Matcher``. A
+matcher stands behind the newest *published* token, so a step with constrained rows is read before
+the next is planned (``Engine.run_once``).
 """
 
 from __future__ import annotations

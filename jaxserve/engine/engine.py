@@ -348,7 +348,9 @@ class Engine:
         if self.idle and self._in_flight is None:
             return worked
         previous, self._in_flight = self._in_flight, None
-        reads_first = previous is not None and (not self._overlap or previous.inputs.masks)
+        reads_first = previous is not None and (
+            not self._overlap or previous.inputs.masks is not None
+        )
         if previous is not None and reads_first:
             self._publish(previous)
             self._drain_inbox()

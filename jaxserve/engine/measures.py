@@ -3,7 +3,7 @@
 A ``Histogram`` counts observations by the first bound that they do not exceed, in constant work
 and memory. The engine thread alone observes; any thread reads. Every observation replaces the
 counts as a whole, so a reader sees an instant and neither side waits. Nothing here knows how the
-numbers are told to anybody; ``frontend/metrics.py`` does.
+numbers are told to anybody; ``frontend/metrics/`` does.
 """
 
 from __future__ import annotations

@@ -276,11 +276,13 @@ def pack_step(plan: StepPlan, table: RowTable) -> StepInputs:
 
 def _masks(plan: StepPlan, vocab_size: int) -> MaskUpdate | None:
     """What may follow, in the rows that sample and obey a grammar."""
-    sampling = [
-        *zip(plan.decode, plan.decode_rows, strict=True),
-        *((chunk.sequence, chunk.row) for chunk in plan.chunks if chunk.last),
+    decode = zip(plan.decode, plan.decode_rows, strict=True)
+    held = [(each.matcher, row) for each, row in decode if each.matcher is not None]
+    held += [
+        (chunk.sequence.matcher, chunk.row)
+        for chunk in plan.chunks
+        if chunk.last and chunk.sequence.matcher is not None
     ]
-    held = [(sequence.matcher, row) for sequence, row in sampling if sequence.matcher is not None]
     if not held:
         return None
     words = np.zeros((len(held), mask_words(vocab_size)), np.int32)

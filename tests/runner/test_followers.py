@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxserve.engine.constraint import mask_words
 from jaxserve.engine.engine import Engine, FatalStepError
 from jaxserve.engine.publish import StepHandle
 from jaxserve.engine.request import FinishedEvent, Request, SamplingParams
-from jaxserve.engine.step import StepInputs
+from jaxserve.engine.step import MaskUpdate, StepInputs
 from jaxserve.engine.stream import ThreadWaker
 from jaxserve.errors import EngineDeadError, GroupError
 from jaxserve.internal.v1 import group_pb2 as pb
@@ -136,6 +137,22 @@ def test_a_step_travels_unchanged_and_mostly_as_what_is_new(start: Callable[[], 
             np.testing.assert_array_equal(setup.bias, same.bias)
     decode = [sent for inputs, sent in zip(seen, sizes, strict=True) if not inputs.setups]
     assert sum(sent for sent, _ in decode) < 0.5 * sum(whole for _, whole in decode)
+
+
+def test_masks_travel_with_their_rows() -> None:
+    shape = EngineSizes(**SIZES).shape
+    words = np.random.default_rng(5).integers(-(2**31), 2**31, (2, mask_words(shape.vocab_size)))
+    masks = MaskUpdate([3, 0], words.astype(np.int32))
+    there, back = LineMirror(shape), LineMirror(shape)
+    for sent in (masks, None):
+        plan = there.encode(StepInputs([], [], 0, 0, sent), 1).SerializeToString()
+        found = back.decode(pb.StepPlan.FromString(plan)).masks
+        if sent is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert found.rows == sent.rows
+            np.testing.assert_array_equal(found.words, sent.words)
 
 
 def test_a_plan_whose_sizes_do_not_fit_is_refused() -> None:

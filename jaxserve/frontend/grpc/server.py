@@ -11,7 +11,6 @@ beside the engine's thread.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
@@ -33,6 +32,7 @@ from jaxserve.frontend.grpc.vllm_servicer import VllmServicer
 from jaxserve.frontend.http.config import HttpConfig
 from jaxserve.frontend.http.server import HttpServer
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.sockets import listen_on
 from jaxserve.third_party.triton import grpc_service_pb2_grpc
 from jaxserve.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
@@ -226,14 +226,7 @@ def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
 def port_problem(config: ServerConfig) -> str | None:
     """Tries the address without gRPC, which does not say why it cannot listen; None is fine."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As gRPC does: connections of an earlier server that linger are no obstacle.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-            probe.listen()
+        listen_on(config.host, config.port, backlog=1).close()
     except OSError as error:
         return _cannot_listen(config, error.strerror or str(error))
     return None

@@ -14,6 +14,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.http.app import make_app
 from jaxserve.frontend.http.config import HttpConfig
+from jaxserve.frontend.sockets import listen_on
 
 CLOSE_S = 2.0
 """For answers that have ended to reach their clients."""
@@ -113,17 +114,7 @@ def listen(config: HttpConfig) -> socket.socket:
         LaunchError: it cannot be listened on.
     """
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(where)
-            bound.listen(BACKLOG)
-        except OSError:
-            bound.close()
-            raise
+        bound = listen_on(config.host, config.port, backlog=BACKLOG)
     except OSError as error:
         raise LaunchError(
             f"cannot listen on {config.host}:{config.port} ({error.strerror or error}) for HTTP; "
