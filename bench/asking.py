@@ -14,14 +14,8 @@ from bench.common import Answer
 from bench.workloads import Ask
 from jaxserve.engine.request import SamplingParams
 from jaxserve.engine.stream import TokenStream
-from jaxserve.frontend.generation import (
-    Delta,
-    Finished,
-    GenerationCall,
-    Output,
-    TextEngine,
-    TextStream,
-)
+from jaxserve.frontend.generation import GenerationCall, TextEngine
+from jaxserve.frontend.text_stream import Delta, Finished, Output, TextStream
 
 POLL_S = 1.0
 

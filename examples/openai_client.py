@@ -43,9 +43,7 @@ def main(url: str) -> None:
     chat = client.chat.completions.create(messages=france, max_tokens=24, **ask)
     print("chat:", chat.choices[0].message.content, "|", chat.usage)
     print("stream: ", end="")
-    for chunk in client.chat.completions.create(
-        messages=france, max_tokens=24, stream=True, **ask
-    ):
+    for chunk in client.chat.completions.create(messages=france, max_tokens=24, stream=True, **ask):
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
     scored = client.chat.completions.create(

@@ -15,7 +15,7 @@ from typing import Any
 from jaxserve.engine.request import Request
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.generation import GenerationCall, TextEngine, TextStream
+from jaxserve.frontend.generation import GenerationCall, TextEngine
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.parsing import (
     AnswerFormat,
@@ -26,6 +26,7 @@ from jaxserve.frontend.parsing import (
     ToolCallStarted,
     tool_grammar,
 )
+from jaxserve.frontend.text_stream import TextStream
 from jaxserve.frontend.tool_texts import with_tools_in_text
 
 MAX_TOOLS = 128

@@ -1,7 +1,7 @@
 """How a door on an event loop asks the text engine: off the loop to begin, woken to go on.
 
 A ``Door`` is shared by all protocols of one server. It knows no protocol; what it gives are the
-outputs of ``generation.py``, one list for each time that the engine has something to say.
+outputs of ``text_stream.py``, one list for each time that the engine has something to say.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ from typing import TypeVar
 from jaxserve.engine.request import Request
 from jaxserve.engine.stream import AsyncWaker
 from jaxserve.frontend.calls import OpenCalls
-from jaxserve.frontend.generation import (
-    Finished,
-    GenerationCall,
-    Output,
-    TextEngine,
-    TextStream,
-    find_embedding,
-)
+from jaxserve.frontend.generation import GenerationCall, TextEngine
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.text_stream import Finished, Output, TextStream, find_embedding
 
 INLINE_CHARS = 4096
 """Longer text is tokenised in a thread: about a microsecond a character would hold up all streams.

@@ -1,7 +1,7 @@
 """Answers of an engine in this process, as the dataclasses that the client gives back.
 
 ``LLM`` and ``Client`` return the same types, so code moves from a notebook to a server unchanged.
-Nothing here waits or submits; outputs come from ``generation.py``.
+Nothing here waits or submits; outputs come from ``text_stream.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxserve.frontend.client_types import (
     TopToken,
     Usage,
 )
-from jaxserve.frontend.generation import Delta, Finished, Output, Started
+from jaxserve.frontend.text_stream import Delta, Finished, Output, Started
 from jaxserve.frontend.tokenizer import Tokenizer
 
 

@@ -15,16 +15,15 @@ from jaxserve.engine.stream import TokenStream
 from jaxserve.errors import EngineDeadError, QueueFullError
 from jaxserve.frontend.client_types import Chunk, Generation, Score
 from jaxserve.frontend.engine_api import EngineApi
-from jaxserve.frontend.generation import (
-    GenerationCall,
+from jaxserve.frontend.generation import GenerationCall, TextEngine
+from jaxserve.frontend.in_process import AnswerBuilder, chunk_from, score_from
+from jaxserve.frontend.text_stream import (
     Output,
     Started,
-    TextEngine,
     TextStream,
     find_embedding,
     find_started,
 )
-from jaxserve.frontend.in_process import AnswerBuilder, chunk_from, score_from
 
 HEALTH_INTERVAL_S = 1.0
 """How often a waiting call looks whether the engine is still alive."""

@@ -26,16 +26,15 @@ from jaxserve.engine.stats import EngineStats
 from jaxserve.engine.stream import ThreadWaker, TokenStream, Waker
 from jaxserve.errors import InvalidRequestError, RequestCancelledError
 from jaxserve.frontend.byte_tokenizer import byte_tokenizer
-from jaxserve.frontend.generation import (
+from jaxserve.frontend.generation import GenerationCall, TextEngine
+from jaxserve.frontend.template import ChatTemplate
+from jaxserve.frontend.text_stream import (
     PROMPT_TOKENS_PER_DELTA,
     Delta,
     Finished,
-    GenerationCall,
     Started,
-    TextEngine,
     TextStream,
 )
-from jaxserve.frontend.template import ChatTemplate
 
 TOKENIZER = byte_tokenizer()
 END = 2

@@ -20,17 +20,10 @@ from jaxserve.engine.request import (
 )
 from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import InvalidRequestError
-from jaxserve.frontend.generation import (
-    EMBEDDING,
-    Delta,
-    Finished,
-    GenerationCall,
-    Output,
-    Started,
-    check_prompts,
-)
+from jaxserve.frontend.generation import EMBEDDING, GenerationCall, check_prompts
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.text_stream import Delta, Finished, Output, Started
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.v1 import generation_pb2 as pb
 from jaxserve.v1 import model_pb2

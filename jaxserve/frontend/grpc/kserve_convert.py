@@ -15,11 +15,12 @@ from typing import Any
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.door import sound
-from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Started
+from jaxserve.frontend.generation import GenerationCall
 from jaxserve.frontend.grammar import take_grammar
 from jaxserve.frontend.grpc.kserve_options import HARMLESS, read_options
 from jaxserve.frontend.grpc.kserve_tensors import add_output, read_inputs
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.text_stream import Delta, Finished, Output, Started
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.third_party.triton import grpc_service_pb2 as pb
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.calls import OpenCall, OpenCalls
 from jaxserve.frontend.door import Door, sound
-from jaxserve.frontend.generation import TextStream, find_started
 from jaxserve.frontend.grpc import convert
 from jaxserve.frontend.grpc.answering import Context, answered, deadline_of, write
 from jaxserve.frontend.grpc.unary import AnswerCollector
 from jaxserve.frontend.model_info import ModelInfo
+from jaxserve.frontend.text_stream import TextStream, find_started
 from jaxserve.v1 import generation_pb2 as pb
 from jaxserve.v1 import generation_pb2_grpc
 

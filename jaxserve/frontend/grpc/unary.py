@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxserve.frontend.generation import Delta, Finished, Output, Started
 from jaxserve.frontend.grpc.convert import finished_to_proto, logprobs_to_proto
+from jaxserve.frontend.text_stream import Delta, Finished, Output, Started
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.v1 import generation_pb2 as pb
 

@@ -14,8 +14,9 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.engine.request import SamplingParams, TokenLogprobs
 from jaxserve.errors import InvalidRequestError, RequestCancelledError
-from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Output, Started
+from jaxserve.frontend.generation import GenerationCall
 from jaxserve.frontend.grammar import Grammar
+from jaxserve.frontend.text_stream import Delta, Finished, Output, Started
 
 _REFUSED = {
     "mm_inputs": "this server reads text alone",

@@ -16,7 +16,7 @@ from jaxserve.engine.request import FinishReason, SamplingParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.chats import Chat, ChatAnswer, ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.generation import Finished, GenerationCall, Started, TextStream
+from jaxserve.frontend.generation import GenerationCall
 from jaxserve.frontend.http.answering import DONE, Events, EventStream, answer, request_id_of, sse
 from jaxserve.frontend.http.logprobs import Scored, ScoredToken, chat_logprobs, prompt_logprobs
 from jaxserve.frontend.http.messages import (
@@ -34,6 +34,7 @@ from jaxserve.frontend.parsing import (
     ToolCallArguments,
     ToolCallStarted,
 )
+from jaxserve.frontend.text_stream import Finished, Started, TextStream
 
 
 class ChatRequest(ChatFields, GenerationRequest):

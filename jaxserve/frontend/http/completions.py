@@ -14,18 +14,12 @@ from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.generation import (
-    Finished,
-    GenerationCall,
-    Output,
-    Started,
-    TextStream,
-    check_prompts,
-)
+from jaxserve.frontend.generation import GenerationCall, check_prompts
 from jaxserve.frontend.http.answering import DONE, Events, EventStream, answer, request_id_of, sse
 from jaxserve.frontend.http.logprobs import CompletionLogprobs, ScoredToken, prompt_logprobs
 from jaxserve.frontend.http.requests import GenerationRequest, refuse
 from jaxserve.frontend.http.usage import Usage
+from jaxserve.frontend.text_stream import Finished, Output, Started, TextStream
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""

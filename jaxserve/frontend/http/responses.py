@@ -15,7 +15,7 @@ from jaxserve.engine.request import FinishReason, SamplingParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.chats import Chat, ChatAnswer, ChatEngine
 from jaxserve.frontend.door import Door
-from jaxserve.frontend.generation import Delta, Finished, GenerationCall, Started, TextStream
+from jaxserve.frontend.generation import GenerationCall
 from jaxserve.frontend.grammar import Grammar, take_grammar
 from jaxserve.frontend.http.answering import Events, EventStream, answer, request_id_of, sse
 from jaxserve.frontend.http.logprobs import chat_logprobs
@@ -29,6 +29,7 @@ from jaxserve.frontend.http.messages import (
 from jaxserve.frontend.http.requests import StrictModel, refuse
 from jaxserve.frontend.http.response_items import Event, Items
 from jaxserve.frontend.parsing import Tool
+from jaxserve.frontend.text_stream import Delta, Finished, Started, TextStream
 
 LOGPROBS = "message.output_text.logprobs"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.frontend.generation import Delta, Output, Started
+from jaxserve.frontend.text_stream import Delta, Output, Started
 
 
 class Usage:
