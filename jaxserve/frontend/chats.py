@@ -2,8 +2,9 @@
 
     Chat --ChatEngine.call_of--> GenerationCall       Delta --ChatAnswer.push--> parts
 
-Which tools may be called, and whether they must, becomes a grammar here; what the model wrote is
-split into content, reasoning and tool calls by ``parsing``. Nothing here knows a protocol.
+Which tools may be called, and whether they must, becomes a grammar here, behind the thoughts that
+the prompt leaves room for; what the model wrote is split into content, reasoning and tool calls by
+``parsing``. Nothing here knows a protocol.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.parsing import (
     AnswerFormat,
     AnswerParser,
+    Otherwise,
     Part,
     Reasoning,
+    Thoughts,
     Tool,
     ToolCallStarted,
-    tool_grammar,
+    answer_grammar,
 )
 from jaxserve.frontend.text_stream import TextStream
 from jaxserve.frontend.tool_texts import with_tools_in_text
@@ -71,26 +74,12 @@ class ChatEngine:
     def call_of(self, chat: Chat, call: GenerationCall) -> GenerationCall:
         """Returns ``call`` with everything that follows from a chat.
 
+        Its grammar is left off: what stands around it depends on how the prompt ends.
+
         Raises:
-            InvalidRequestError: its tools cannot be used, or contradict its grammar.
+            InvalidRequestError: its tools cannot be used.
         """
         self._check_tools(chat)
-        grammar = call.grammar
-        forced = _forced(chat)
-        if forced:
-            if grammar is not None:
-                raise InvalidRequestError(
-                    f"{grammar.field} and tool_choice are given, and an answer obeys one of them; "
-                    "leave one out",
-                    field="tool_choice",
-                )
-            source = tool_grammar(
-                self.format,
-                forced,
-                parallel=chat.parallel_tool_calls and chat.tool_choice == "required",
-                special_tokens=self._added,
-            )
-            grammar = Grammar("grammar", source, "tools")
         tools = [] if chat.tool_choice == "none" else [_schema(tool) for tool in chat.tools]
         messages = chat.messages
         if not self._template_knows_tools:
@@ -102,7 +91,7 @@ class ChatEngine:
             template_variables=chat.template_variables,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
-            grammar=grammar,
+            grammar=None,
             sampling=replace(call.sampling, kept_token_ids=self._kept),
         )
 
@@ -112,24 +101,71 @@ class ChatEngine:
         """Submits ``call`` as a chat; returns its stream, and what splits each choice's text.
 
         Raises:
-            JaxserveError: see ``call_of`` and ``Door.ask``.
+            JaxserveError: its grammar and its tools contradict each other; see ``call_of`` and
+                ``Door.ask``, too.
         """
-        built = await door.build(self.call_of(chat, call))
-        answers = [self.answer(chat, built[0]) for _ in range(call.sampling.n)]
-        return door.open(built), answers
+        tools = _callable(chat, call.grammar)
+        request, echo_text = await door.build(self.call_of(chat, call))
+        thoughts = self._thoughts(chat, request)
+        grammar = self._grammar(chat, tools, call.grammar, thoughts)
+        if grammar is not None:
+            request = replace(request, constraint=await door.compile(grammar))
+        answers = [self._answer(chat, thoughts) for _ in range(call.sampling.n)]
+        return door.open((request, echo_text)), answers
 
-    def answer(self, chat: Chat, request: Request) -> ChatAnswer:
+    def _answer(self, chat: Chat, thoughts: Thoughts) -> ChatAnswer:
         """Returns what splits one choice of the answer."""
-        opens = self.format.reasoning[0] if self.format.reasoning else ""
-        tail = self._text.tokenizer.decode(request.prompt[-TAIL_TOKENS:], skip_special_tokens=False)
         return ChatAnswer(
             AnswerParser(
                 self.format,
                 tools={tool.name: tool.parameters for tool in chat.tools},
                 parses_tools=bool(chat.tools) and chat.tool_choice != "none",
-                in_reasoning=bool(opens) and tail.rstrip().endswith(opens.strip()),
+                in_reasoning=thoughts is Thoughts.OPEN,
             )
         )
+
+    def _thoughts(self, chat: Chat, request: Request) -> Thoughts:
+        """Returns whether the model thinks, or may, before it answers."""
+        if self.format.reasoning is None:
+            return Thoughts.NONE
+        opening, closing = (marker.strip() for marker in self.format.reasoning)
+        tail = self._text.tokenizer.decode(request.prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+        tail = tail.rstrip()
+        if tail.endswith(opening):
+            return Thoughts.OPEN
+        begins = chat.add_generation_prompt and not chat.continue_final_message
+        # A model that was taught to think has a token for it.
+        is_taught = any(map(opening.startswith, self._added))
+        may_think = begins and is_taught and not tail.endswith(closing)
+        return Thoughts.POSSIBLE if may_think else Thoughts.NONE
+
+    def _grammar(
+        self, chat: Chat, tools: Sequence[Tool], answer: Grammar | None, thoughts: Thoughts
+    ) -> Grammar | None:
+        """Returns what a whole answer has to be; None when it may be anything.
+
+        Args:
+            chat: is asked for how many calls there may be.
+            tools: that may be called in an answer which obeys.
+            answer: what the client says an answer in words has to be.
+            thoughts: may stand before either.
+        """
+        if answer is None and not tools:
+            return None
+        if answer is not None and not tools and thoughts is Thoughts.NONE:
+            return answer
+        otherwise = Otherwise.TEXT if chat.tool_choice == "auto" else Otherwise.NOTHING
+        lark = answer_grammar(
+            self.format,
+            tools=tools,
+            otherwise=otherwise if answer is None else Otherwise.ANSWER,
+            parallel=chat.parallel_tool_calls and not chat.tool_choice.startswith("="),
+            thoughts=thoughts,
+            special_tokens=self._added,
+        )
+        if answer is None:
+            return Grammar("grammar", lark, "tools")
+        return replace(answer, frame=lark)
 
     def _check_tools(self, chat: Chat) -> None:
         if len(chat.tools) > MAX_TOOLS:
@@ -186,21 +222,33 @@ class ChatAnswer:
         return parts
 
 
-def _forced(chat: Chat) -> list[Tool]:
-    """The tools one of which has to be called; empty when none has.
+def _callable(chat: Chat, grammar: Grammar | None) -> Sequence[Tool]:
+    """The tools that an answer may call which obeys; empty when calls are not to be watched.
 
     Raises:
-        InvalidRequestError: there is no such tool.
+        InvalidRequestError: there is no such tool, or the answer has to obey a grammar and to be a
+            call as well.
     """
-    if chat.tool_choice in ("auto", "none"):
-        return []
+    choice = chat.tool_choice
+    if choice == "none":
+        return ()
+    if choice == "auto":
+        # Free answers call tools of which none is strict as well as the model can.
+        watched = grammar is not None or any(tool.strict for tool in chat.tools)
+        return chat.tools if watched else ()
     if not chat.tools:
         raise InvalidRequestError(
             "tool_choice asks for a call and tools is empty; send the tools", field="tool_choice"
         )
-    if chat.tool_choice == "required":
-        return list(chat.tools)
-    name = chat.tool_choice.removeprefix("=")
+    if grammar is not None:
+        raise InvalidRequestError(
+            f"{grammar.field} is given and tool_choice asks for a call, and an answer is one of "
+            "them; leave one out",
+            field="tool_choice",
+        )
+    if choice == "required":
+        return chat.tools
+    name = choice.removeprefix("=")
     found = [tool for tool in chat.tools if tool.name == name]
     if not found:
         raise InvalidRequestError(

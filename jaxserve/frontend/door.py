@@ -16,6 +16,8 @@ from jaxserve.engine.request import Request
 from jaxserve.engine.stream import AsyncWaker
 from jaxserve.frontend.calls import OpenCalls
 from jaxserve.frontend.generation import GenerationCall, TextEngine
+from jaxserve.frontend.grammar import Grammar
+from jaxserve.frontend.grammar_compiler import CompiledGrammar
 from jaxserve.frontend.model_info import ModelInfo
 from jaxserve.frontend.text_stream import Finished, Output, TextStream, find_embedding
 
@@ -39,6 +41,14 @@ class Door:
         self._executor = executor
         self.waker = AsyncWaker(asyncio.get_running_loop())
 
+    async def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Compiles what an answer has to be: see ``GrammarCompiler.compile_async``.
+
+        Raises:
+            JaxserveError: it cannot be used.
+        """
+        return await self.text.compiler_of(grammar).compile_async(grammar)
+
     async def build(self, call: GenerationCall) -> tuple[Request, str | None]:
         """Compiles, renders and tokenises: see ``TextEngine.build_request``.
 
@@ -47,8 +57,7 @@ class Door:
         Raises:
             JaxserveError: the request cannot be used.
         """
-        grammar = call.grammar
-        compiled = grammar and await self.text.compiler_of(grammar).compile_async(grammar)
+        compiled = call.grammar and await self.compile(call.grammar)
         return await self.off_loop(call, lambda: self.text.build_request(call, compiled))
 
     def open(self, built: tuple[Request, str | None], *, with_text: bool = True) -> TextStream:

@@ -24,6 +24,8 @@ class Grammar:
     grammar in Lark's form or, where it has ``::=``, in GBNF; a JSON list of strings."""
     field: str = field(default="grammar", compare=False)
     """What the client calls it, for errors."""
+    frame: str = ""
+    """Lark around it, in which ``@answer`` stands for it: see ``parsing.answer_grammar``."""
 
 
 def take_grammar(options: dict[str, Any]) -> Grammar | None:

@@ -27,6 +27,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from jaxserve.errors import InvalidRequestError, RetryableError
 from jaxserve.frontend.grammar import Grammar
+from jaxserve.frontend.parsing import ANSWER
 from jaxserve.frontend.tokenizer import Tokenizer
 
 MAX_GRAMMAR_CHARS = 65_536
@@ -40,6 +41,8 @@ KEPT_GRAMMARS = 128
 """Compiled ones, least lately used first to go; 170 KiB each (``bench/schemas.py``)."""
 STACK_BYTES = 256 << 20
 """Reserved, not used: pages of it come into being when they are touched."""
+MAX_VISITED = 4
+"""States behind markers that are looked at when a grammar is compiled."""
 LEXER_FUEL, STEP_ITEMS = 100_000, 20_000
 """Of one mask; every one of the 3,333 schemas that ``bench/schemas.py`` compiles stays below."""
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -162,9 +165,10 @@ class GrammarCompiler:
                 self._kept.move_to_end(grammar)
                 made.set_result(kept)
                 return made
-        if len(grammar.text) > MAX_GRAMMAR_CHARS:
+        chars = len(grammar.text) + len(grammar.frame)
+        if chars > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(
-                f"{grammar.field} has {len(grammar.text)} characters and the limit is "
+                f"{grammar.field} has {chars} characters and the limit is "
                 f"{MAX_GRAMMAR_CHARS}; send a shorter one",
                 field=grammar.field,
             )
@@ -205,12 +209,32 @@ class GrammarCompiler:
         matcher = LLMatcher(self._ll_tokenizer, source, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ValueError(_reason(matcher.get_error()))
-        first = GrammarMatcher(matcher.deep_copy())
+        first = GrammarMatcher(matcher)
         words = np.zeros(-(-self._vocab_size // 32), np.int32)
         first.fill(words)
         if first.error or not words.any():
             raise ValueError(first.error or "it allows no answer")
+        self._visit(matcher, words)
         return CompiledGrammar(matcher)
+
+    def _visit(self, matcher: LLMatcher, words: np.ndarray) -> None:
+        """Looks behind the markers that may come first, as ``fill`` has done at the beginning.
+
+        What a state of the lexer allows takes milliseconds of a large vocabulary to find out, once:
+        copies of a matcher know what it knows.
+        """
+        marks = (words[self._markers // 32] >> (self._markers % 32)) & 1
+        behind = np.zeros_like(words)
+        for token in self._markers[marks.astype(bool)][:MAX_VISITED].tolist():
+            if matcher.consume_token(token):
+                GrammarMatcher(matcher).fill(behind)
+                matcher.rollback(1)
+
+    @cached_property
+    def _markers(self) -> np.ndarray:
+        """Int [n], the added tokens that end no answer."""
+        added = set(self._tokenizer.fast.get_added_tokens_decoder()) - self._tokenizer.eos_ids
+        return np.asarray(sorted(each for each in added if each < self._vocab_size), np.int64)
 
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
@@ -248,19 +272,23 @@ def source_of(grammar: Grammar) -> str:
             schema = _json(grammar.text)
             if not isinstance(schema, dict):
                 raise ValueError("it is no JSON object")
-            return _of_schema(schema)
+            source = _of_schema(schema)
         case "json_object":
-            return _of_schema({"type": "object"})
+            source = _of_schema({"type": "object"})
         case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
+            source = LLMatcher.grammar_from_regex(grammar.text)
         case "grammar":
             is_gbnf = "::=" in grammar.text
-            return LLMatcher.grammar_from_lark(
-                gbnf_to_lark(grammar.text) if is_gbnf else grammar.text
-            )
+            lark = gbnf_to_lark(grammar.text) if is_gbnf else grammar.text
+            source = json.dumps({"grammars": [{"lark_grammar": lark}]})
         case "choices":
-            return LLMatcher.grammar_from_regex("|".join(map(_literal, _choices(grammar.text))))
-    assert_never(grammar.kind)
+            source = LLMatcher.grammar_from_regex("|".join(map(_literal, _choices(grammar.text))))
+        case _:
+            assert_never(grammar.kind)
+    if not grammar.frame:
+        return source
+    inside = {**json.loads(source)["grammars"][0], "name": ANSWER}
+    return json.dumps({"grammars": [{"lark_grammar": grammar.frame}, inside]})
 
 
 def _of_schema(schema: dict[str, Any]) -> str:

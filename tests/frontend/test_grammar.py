@@ -113,7 +113,7 @@ def test_a_grammar_has_what_it_says_and_nothing_else(
         (Grammar("regex", "(a"), "unclosed group"),
         (Grammar("regex", "(" * 20_000 + "a" + ")" * 20_000), ""),
         (Grammar("grammar", "start: x"), "unknown name"),
-        (Grammar("grammar", ""), "Empty grammar"),
+        (Grammar("grammar", ""), "no start rule"),
         (Grammar("grammar", "(" * 60_000), "expecting"),
         (Grammar("grammar", "root ::= ("), ""),
         (Grammar("choices", "{}"), "no list of strings"),

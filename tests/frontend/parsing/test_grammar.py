@@ -18,7 +18,7 @@ from jaxserve.frontend.parsing import (
     Tool,
     ToolCallEnded,
     ToolCallStarted,
-    tool_grammar,
+    answer_grammar,
 )
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.weights.gguf import gguf_tokenizer
@@ -102,8 +102,8 @@ PARIS, ROME, NOW = ("get_weather", "Paris", 3), ("get_weather", "Rome", 4), ("no
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_of_given_tools_are_allowed_and_read_back(family: str, judge: Judge) -> None:
-    one = tool_grammar(FORMATS[family], TOOLS, parallel=False)
-    many = tool_grammar(FORMATS[family], TOOLS, parallel=True)
+    one = answer_grammar(FORMATS[family], tools=TOOLS, parallel=False)
+    many = answer_grammar(FORMATS[family], tools=TOOLS, parallel=True)
     for calls in [(PARIS,), (NOW,), (PARIS, NOW, ROME)]:
         text = write(family, *calls)
         assert judge.allows(many, text), text
@@ -115,7 +115,7 @@ def test_calls_of_given_tools_are_allowed_and_read_back(family: str, judge: Judg
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_anything_else_is_refused(family: str, judge: Judge) -> None:
-    grammar = tool_grammar(FORMATS[family], TOOLS, parallel=True)
+    grammar = answer_grammar(FORMATS[family], tools=TOOLS, parallel=True)
     good = write(family, PARIS)
     assert judge.allows(grammar, good)
     for text in (
@@ -146,7 +146,7 @@ def test_strings_between_tags_may_be_any_text_or_a_listed_one(judge: Judge) -> N
         },
         "required": ["unit", "extra"],
     }
-    grammar = tool_grammar(FORMATS["qwen3_coder"], [Tool("f", "", schema)], parallel=False)
+    grammar = answer_grammar(FORMATS["qwen3_coder"], tools=[Tool("f", "", schema)], parallel=False)
 
     def text(**values: str) -> str:
         inner = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
@@ -187,14 +187,16 @@ def test_arguments_obey_their_schema(
     allowed: bool,
     judge: Judge,
 ) -> None:
-    grammar = tool_grammar(FORMATS["smollm2"], [Tool("f", "", parameters, strict)], parallel=False)
+    grammar = answer_grammar(
+        FORMATS["smollm2"], tools=[Tool("f", "", parameters, strict)], parallel=False
+    )
     text = f'<tool_call>[{{"name": "f", "arguments": {arguments}}}]</tool_call>'
     assert judge.allows(grammar, text) == allowed
 
 
 @pytest.mark.parametrize("name", ['we"ird\\', "naïve", "a.b-c_d", "\n"])
 def test_any_name_is_written_as_json(name: str, judge: Judge) -> None:
-    grammar = tool_grammar(FORMATS["smollm2"], [Tool(name)], parallel=False)
+    grammar = answer_grammar(FORMATS["smollm2"], tools=[Tool(name)], parallel=False)
     assert not judge.allows(grammar, '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>')
 
 
@@ -208,13 +210,13 @@ def test_markers_that_are_special_are_written_as_tokens(
     added = tokenizer.fast.get_added_tokens_decoder()
     ids = {token.content: number for number, token in added.items() if token.content in markers}
     special = Judge(tokenizer)
-    grammar = tool_grammar(FORMATS[family], TOOLS, parallel=True, special_tokens=ids)
+    grammar = answer_grammar(FORMATS[family], tools=TOOLS, parallel=True, special_tokens=ids)
     assert f"<[{ids[markers[-1]]}]>" in grammar
     assert special.allows(grammar, write(family, PARIS, NOW))
     assert not special.allows(grammar, write(family, ("other", "Paris", 3)))
     # Without being told, the grammar asks for letters and the token is not allowed.
     assert not special.allows(
-        tool_grammar(FORMATS[family], TOOLS, parallel=True), write(family, PARIS, NOW)
+        answer_grammar(FORMATS[family], tools=TOOLS, parallel=True), write(family, PARIS, NOW)
     )
 
 
@@ -233,7 +235,7 @@ def test_a_family_is_written_in_the_tokens_of_its_models(
     fast = FastTokenizer.from_file(str(assets("tokenizers") / name / "tokenizer.json"))
     ids = {token.content: number for number, token in fast.get_added_tokens_decoder().items()}
     guide = LLTokenizer(fast.to_str(), eos_token=ids[end])
-    grammar = tool_grammar(FORMATS[family], TOOLS, parallel=True, special_tokens=ids)
+    grammar = answer_grammar(FORMATS[family], tools=TOOLS, parallel=True, special_tokens=ids)
     matcher = LLMatcher(guide, grammar)
     tokens = fast.encode(write(family, PARIS, NOW), add_special_tokens=False).ids
     assert matcher.try_consume_tokens(tokens) == len(tokens), matcher.get_error()
@@ -243,11 +245,11 @@ def test_a_family_is_written_in_the_tokens_of_its_models(
 @pytest.mark.parametrize("family", ["plain", "thinking", "gemma4"])
 def test_a_family_without_calls_refuses_tools(family: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"'{family}', has no tool calls; send") as error:
-        tool_grammar(FORMATS[family], TOOLS, parallel=False)
+        answer_grammar(FORMATS[family], tools=TOOLS, parallel=False)
     assert error.value.field == "tools"
 
 
 def test_no_tools_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match=r"tools is empty; name at least one") as error:
-        tool_grammar(FORMATS["hermes"], [], parallel=False)
+        answer_grammar(FORMATS["hermes"], tools=[], parallel=False)
     assert error.value.field == "tools"
