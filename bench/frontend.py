@@ -51,16 +51,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long (default 5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the line to this file")
     parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
+    if arguments.client:
+        read = read_all if arguments.door == "grpc" else read_all_http
+        seen = asyncio.run(read(arguments.client, arguments.rows, arguments.tokens))
+        print(json.dumps(seen))
+        return
     tokens = round(arguments.seconds * arguments.steps_per_s)
     if not 2 <= tokens < CONTEXT_TOKENS:
         parser.error(
             f"--seconds x --steps-per-s is {tokens} tokens a stream; at most {CONTEXT_TOKENS - 2}"
         )
-    if arguments.client:
-        read = read_all if arguments.door == "grpc" else read_all_http
-        print(json.dumps(asyncio.run(read(arguments.client, arguments.rows, tokens))))
-        return
     line = measure(arguments.door, arguments.rows, arguments.steps_per_s, tokens)
     common.write(line, arguments.out)
     rate, median = line["delivered_tokens_per_s"], line["tokens_a_message"]["p50"]
@@ -87,7 +89,7 @@ def measure(door: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, 
             address = grpc_address if door == "grpc" else server.http_address
             assert address is not None
             other, before = machine.OtherLoad(), engine.stats()
-            seen = _clients(door, address, rows, steps_per_s, tokens)
+            seen = run_clients(door, address, rows, tokens)
             after, cores = engine.stats(), other.cores()
     finally:
         engine.stop()
@@ -110,12 +112,16 @@ def measure(door: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, 
     }
 
 
-def _clients(door: str, address: str, rows: int, steps_per_s: float, tokens: int) -> dict[str, Any]:
-    """Runs the clients' process; returns its numbers."""
-    flags = ("--client", address, "--rows", str(rows), "--steps-per-s", str(steps_per_s))
-    flags += ("--door", door)
+def run_clients(door: str, address: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Asks for ``rows`` answers of ``tokens`` in a process of its own.
+
+    Returns:
+        ``seconds`` from the first message of all to the last, and ``sizes``: how many messages had
+        how many tokens, where a token is a letter.
+    """
+    flags = ("--client", address, "--door", door, "--rows", str(rows), "--tokens", str(tokens))
     done = subprocess.run(
-        [sys.executable, "-m", "bench.frontend", *flags, "--seconds", str(tokens / steps_per_s)],
+        [sys.executable, "-m", "bench.frontend", *flags],
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -145,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines to this file")
     options = parser.parse_args(words)
     with LLM(options.model, progress=False, max_rows=32) as llm:
-        lines = [sample(llm, name, options.samples) for name in SCHEMAS]
+        lines = [sample(llm, name, options.samples) for name in SCHEMAS if options.samples]
         for line in lines:
             common.write(line, options.out)
         if options.rounds:

@@ -161,6 +161,7 @@ def build(
     hosts: GroupConfig | None = None,
     on_lost: OnLost = lambda error: None,
     measure: bool = False,
+    eager_grammars: bool = False,
 ) -> Service:
     """Builds a ready service, on host 0 of the mesh.
 
@@ -171,6 +172,8 @@ def build(
         on_lost: called when one of them is lost before all are ready, on another thread. This one
             may be waiting for that host where nothing can interrupt it, so the process should end.
         measure: also predicts and measures memory and a step, in half a second; see ``beside``.
+        eager_grammars: reads the vocabulary for grammars beside the weights. The first grammar does
+            it otherwise, which holds up every other request by up to a second.
 
     Raises:
         LaunchError: a flag, a file or the machine has to change; the message says which and how.
@@ -181,6 +184,7 @@ def build(
         source, group = _begin(config, hosts, on_lost, undo)
         text = pool.submit(_text_parts, config, source, undo)
         plan = resolve(config, source.model_config(), source.formats)
+        making = pool.submit(_grammars, text, plan.model.vocab_size, eager_grammars, undo)
         free, meter = free_bytes(plan), MemoryMeter()
         expected: list[Expected] = []
         facts = facts_of_kind(plan.mesh.devices.flat[0].device_kind)
@@ -192,7 +196,7 @@ def build(
                 )
 
         runner, digest = _make_ready(config, plan, source, group, report, undo, text, predict)
-        tokenizer, template = text.result()
+        (tokenizer, template), grammars = text.result(), making.result()
         steps: StepRunner = runner
         if group is not None:
             group.ready(digest)
@@ -213,7 +217,6 @@ def build(
         late.start()
     ready_seconds = time.perf_counter() - start
     report("ready", 1, 1, f"{ready_seconds:.1f} s")
-    grammars = GrammarCompiler(tokenizer, vocab_size=plan.model.vocab_size)
     answer_format = choose_format(template.text if template else None, plan.name)
     text_engine = TextEngine(engine, tokenizer, template, grammars, answer_format)
     return Service(
@@ -383,6 +386,19 @@ def _text_parts(
     made = ChatTemplate(template, source=source, special_texts=tokenizer.special_texts)
     undo.callback(made.close)
     return tokenizer, made
+
+
+def _grammars(
+    text: Future[tuple[Tokenizer, ChatTemplate | None]],
+    vocab_size: int,
+    eager: bool,
+    undo: ExitStack,
+) -> GrammarCompiler:
+    """Makes what compiles grammars, behind the tokenizer."""
+    tokenizer, _ = text.result()
+    made = GrammarCompiler(tokenizer, vocab_size=vocab_size, eager=eager)
+    undo.callback(made.close)
+    return made
 
 
 def _prepare(

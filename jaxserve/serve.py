@@ -114,7 +114,9 @@ def serve(
     if http_config is not None:
         listen(http_config).close()
     with StopSignals(before_ready) as signals:
-        service = build(config, report, hosts=hosts, on_lost=on_lost, measure=True)
+        service = build(
+            config, report, hosts=hosts, on_lost=on_lost, measure=True, eager_grammars=True
+        )
         server = ServerThread(service.text, service.info, server_config, http_config)
         try:
             address = server.start()

@@ -233,9 +233,9 @@ def _callable(chat: Chat, grammar: Grammar | None) -> Sequence[Tool]:
     if choice == "none":
         return ()
     if choice == "auto":
-        # Free answers call tools of which none is strict as well as the model can.
-        watched = grammar is not None or any(tool.strict for tool in chat.tools)
-        return chat.tools if watched else ()
+        # Otherwise the model is trusted to call them well.
+        is_promised = not chat.parallel_tool_calls or any(tool.strict for tool in chat.tools)
+        return chat.tools if is_promised or grammar is not None else ()
     if not chat.tools:
         raise InvalidRequestError(
             "tool_choice asks for a call and tools is empty; send the tools", field="tool_choice"

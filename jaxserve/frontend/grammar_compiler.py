@@ -115,22 +115,26 @@ class GrammarMatcher:
 class GrammarCompiler:
     """Compiles grammars for one model. Any thread; close it to end its own."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
-        """Starts the threads; the tokenizer is read when the first grammar comes (0.3 s).
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eager: bool = False) -> None:
+        """Starts the threads.
 
         Args:
             tokenizer: of the model.
             vocab_size: tokens that the model can choose.
+            eager: reads the tokenizer at once, on a thread, and not when the first grammar comes.
+                Half of it is one call that lets no other Python run: 0.8 s for 150,000 tokens.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._limits = LLParserLimits(
             step_lexer_fuel=LEXER_FUEL, step_max_items=STEP_ITEMS, verbose_errors=False
         )
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._jobs: Queue[tuple[Grammar, Future[CompiledGrammar]] | None] = Queue(MAX_COMPILING)
         self._threads = _start_threads(self._work)
+        if eager:
+            self._jobs.put((Grammar("json_object"), Future()))
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Returns what the engine needs; waits for at most ``COMPILE_TIMEOUT_S``.
@@ -236,8 +240,13 @@ class GrammarCompiler:
         added = set(self._tokenizer.fast.get_added_tokens_decoder()) - self._tokenizer.eos_ids
         return np.asarray(sorted(each for each in added if each < self._vocab_size), np.int64)
 
-    @cached_property
+    @property
     def _ll_tokenizer(self) -> LLTokenizer:
+        with self._reading:
+            return self._read_tokenizer
+
+    @cached_property
+    def _read_tokenizer(self) -> LLTokenizer:
         ends = sorted(number for number in self._tokenizer.eos_ids if number < self._vocab_size)
         if not ends:
             raise ValueError("this model has no end token, so no grammar can end an answer")

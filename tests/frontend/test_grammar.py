@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -305,3 +306,46 @@ def test_an_option_makes_a_grammar_and_is_taken(
 def test_options_that_make_no_grammar_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidRequestError, match=match):
         take_grammar(options)
+
+
+@pytest.mark.parametrize(
+    ("inside", "text", "expected"),
+    [
+        (Grammar("json_object"), 'Well: {"a": 1}', True),
+        (Grammar("json_object"), '{"a": 1}', False),
+        (Grammar("regex", "[0-9]{2}"), "Well: 42", True),
+        (Grammar("grammar", 'start: word\nword: "a" | "b"'), "Well: b", True),
+        (Grammar("grammar", 'root ::= "a" | "b"'), "Well: c", False),
+        (Grammar("choices", '["yes"]'), "Well: yes", True),
+    ],
+)
+def test_a_grammar_stands_in_a_frame(
+    compiler: GrammarCompiler, inside: Grammar, text: str, expected: bool
+) -> None:
+    framed = dataclasses.replace(inside, frame='start: "Well: " @answer')
+    assert accepts(compiler, framed, text) is expected
+
+
+def test_a_frame_counts_as_text(compiler: GrammarCompiler) -> None:
+    half = "#" * (MAX_GRAMMAR_CHARS // 2)
+    grammar = Grammar("grammar", f'start: "a"\n{half}', frame=f"start: @answer\n{half}")
+    with pytest.raises(InvalidRequestError, match=f"the limit is {MAX_GRAMMAR_CHARS}"):
+        compiler.compile(grammar)
+
+
+def test_a_server_reads_the_vocabulary_before_a_grammar_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = threading.Event()
+
+    class Words(grammar_compiler._Words):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            read.set()
+
+    monkeypatch.setattr(grammar_compiler, "_Words", Words)
+    with closing(GrammarCompiler(TOKENIZER, vocab_size=VOCAB)):
+        pass
+    assert not read.is_set()
+    with closing(GrammarCompiler(TOKENIZER, vocab_size=VOCAB, eager=True)):
+        assert read.wait(20)

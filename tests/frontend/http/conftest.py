@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
@@ -34,6 +36,31 @@ def template() -> Iterator[ChatTemplate]:
 def grammars() -> Iterator[GrammarCompiler]:
     with closing(GrammarCompiler(TOKENIZER, vocab_size=259)) as made:
         yield made
+
+
+class Asking:
+    """A request that runs in a thread while the test plays the engine."""
+
+    def __init__(self, door: httpx.Client, route: str, body: dict[str, Any]) -> None:
+        self._thread = threading.Thread(target=self._post, args=(door, route, body), daemon=True)
+        self._thread.start()
+
+    def response(self) -> httpx.Response:
+        self._thread.join(20)
+        return self._response
+
+    def body(self) -> dict[str, Any]:
+        response = self.response()
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chunks(self) -> list[dict[str, Any]]:
+        lines = [line for line in self.response().text.split("\n\n") if line]
+        assert lines.pop() == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    def _post(self, door: httpx.Client, route: str, body: dict[str, Any]) -> None:
+        self._response = door.post(route, json=body)
 
 
 Open = Callable[..., httpx.Client]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -14,38 +12,13 @@ from jaxserve.frontend import grammar_compiler
 from jaxserve.frontend.grammar import Grammar
 from jaxserve.frontend.grammar_compiler import COMPILE_THREADS
 from tests.frontend.grpc.conftest import Limits, ScriptedEngine
-from tests.frontend.http.conftest import Open
+from tests.frontend.http.conftest import Asking, Open
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "request_id": "r"}
 TEXT = {"prompt": "Hi", "request_id": "r"}
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
-
-
-class Asking:
-    """A request that runs in a thread while the test plays the engine."""
-
-    def __init__(self, door: httpx.Client, route: str, body: dict[str, Any]) -> None:
-        self._thread = threading.Thread(target=self._post, args=(door, route, body), daemon=True)
-        self._thread.start()
-
-    def response(self) -> httpx.Response:
-        self._thread.join(20)
-        return self._response
-
-    def body(self) -> dict[str, Any]:
-        response = self.response()
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def chunks(self) -> list[dict[str, Any]]:
-        lines = [line for line in self.response().text.split("\n\n") if line]
-        assert lines.pop() == "data: [DONE]"
-        return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-    def _post(self, door: httpx.Client, route: str, body: dict[str, Any]) -> None:
-        self._response = door.post(route, json=body)
 
 
 def scores(engine: ScriptedEngine) -> tuple[TokenLogprobs | None, ...]:

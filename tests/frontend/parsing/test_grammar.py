@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.frontend.parsing import (
     FORMATS,
     AnswerParser,
+    Otherwise,
+    Reasoning,
+    Thoughts,
     Tool,
     ToolCallEnded,
     ToolCallStarted,
@@ -27,6 +31,7 @@ from tests.frontend.parsing.golden import SCHEMA, mark, read
 
 TOOLS = [Tool("get_weather", "Tells the weather.", SCHEMA), Tool("now")]
 SCHEMAS: dict[str, Mapping[str, Any] | None] = {tool.name: tool.parameters for tool in TOOLS}
+TAGGED = ("qwen3_coder", "glm")
 FAMILIES = [format.name for format in FORMATS.values() if format.tools]
 
 
@@ -132,6 +137,57 @@ def test_anything_else_is_refused(family: str, judge: Judge) -> None:
         write(family, ("now", "Paris", 3)),
     ):
         assert not judge.allows(grammar, text), text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_free_answers_call_strict_tools_as_they_are_described(family: str, judge: Judge) -> None:
+    strict = [replace(tool, strict=True) for tool in TOOLS]
+    grammar = answer_grammar(FORMATS[family], tools=strict, otherwise=Otherwise.TEXT)
+    good, many = write(family, PARIS), write(family, PARIS, NOW, ROME)
+    wrong = write(family, ("get_weather", "Paris", "true"))
+    unknown = write(family, ("other", "Paris", 3))
+    is_bare = family == "llama3"  # Its calls are calls only where an answer begins.
+    for text in ("", "Hello", "1 < 2, [a] {b}\n\n<i>", '{"a": 1}', good, many):
+        assert judge.allows(grammar, text), text
+    for text in (wrong, unknown, f"{good} bye", good[:-1]):
+        assert not judge.allows(grammar, text), text
+    for text, allowed in ((good, True), (many, True), (wrong, is_bare), (unknown, is_bare)):
+        assert judge.allows(grammar, f"Hello {text}") == allowed, text
+    if is_bare:
+        assert judge.allows(grammar, f"Hello <|python_tag|>{good}")
+        assert not judge.allows(grammar, f"Hello <|python_tag|>{wrong}")
+        assert not judge.allows(grammar, f" {wrong}")
+    one = answer_grammar(FORMATS[family], tools=strict, otherwise=Otherwise.TEXT, parallel=False)
+    assert judge.allows(one, f"Hello {good}")
+    assert judge.allows(one, many) is False
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TAGGED])
+def test_free_answers_call_other_tools_with_any_object(family: str, judge: Judge) -> None:
+    grammar = answer_grammar(FORMATS[family], tools=TOOLS, otherwise=Otherwise.TEXT)
+    assert judge.allows(grammar, write(family, ("get_weather", "Paris", "true")))
+    assert not judge.allows(grammar, write(family, ("other", "Paris", 3)))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FORMATS[name].reasoning])
+def test_thoughts_stand_before_what_is_asked_for(family: str, judge: Judge) -> None:
+    format = FORMATS[family]
+    assert format.reasoning is not None
+    opening, closing = format.reasoning
+    good = write(family, PARIS)
+    for thoughts, before in ((Thoughts.OPEN, ""), (Thoughts.POSSIBLE, opening)):
+        grammar = answer_grammar(format, tools=TOOLS, thoughts=thoughts)
+        thought = f"{before}Hm. {{a}} </b>\n{closing}"
+        assert judge.allows(grammar, f"{thought}\n\n{good}")
+        assert judge.allows(grammar, f"{before}{closing}{good}")
+        assert judge.allows(grammar, good) == (thoughts is Thoughts.POSSIBLE)
+        for text in ("", thought, f"{thought}Hello", f"{thought}\n\n\n{good}", f"{before}{good}"):
+            assert not judge.allows(grammar, text), text
+        parts = read(
+            AnswerParser(format, tools=SCHEMAS, in_reasoning=not before), f"{thought}\n\n{good}"
+        )
+        assert parts[0] == Reasoning("Hm. {a} </b>")
+        assert isinstance(parts[-1], ToolCallEnded)
 
 
 def test_strings_between_tags_may_be_any_text_or_a_listed_one(judge: Judge) -> None:
