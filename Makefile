@@ -184,6 +184,11 @@ prove-storm: $(STAMP) ## 2,000 random requests to SmolLM2 over gRPC against a sm
 prove-fuzz: $(STAMP) ## 20,000 random requests over HTTP: no 5xx, no hang, nothing left behind
 	JAXSERVE_FUZZ_CASES=20000 $(PYTEST) tests/frontend/http/test_fuzz.py -s $(ARGS)
 
+.PHONY: prove-load
+prove-load: $(STAMP) ## Ten minutes of everything at once, and of clients that leave
+	@$(BIN)/python -m jaxserve.assets smollm2
+	$(BIN)/python -m bench.load $(ARGS)
+
 .PHONY: prove-simulator
 prove-simulator: $(STAMP) ## A million simulated steps under faults keep every invariant
 	$(PYTEST) tests/simulator -m prove -s $(ARGS)
