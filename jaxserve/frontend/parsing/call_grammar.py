@@ -166,7 +166,7 @@ class CallWriter:
         choices = _choices(schema, root)
         if choices is not None:
             return f"({' | '.join(self._text(choice) or '""' for choice in choices)}) {end}"
-        return self._rules.up_to(f"{name}_text", tag, line)
+        return self._rules.up_to(f"{name}_text", tag, line=line)
 
     def _arguments(self, tool: Tool) -> str:
         is_any = self._only_strict and not tool.strict

@@ -113,12 +113,10 @@ def _calls(
     calls = joined("block", writer.more(opening))
     if otherwise is not Otherwise.TEXT:
         return [joined(opening, calls)]
+    # What begins like a call has to be one, also for the lexer, which takes the longest lexeme.
     beginnings = [_bare_beginning(shape)] if isinstance(shape, JsonCalls) and shape.bare else []
     text = rules.without("TEXT", marker, beginnings=beginnings)
-    if rules.is_token(marker):
-        led = joined(text, rules.text(marker))
-    else:
-        led = rules.up_to("text_and_marker", marker)
+    led = rules.up_to("text_and_marker", marker, beginnings=beginnings)
     return [text, joined(f"({led})?" if is_bare else led, calls)]
 
 

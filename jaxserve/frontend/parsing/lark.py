@@ -44,18 +44,19 @@ class Rules:
             )
         )
 
-    def up_to(self, name: str, mark: str, line: str = "") -> str:
+    def up_to(self, name: str, mark: str, *, line: str = "", beginnings: Sequence[str] = ()) -> str:
         """Adds text that ends with the first ``mark``, and the mark; returns what stands for it.
 
         Args:
             name: of the rule, in small letters.
             mark: a marker that is a token, or letters.
             line: letters that belong to the mark, in front of it.
+            beginnings: patterns, none of which the text begins with.
         """
         if self.is_token(mark):
-            body = self.without(name.upper(), mark, ending=line)
+            body = self.without(name.upper(), mark, ending=line, beginnings=beginnings)
             return joined(body, self.text(mark))
-        self.add(f"{name}[lazy]", f"/(?s:.*){pattern(line + mark)}/")
+        self.add(f"{name}[lazy]", _text_of(line + mark, beginnings))
         return name
 
     def without(
@@ -71,9 +72,13 @@ class Rules:
             ending: what the text ends with.
             beginnings: patterns, none of which the text begins with.
         """
-        refused = [f"(?s:.*){pattern(mark)}(?s:.*)", *(f"{each}(?s:.*)" for each in beginnings)]
-        allowed = f"/(?s:.*){pattern(ending)}/"
-        return self.add(name, " & ".join([allowed, *(f"~/{each}/" for each in refused)]))
+        return self.add(name, _text_of(ending, [f"(?s:.*){pattern(mark)}", *beginnings]))
+
+
+def _text_of(ending: str, beginnings: Sequence[str]) -> str:
+    """Writes text that ends in a way and begins in none of some."""
+    refused = (f"~/{each}(?s:.*)/" for each in beginnings)
+    return " & ".join((f"/(?s:.*){pattern(ending)}/", *refused))
 
 
 def joined(*pieces: str) -> str:
