@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.frontend.parsing.formats import CallShape, JsonCalls, NamedCalls, TaggedCalls
-from jaxserve.frontend.parsing.lark import Rules, as_json, dumps, joined
+from jaxserve.frontend.parsing.lark import (
+    ITEM_SEPARATOR,
+    KEY_SEPARATOR,
+    Rules,
+    as_json,
+    dumps,
+    joined,
+)
 from jaxserve.frontend.parsing.values import STRING, parameter_types, resolve
 
 MAX_CALLS = 32
 """Calls in one answer, so that a model that repeats itself comes to an end."""
 CALL_NUMBER = "/[0-9]{1,2}/"
+CALL_ID = '/"[0-9]{1,2}"/'
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 ANY_ARGUMENTS = {"type": "object"}
 COMBINERS = frozenset({"patternProperties", "anyOf", "oneOf", "allOf", "$ref"})
@@ -34,7 +42,13 @@ class CallWriter:
     """Adds the rule ``block``: what follows the marker that opens calls, one call or all."""
 
     def __init__(
-        self, rules: Rules, tools: Sequence[Tool], *, parallel: bool, only_strict: bool
+        self,
+        rules: Rules,
+        tools: Sequence[Tool],
+        *,
+        parallel: bool,
+        only_strict: bool,
+        beside_text: bool,
     ) -> None:
         """Adds nothing yet.
 
@@ -44,11 +58,15 @@ class CallWriter:
             parallel: up to ``MAX_CALLS`` calls instead of exactly one.
             only_strict: arguments of a tool that is not strict are any JSON object, where the shape
                 has JSON.
+            beside_text: text may stand where calls do. The lexer takes the longest lexeme: the
+                first of a call in JSON is then as long as it takes to be no text, and one of JSON
+                otherwise, as another JSON may be the answer.
         """
         self._rules = rules
         self._tools = tools
         self._parallel = parallel
         self._only_strict = only_strict
+        self._beside_text = beside_text
         self._between: str | None = None
         """What stands between blocks; None where a block holds all calls."""
 
@@ -125,15 +143,14 @@ class CallWriter:
             write(number, tool)
 
     def _json_call(self, shape: JsonCalls, number: int, tool: Tool) -> None:
-        name = f'"{shape.name_key}": {dumps(tool.name)}, "{shape.argument_keys[0]}": '
-        identity = f'{{"{shape.id_key}": "'
-        self._rules.add(
-            f"call_{number}",
-            *((self._text(identity), CALL_NUMBER) if shape.id_key else ()),
-            self._text(('", ' if shape.id_key else "{") + name),
-            self._arguments(tool),
-            self._text("}"),
-        )
+        members = [(shape.id_key, CALL_ID)] if shape.id_key else []
+        members.append((shape.name_key, dumps(dumps(tool.name))))
+        members.append((shape.argument_keys[0], self._arguments(tool)))
+        texts = [f"{dumps(dumps(key))} /{KEY_SEPARATOR}/ {value}" for key, value in members]
+        call = f" /{ITEM_SEPARATOR}/ ".join(texts)
+        # One literal of brace and key, or two.
+        opened = '"{' + call.removeprefix('"') if self._beside_text else f'"{{" {call}'
+        self._rules.add(f"call_{number}", opened, '"}"')
 
     def _parameters(self, shape: TaggedCalls, number: int, schema: Mapping[str, Any]) -> list[str]:
         """Writes a rule for each parameter; returns how the call refers to them, in order."""

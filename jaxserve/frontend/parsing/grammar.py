@@ -65,8 +65,8 @@ def answer_grammar(
         parallel: up to ``MAX_CALLS`` calls instead of exactly one.
         thoughts: what may stand before all that; NONE in a format that has no reasoning.
         special_tokens: ids of added tokens by text; markers among these are written as the token.
-            All that the tokenizer has belong here, whether marked as special or not: llguidance
-            takes most of both for special, and does not allow these where letters are asked for.
+            All that the tokenizer has belong here, whether marked as special or not: those that are
+            marked are not allowed where letters are asked for.
 
     Raises:
         InvalidRequestError: there are tools and the format has no calls, or there is nothing that
@@ -104,20 +104,25 @@ def _calls(
     rules: Rules, shape: CallShape, tools: Sequence[Tool], otherwise: Otherwise, parallel: bool
 ) -> list[str]:
     """Adds calls, and text where it is allowed; returns what an answer may be."""
-    is_forced = otherwise is Otherwise.NOTHING
-    writer = CallWriter(rules, tools, parallel=parallel, only_strict=not is_forced)
+    writer = CallWriter(
+        rules,
+        tools,
+        parallel=parallel,
+        only_strict=otherwise is not Otherwise.NOTHING,
+        beside_text=otherwise is Otherwise.TEXT,
+    )
     writer.write(shape)
     marker = shape.markers[0]
-    is_bare = isinstance(shape, JsonCalls) and shape.bare
-    opening = "" if is_bare else rules.text(marker)
+    bare = shape if isinstance(shape, JsonCalls) and shape.bare else None
+    opening = "" if bare else rules.text(marker)
     calls = joined("block", writer.more(opening))
     if otherwise is not Otherwise.TEXT:
         return [joined(opening, calls)]
     # What begins like a call has to be one, also for the lexer, which takes the longest lexeme.
-    beginnings = [_bare_beginning(shape)] if isinstance(shape, JsonCalls) and shape.bare else []
+    beginnings = [_bare_beginning(bare)] if bare else []
     text = rules.without("TEXT", marker, beginnings=beginnings)
     led = rules.up_to("text_and_marker", marker, beginnings=beginnings)
-    return [text, joined(f"({led})?" if is_bare else led, calls)]
+    return [text, joined(f"({led})?" if bare else led, calls)]
 
 
 def _bare_beginning(shape: JsonCalls) -> str:

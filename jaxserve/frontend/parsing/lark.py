@@ -7,8 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""White space of JSON: as templates write it, or none. Weak models never leave a free choice."""
+ITEM_SEPARATOR, KEY_SEPARATOR = ", ?", ": ?"
+"""Patterns. White space as templates write it, or none: weak models never leave a free choice."""
+SPACING = {
+    "whitespace_flexible": False,
+    "item_separator": ITEM_SEPARATOR,
+    "key_separator": KEY_SEPARATOR,
+}
 
 
 class Rules:

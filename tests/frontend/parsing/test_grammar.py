@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_free_answers_call_other_tools_with_any_object(family: str, judge: Judge
     grammar = answer_grammar(FORMATS[family], tools=TOOLS, otherwise=Otherwise.TEXT)
     assert judge.allows(grammar, write(family, ("get_weather", "Paris", "true")))
     assert not judge.allows(grammar, write(family, ("other", "Paris", 3)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_obeys_another_grammar_or_calls(family: str, judge: Judge) -> None:
+    strict = [replace(tool, strict=True) for tool in TOOLS]
+    frame = answer_grammar(FORMATS[family], tools=strict, otherwise=Otherwise.ANSWER)
+    properties = {"name": {"type": "string"}, "city": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    answer = {"name": "answer", "json_schema": {**schema, "x-guidance": {"key_separator": ": "}}}
+    grammar = json.dumps({"grammars": [{"lark_grammar": frame}, answer]})
+    good, many = write(family, PARIS), write(family, PARIS, NOW)
+    for text in ('{"name": "now"}', '{"name": "no", "city": "x"}', '{"city": "x"}', good, many):
+        assert judge.allows(grammar, text), text
+    wrong = write(family, ("get_weather", "Paris", "true"))
+    for text in ("", "Hello", '{"days": 1}', f"Hello {good}", wrong, f'{{"city": "x"}}{good}'):
+        assert not judge.allows(grammar, text), text
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FORMATS[name].reasoning])
