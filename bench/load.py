@@ -319,10 +319,14 @@ def _request(route: str, body: dict[str, Any]) -> bytes:
 
 def _status(answer: bytes) -> str:
     """The status of an answer; of a stream that failed behind its head, what it failed with."""
-    status = answer[9:12].decode() or "no answer"
-    if status == "200" and b'"error": {' in answer:
-        return f"500 in a stream: {answer[answer.index(b'"error": {') :][:200]!r}"
-    return status if answer else "500: no answer"
+    if not answer:
+        return "500: no answer"
+    status = answer[9:12].decode()
+    if status == "200" and (place := answer.find(b'"error": {')) >= 0:
+        # A hostile expression may pass its limit in the middle of an answer.
+        is_asked_for = b'"type": "invalid_request_error"' in answer[place:]
+        return "400 in a stream" if is_asked_for else f"500: {answer[place:][:200]!r}"
+    return status
 
 
 def _cut(writer: asyncio.StreamWriter) -> None:

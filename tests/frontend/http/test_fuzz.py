@@ -156,7 +156,11 @@ TOOL = st.fixed_dictionaries(
     {
         "type": st.sampled_from(["function", "web_search"]),
         "function": st.fixed_dictionaries(
-            {"name": st.sampled_from(["f", "g", "", "a b", "x" * 100]), "parameters": SCHEMAS}
+            {
+                "name": st.sampled_from(["f", "g", "", "a b", "x" * 100]),
+                "parameters": SCHEMAS,
+                "strict": st.booleans(),
+            }
         ),
     }
 )
@@ -236,6 +240,7 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
             "top_logprobs": NUMBERS,
             "tools": st.lists(TOOL, max_size=3),
             "tool_choice": st.sampled_from(["auto", "none", "required", "maybe"]),
+            "parallel_tool_calls": st.booleans(),
             "continue_final_message": st.booleans(),
             "chat_template_kwargs": st.sampled_from([{}, {"a": 1}, {"messages": []}]),
         },
