@@ -21,6 +21,7 @@ from jaxserve.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    SamplingParams,
     StartedEvent,
     Timing,
     TokenEvent,
@@ -30,7 +31,7 @@ from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import LiveRequest, LiveSequence
 from jaxserve.engine.step import NO_TOKEN_LEFT, POISONED_TOKEN, ProgramCall
 from jaxserve.engine.stream import TokenStream
-from jaxserve.errors import InvalidRequestError, RequestFailedError
+from jaxserve.errors import InvalidRequestError, JaxserveError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -211,12 +212,13 @@ class Publisher:
         if matcher is not None and matcher.error:
             self.finish(sequence, FinishReason.ERROR, now, error=_of_grammar(matcher.error))
             return
+        error: JaxserveError
         if token == NO_TOKEN_LEFT:
-            why = "min_tokens, grammar, allowed and banned tokens leave no token to choose"
+            error = _none_left(sequence.live.request.sampling)
         else:
-            why = "the model's logits are not finite"
             self._scheduler.distrust(sequence)
-        error = RequestFailedError(sequence.live.request.request_id, why)
+            why = "the model's logits are not finite"
+            error = RequestFailedError(sequence.live.request.request_id, why)
         self.finish(sequence, FinishReason.ERROR, now, error=error)
 
     def _collect_scores(self, chunk: Chunk, scores: np.ndarray) -> None:
@@ -316,6 +318,15 @@ def _of_grammar(why: str) -> InvalidRequestError:
     """What a grammar's limits, met in mid-answer, are to whoever sent it: a grammar to change."""
     return InvalidRequestError(
         f"the grammar cannot go on here: {why}; send a simpler one", field="grammar"
+    )
+
+
+def _none_left(sampling: SamplingParams) -> InvalidRequestError:
+    """What rules of a request that contradict each other are, wherever the answer meets it."""
+    rules = ("allowed_token_ids", "banned_token_ids", "min_tokens")
+    return InvalidRequestError(
+        "min_tokens, grammar, allowed and banned tokens leave no token to choose; loosen one",
+        field=next((name for name in rules if getattr(sampling, name)), "grammar"),
     )
 
 

@@ -26,6 +26,7 @@ from jaxserve.frontend.parsing import (
     Reasoning,
     Thoughts,
     Tool,
+    ToolCallEnded,
     ToolCallStarted,
     answer_grammar,
 )
@@ -110,10 +111,11 @@ class ChatEngine:
         grammar = self._grammar(chat, tools, call.grammar, thoughts)
         if grammar is not None:
             request = replace(request, constraint=await door.compile(grammar))
-        answers = [self._answer(chat, thoughts) for _ in range(call.sampling.n)]
+        has_grammar = call.grammar is not None
+        answers = [self._answer(chat, thoughts, has_grammar) for _ in range(call.sampling.n)]
         return door.open((request, echo_text)), answers
 
-    def _answer(self, chat: Chat, thoughts: Thoughts) -> ChatAnswer:
+    def _answer(self, chat: Chat, thoughts: Thoughts, has_grammar: bool) -> ChatAnswer:
         """Returns what splits one choice of the answer."""
         return ChatAnswer(
             AnswerParser(
@@ -121,6 +123,7 @@ class ChatEngine:
                 tools={tool.name: tool.parameters for tool in chat.tools},
                 parses_tools=bool(chat.tools) and chat.tool_choice != "none",
                 in_reasoning=thoughts is Thoughts.OPEN,
+                text_or_calls=has_grammar,
             )
         )
 
@@ -182,6 +185,13 @@ class ChatEngine:
                     "letters, digits, underscores, hyphens and dots",
                     field=f"tools[{place}].function.name",
                 )
+            kind = (chat.tools[place].parameters or {}).get("type", "object")
+            if kind != "object":
+                raise InvalidRequestError(
+                    f"tools[{place}].parameters has the type {str(kind)[:40]!r}; arguments are an "
+                    "object",
+                    field=f"tools[{place}].function.parameters",
+                )
             if name in names[:place]:
                 raise InvalidRequestError(
                     f"tools has {name!r} twice; give every function a name of its own",
@@ -203,6 +213,8 @@ class ChatAnswer:
         self._parser = parser
         self.calls = 0
         """Tool calls that have begun."""
+        self.is_whole = True
+        """No call has begun that has not ended."""
         self.reasoning_tokens = 0
         """Tokens of the model's thoughts; one that holds a marker too may count or not."""
 
@@ -218,7 +230,12 @@ class ChatAnswer:
         return self._counted(self._parser.finish())
 
     def _counted(self, parts: list[Part]) -> list[Part]:
-        self.calls += sum(type(part) is ToolCallStarted for part in parts)
+        for part in parts:
+            if type(part) is ToolCallStarted:
+                self.calls += 1
+                self.is_whole = False
+            elif type(part) is ToolCallEnded:
+                self.is_whole = True
         return parts
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from queue import Full, Queue
 from typing import Any, assert_never
 
@@ -332,6 +334,8 @@ def _reason(error: str) -> str:
 
     Of a regular expression the fault is named at the end.
     """
+    if "NoExtensionBias" in error:
+        return "it allows no answer"
     first, *more = error.split("\n")
     named = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
     return " ".join([first[:200], *named[:1]])[:300].strip() or "no reason is given"
@@ -351,16 +355,41 @@ def _start_threads(work: Callable[[], None]) -> list[threading.Thread]:
     return threads
 
 
+LEAD = "\x02"
+"""A character that no text begins with and no token joins with what follows."""
+
+
 class _Words:
     """A tokenizer as llguidance asks for it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
         self.tokens = [tokenizer.token_bytes(number) for number in range(vocab_size)]
         self.special_token_ids = [n for n in sorted(tokenizer.special_ids) if n < vocab_size]
         self.bos_token_id = tokenizer.bos_id
         self.eos_token_id = min(tokenizer.eos_ids)
+        self._tokenizer = tokenizer
+        added = tokenizer.fast.get_added_tokens_decoder()
+        special = (added[number].content for number in tokenizer.special_ids if number in added)
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Llama 2's tokenizer and its kin write a space in front of whatever they are given.
+        prepends = tokenizer.token_bytes(self._encode("a")[0]).startswith(b" ")
+        self._lead = LEAD if prepends else ""
+        self._lead_tokens = len(self._encode(LEAD)) if prepends else 0
 
     def __call__(self, text: bytes | str) -> list[int]:
+        """Returns tokens of which the bytes are exactly those of ``text``.
+
+        The text of a special token is letters here: a grammar that asks for the token says so.
+        """
         plain = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(plain, add_special_tokens=False)
+        cuts = [found.start() + 1 for found in self._special.finditer(plain)]
+        pieces = [plain[start:end] for start, end in pairwise([0, *cuts, len(plain)])]
+        return [
+            token
+            for piece in pieces
+            for token in self._encode(self._lead + piece)[self._lead_tokens :]
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)

@@ -263,7 +263,7 @@ def test_a_row_without_a_token_left_fails_its_request() -> None:
     run(engine)
 
     assert reader.finish().reason is FinishReason.ERROR
-    with pytest.raises(RequestFailedError, match="leave no token to choose"):
+    with pytest.raises(InvalidRequestError, match="leave no token to choose"):
         raise reader.finish().error or AssertionError
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from jaxserve.frontend.grammar_compiler import (
     GrammarCompiler,
     GrammarMatcher,
 )
+from jaxserve.frontend.tokenizer import load_tokenizer
+from jaxserve.weights.gguf import gguf_tokenizer
+from jaxserve.weights.gguf_file import read_gguf_header
 
 TOKENIZER = byte_tokenizer()
 VOCAB = 259
@@ -349,3 +353,28 @@ def test_a_server_reads_the_vocabulary_before_a_grammar_comes(
     assert not read.is_set()
     with closing(GrammarCompiler(TOKENIZER, vocab_size=VOCAB, eager=True)):
         assert read.wait(20)
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "llama-bpe", "qwen2"])
+def test_forced_text_is_written_in_the_tokens_of_a_real_vocabulary(
+    name: str, assets: Callable[[str], Path]
+) -> None:
+    path = assets("llama-cpp-vocabs") / f"ggml-vocab-{name}.gguf"
+    tokenizer = load_tokenizer(gguf_tokenizer(read_gguf_header(path)))
+    end = tokenizer.token_text(min(tokenizer.eos_ids))
+    size = tokenizer.vocab_size
+    with closing(GrammarCompiler(tokenizer, vocab_size=size)) as made:
+        # Where every call is checked, reading takes longer than a request may wait.
+        assert made._ll_tokenizer.vocab_size == size
+        for text in ("hello world", '{"city": "Rome é日"}', end, f"a{end}b{end}"):
+            matcher = made.compile(Grammar("choices", json.dumps([text]))).matcher()
+            words = np.zeros(-(-size // 32), np.int32)
+            raw = b""
+            while not matcher.complete:
+                matcher.fill(words)
+                bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+                token = int(np.flatnonzero(bits)[-1])
+                assert token not in tokenizer.special_ids
+                raw += tokenizer.token_bytes(token)
+                assert matcher.accept(token), matcher.error
+            assert raw.decode() == text

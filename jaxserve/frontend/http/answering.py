@@ -12,6 +12,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -35,7 +36,12 @@ def request_id_of(http: HttpRequest, asked: str, prefix: str) -> str:
 
 
 async def answer(
-    http: HttpRequest, calls: OpenCalls, request_id: str, work: Callable[[], Awaitable[Any]]
+    http: HttpRequest,
+    calls: OpenCalls,
+    request_id: str,
+    work: Callable[[], Awaitable[Any]],
+    *,
+    names: errors.Names = MappingProxyType({}),
 ) -> Response:
     """Returns the body that ``work`` makes, or the error that it raises."""
     with calls.open(request_id) as call:
@@ -48,7 +54,7 @@ async def answer(
             error: BaseException = call.error
         except Exception as raised:  # The boundary of a request: logged once, in body_of.
             error = raised
-    return errors.response_of(error, request_id=request_id)
+    return errors.response_of(error, request_id=request_id, names=names)
 
 
 class EventStream(Response):
@@ -62,6 +68,7 @@ class EventStream(Response):
         request_id: str,
         begin: Callable[[], Awaitable[Events]],
         *,
+        names: errors.Names = MappingProxyType({}),
         counts: bool = True,
     ) -> None:
         """Does nothing yet.
@@ -70,12 +77,14 @@ class EventStream(Response):
             calls: where the call is registered while it runs.
             request_id: told to the client.
             begin: admits the request and returns its events; raises what it is refused with.
+            names: of fields in errors.
             counts: whether a server that stops waits for the end.
         """
         super().__init__()
         self._calls = calls
         self._request_id = request_id
         self._begin = begin
+        self._names = names
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,9 +110,10 @@ class EventStream(Response):
             except Exception as raised:  # The boundary of a request: logged once, in body_of.
                 error = raised
         if not began:
-            await errors.response_of(error, request_id=request_id)(scope, receive, send)
+            refused = errors.response_of(error, request_id=request_id, names=self._names)
+            await refused(scope, receive, send)
             return
-        body = sse(errors.body_of(error, request_id=request_id))
+        body = sse(errors.body_of(error, request_id=request_id, names=self._names))
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _start(self) -> dict[str, Any]:

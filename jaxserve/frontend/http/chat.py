@@ -128,9 +128,16 @@ def routes(door: Door, chats: ChatEngine) -> APIRouter:
         """Answers a conversation."""
         request_id = request_id_of(http, request.request_id, "chatcmpl-")
         completion = ChatCompletion(door, chats, request, request_id)
+        names = {
+            "chat.messages": "messages",
+            "chat": "messages",
+            "prompt": "messages",
+            "logprobs": "top_logprobs",
+            **({"max_tokens": "max_completion_tokens"} if request.max_tokens is None else {}),
+        }
         if request.stream:
-            return EventStream(door.calls, request_id, completion.events)
-        return await answer(http, door.calls, request_id, completion.body)
+            return EventStream(door.calls, request_id, completion.events, names=names)
+        return await answer(http, door.calls, request_id, completion.body, names=names)
 
     return router
 
@@ -363,6 +370,6 @@ def _new_call(name: str) -> dict[str, Any]:
 
 
 def _reason(output: Finished, answer: ChatAnswer) -> str:
-    if answer.calls and output.reason is FinishReason.STOP:
+    if answer.calls and answer.is_whole and output.reason is FinishReason.STOP:
         return "tool_calls"
     return output.reason.value

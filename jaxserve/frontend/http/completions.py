@@ -22,6 +22,8 @@ from jaxserve.frontend.http.usage import Usage
 from jaxserve.frontend.text_stream import Finished, Output, Started, TextStream
 
 DEFAULT_MAX_TOKENS = 16
+NAMES = {"token_ids": "prompt"}
+"""What fields are called here, by what the engine calls them."""
 """OpenAI's."""
 
 
@@ -125,8 +127,8 @@ def routes(door: Door) -> APIRouter:
         request_id = request_id_of(http, request.request_id, "cmpl-")
         completion = Completion(door, request, request_id)
         if request.stream:
-            return EventStream(door.calls, request_id, completion.events)
-        return await answer(http, door.calls, request_id, completion.body)
+            return EventStream(door.calls, request_id, completion.events, names=NAMES)
+        return await answer(http, door.calls, request_id, completion.body, names=NAMES)
 
     return router
 

@@ -88,7 +88,8 @@ def routes(door: Door) -> APIRouter:
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
 
-        return await answer(http, door.calls, request_id, work)
+        names = {"token_ids": "input", "prompt": "input"}
+        return await answer(http, door.calls, request_id, work, names=names)
 
     return router
 

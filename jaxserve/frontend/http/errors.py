@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -51,15 +54,28 @@ def row_of(error: BaseException) -> Row:
     return next((TABLE[cls] for cls in type(error).__mro__ if cls in TABLE), UNKNOWN)
 
 
-def body_of(error: BaseException, *, request_id: str = "") -> dict[str, Any]:
+Names = Mapping[str, str]
+"""What a route's clients call the fields of a request, by what errors call them."""
+
+
+def body_of(
+    error: BaseException, *, request_id: str = "", names: Names = MappingProxyType({})
+) -> dict[str, Any]:
     """Describes an error as OpenAI does; logs hidden ones, once."""
     row = row_of(error)
+    param = error.field if isinstance(error, errors.InvalidRequestError) else ""
     if row.shown:
         message = str(error)[:MAX_MESSAGE_CHARS]
+        for inner, outer in names.items():
+            if re.match(rf"{re.escape(inner)}(?![a-z_])", param):
+                param = outer + param[len(inner) :]
+                # "prompt has 9,000 tokens" is what anybody calls it.
+                if message.startswith(inner) and inner != "prompt":
+                    message = outer + message[len(inner) :]
+                break
     else:
         logger.error("request %s failed unexpectedly", request_id or "-", exc_info=error)
         message = f"internal error; tell the operator request id {request_id or 'unknown'}"
-    param = error.field if isinstance(error, errors.InvalidRequestError) else None
     return error_body(message, type=row.type, param=param or None, code=row.code)
 
 
@@ -70,13 +86,15 @@ def error_body(
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
-def response_of(error: BaseException, *, request_id: str = "") -> JSONResponse:
+def response_of(
+    error: BaseException, *, request_id: str = "", names: Names = MappingProxyType({})
+) -> JSONResponse:
     """Returns what ends a request that has not been answered yet."""
     headers = {}
     if isinstance(error, errors.RetryableError):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     row = row_of(error)
-    return JSONResponse(body_of(error, request_id=request_id), row.status, headers)
+    return JSONResponse(body_of(error, request_id=request_id, names=names), row.status, headers)
 
 
 def refusal(

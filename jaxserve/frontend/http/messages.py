@@ -63,19 +63,8 @@ class ToolSpec(StrictModel):
 
     type: str
     function: Function | None = None
-
-
-class NamedFunction(StrictModel):
-    """A function by its name."""
-
-    name: str
-
-
-class NamedTool(StrictModel):
-    """The tool that has to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
+    custom: dict[str, Any] | None = None
+    """Refused, by the type."""
 
 
 class ChatFields(StrictModel):
@@ -83,7 +72,7 @@ class ChatFields(StrictModel):
 
     messages: list[Message] = Field(default_factory=list)
     tools: list[ToolSpec] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
     add_generation_prompt: bool | None = None
@@ -201,19 +190,31 @@ def tools_from(specs: Sequence[ToolSpec]) -> list[Tool]:
     return made
 
 
-def choice_from(choice: str | NamedTool | None, has_tools: bool) -> str:
+def choice_from(choice: str | dict[str, Any] | None, has_tools: bool) -> str:
     """Returns ``Chat.tool_choice``.
 
+    Args:
+        choice: a word, or a function by its name: as chats say it, or as responses do.
+        has_tools: what is meant by nothing depends on it.
+
     Raises:
-        InvalidRequestError: a word that means nothing.
+        InvalidRequestError: a word or a type that means nothing.
     """
-    if choice is None:
-        return "auto" if has_tools else "none"
-    if isinstance(choice, NamedTool):
-        return f"={choice.function.name}"
-    if choice not in ("auto", "none", "required"):
-        raise InvalidRequestError(
-            f"tool_choice is {choice[:40]!r}; choose auto, none, required, or name a function",
-            field="tool_choice",
-        )
-    return choice
+    match choice:
+        case None:
+            return "auto" if has_tools else "none"
+        case "auto" | "none" | "required":
+            return choice
+        case {"type": "function", "function": {"name": str() as name, **rest}} if not rest:
+            return f"={name}"
+        case {"type": "function", "name": str() as name, **rest} if not rest:
+            return f"={name}"
+        case {"type": "allowed_tools"}:
+            why = "is of the type allowed_tools, which is not offered; send these tools alone"
+        case {"type": "function"}:
+            why = "names no function; send the name and nothing else"
+        case {"type": other}:
+            why = f"is of the type {str(other)[:40]!r}; only functions can be called here"
+        case _:
+            why = f"is {str(choice)[:40]!r}; choose auto, none, required, or name a function"
+    raise InvalidRequestError(f"tool_choice {why}", field="tool_choice")

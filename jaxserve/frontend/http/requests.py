@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import InvalidRequestError
@@ -226,6 +226,21 @@ def biases(given: Mapping[str, float]) -> dict[int, float]:
             )
         found[int(key)] = value
     return found
+
+
+def checked[Model: BaseModel](model: type[Model], given: Mapping[str, Any], name: str) -> Model:
+    """Reads a part of a request whose types depend on another part.
+
+    Raises:
+        InvalidRequestError: a field is unknown or of another type.
+    """
+    try:
+        return model(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([name, *map(str, first["loc"])])
+        why = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidRequestError(f"{field}: {why}"[:300], field=field[:200]) from None
 
 
 def refuse(name: str, value: object, allowed: Sequence[object], why: str) -> None:

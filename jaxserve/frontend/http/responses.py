@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -21,17 +21,58 @@ from jaxserve.frontend.http.answering import Events, EventStream, answer, reques
 from jaxserve.frontend.http.logprobs import chat_logprobs
 from jaxserve.frontend.http.messages import (
     CalledFunction,
+    Function,
     Message,
     ToolCall,
     choice_from,
     template_messages,
 )
-from jaxserve.frontend.http.requests import StrictModel, refuse
+from jaxserve.frontend.http.requests import StrictModel, checked, refuse
 from jaxserve.frontend.http.response_items import Event, Items
 from jaxserve.frontend.parsing import Tool
 from jaxserve.frontend.text_stream import Delta, Finished, Started, TextStream
 
 LOGPROBS = "message.output_text.logprobs"
+NAMES = {
+    "chat.messages": "input",
+    "chat": "input",
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+}
+"""What fields are called here, by what the engine calls them."""
+
+
+class ReasoningOptions(StrictModel):
+    """How much is thought; only the effort reaches the template."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class TextFormat(StrictModel):
+    """What the answer has to be."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(StrictModel):
+    """How the answer is written."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class NamedFunction(Function):
+    """A function that may be called."""
+
+    type: str
 
 
 class ResponsesRequest(StrictModel):
@@ -128,21 +169,11 @@ def chat_from(request: ResponsesRequest) -> tuple[Chat, SamplingParams, Grammar 
     else:
         messages += _messages(request.input)
     tools = [_tool(place, spec) for place, spec in enumerate(request.tools or ())]
-    choice = request.tool_choice
-    if isinstance(choice, dict):
-        if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
-            raise InvalidRequestError(
-                "tool_choice names no function; send {'type': 'function', 'name': ...}",
-                field="tool_choice",
-            )
-        chosen = f"={choice['name']}"
-    else:
-        chosen = choice_from(choice, bool(tools))
-    effort = (request.reasoning or {}).get("effort")
+    effort = checked(ReasoningOptions, request.reasoning or {}, "reasoning").effort
     chat = Chat(
         messages=template_messages(messages),
         tools=tools,
-        tool_choice=chosen,
+        tool_choice=choice_from(request.tool_choice, bool(tools)),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         template_variables={"reasoning_effort": effort} if effort else {},
     )
@@ -192,32 +223,25 @@ def _checked(place: int, **fields: Any) -> Message:
 
 
 def _tool(place: int, spec: dict[str, Any]) -> Tool:
-    name, parameters = spec.get("name"), spec.get("parameters")
-    if spec.get("type") != "function" or not isinstance(name, str):
+    if spec.get("type") != "function" or not isinstance(spec.get("name"), str):
         raise InvalidRequestError(
             f"tools[{place}] is of the type {str(spec.get('type'))[:40]!r} or has no name; only "
             "functions can be called here",
             field=f"tools[{place}]",
         )
-    if parameters is not None and not isinstance(parameters, dict):
-        raise InvalidRequestError(
-            f"tools[{place}].parameters is no JSON schema; send an object",
-            field=f"tools[{place}].parameters",
-        )
-    description = str(spec.get("description") or "")
-    return Tool(name, description, parameters, strict=bool(spec.get("strict")))
+    named = checked(NamedFunction, spec, f"tools[{place}]")
+    return Tool(named.name, named.description or "", named.parameters, strict=bool(named.strict))
 
 
 def _grammar(text: dict[str, Any] | None) -> Grammar | None:
-    given = text or {}
-    refuse("text.verbosity", given.get("verbosity"), (None, "medium"), "ask for it in a message")
-    format = given.get("format") or {"type": "text"}
-    match format:
-        case {"type": "text"}:
+    given = checked(TextOptions, text or {}, "text")
+    refuse("text.verbosity", given.verbosity, (None, "medium"), "ask for it in a message")
+    match given.format:
+        case None | TextFormat(type="text"):
             return None
-        case {"type": "json_object"}:
+        case TextFormat(type="json_object"):
             return Grammar("json_object", "", "text.format")
-        case {"type": "json_schema", "schema": dict() as schema}:
+        case TextFormat(type="json_schema", schema_=dict() as schema):
             made = take_grammar({"json_schema": schema})
             assert made is not None
             return Grammar(made.kind, made.text, "text.format")
@@ -237,8 +261,8 @@ def routes(door: Door, chats: ChatEngine) -> APIRouter:
         request_id = request_id_of(http, request.request_id, "resp_")
         made = Responding(door, chats, request, request_id)
         if request.stream:
-            return EventStream(door.calls, request_id, made.events)
-        return await answer(http, door.calls, request_id, made.body)
+            return EventStream(door.calls, request_id, made.events, names=NAMES)
+        return await answer(http, door.calls, request_id, made.body, names=NAMES)
 
     return router
 

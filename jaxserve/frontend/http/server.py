@@ -8,17 +8,21 @@ import socket
 from typing import Any
 
 import uvicorn
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxserve.errors import LaunchError
 from jaxserve.frontend.door import Door
 from jaxserve.frontend.http.app import make_app
 from jaxserve.frontend.http.config import HttpConfig
+from jaxserve.frontend.http.errors import refusal
 from jaxserve.frontend.sockets import listen_on
 
 CLOSE_S = 2.0
 """For answers that have ended to reach their clients."""
 BACKLOG = 2048
+MAX_HEAD_BYTES = 64 * 1024
+"""Of one request: its line and its headers."""
 
 
 class HttpServer:
@@ -86,23 +90,70 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _patient(seconds: float) -> type[asyncio.Protocol]:
-    """A protocol that closes connections which have begun no request for so long.
+    """A protocol that bounds a request's head in time and size, which uvicorn does not.
 
-    uvicorn itself waits for ever for the rest of a request's head.
+    Args:
+        seconds: from a connection's beginning, or a later request's, to the end of its head.
     """
 
     class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._head_timer = self.loop.call_later(seconds, self._close_if_headless)
-
-        def _close_if_headless(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
+            self._head_timer: asyncio.TimerHandle | None = None
+            self._begin_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head_timer.cancel()
+            self._end_head()
             super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._head_timer is not None:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._refuse_head()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self._head_timer is None:
+                self._begin_head()
+
+        def on_headers_complete(self) -> None:
+            self._end_head()
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > MAX_HEAD_BYTES:
+                self._refuse_head()
+                raise ValueError("the head is too large")  # Stops the parser.
+            super().on_headers_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(refusal(400, "this is no HTTP request; send HTTP/1.1"))
+
+        def _begin_head(self) -> None:
+            self._head_bytes = 0
+            self._head_timer = self.loop.call_later(seconds, self._close)
+
+        def _end_head(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _close(self) -> None:
+            if not self.transport.is_closing():
+                self.transport.close()
+
+        def _refuse_head(self) -> None:
+            message = f"the head of a request has at most {MAX_HEAD_BYTES} bytes; send less"
+            self._refuse(refusal(431, message))
+
+        def _refuse(self, response: Response) -> None:
+            if not self.transport.is_closing():
+                self.transport.write(
+                    b"HTTP/1.1 %d \r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                    b"connection: close\r\n\r\n%b"
+                    % (response.status_code, len(response.body), bytes(response.body))
+                )
+                self.transport.close()
 
     return Protocol
 

@@ -61,7 +61,9 @@ class Rules:
         if self.is_token(mark):
             body = self.without(name.upper(), mark, ending=line, beginnings=beginnings)
             return joined(body, self.text(mark))
-        self.add(f"{name}[lazy]", _text_of(line + mark, beginnings))
+        # With a line in front, the first mark may be another one, which readers take.
+        earlier = [f"(?s:.*){pattern(mark)}(?s:.)"] if line else []
+        self.add(f"{name}[lazy]", _text_of(line + mark, [*earlier, *beginnings]))
         return name
 
     def without(

@@ -47,6 +47,7 @@ class AnswerParser:
         parses_tools: bool = True,
         parses_reasoning: bool = True,
         in_reasoning: bool = False,
+        text_or_calls: bool = False,
     ) -> None:
         """Starts at the beginning of an answer.
 
@@ -58,6 +59,7 @@ class AnswerParser:
             parses_reasoning: otherwise reasoning is content, with its markers; calls in it are no
                 calls either way.
             in_reasoning: the prompt ended behind the marker that opens reasoning.
+            text_or_calls: an answer that has begun as text is text to its end.
         """
         self._tools = tools or {}
         self._parts = PartList()
@@ -71,6 +73,7 @@ class AnswerParser:
             if isinstance(shape, JsonCalls) and shape.bare
         ]
         self._markers = tuple(self._shapes)
+        self._markers_in_text = () if text_or_calls else self._markers
         self._open, self._close = format.reasoning or ("", "")
         self._reasoning_kind = Reasoning if parses_reasoning else Content
         self._calls: CallReader | None = None
@@ -97,6 +100,8 @@ class AnswerParser:
     def finish(self) -> list[Part]:
         """Ends the answer and returns what was held. To be called once, last."""
         if self._calls is not None:
+            if self._parts.calls > self._calls_before and not self._parts.in_call:
+                self._calls.held.clear()  # Half a mark, which is nothing to a reader.
             self._leave_calls(self._calls)
         held, self._held = self._held, ""
         if self._read == self._read_reasoning:
@@ -139,10 +144,10 @@ class AnswerParser:
         return len(text)
 
     def _read_text(self, text: str, start: int) -> int:
-        if not self._markers:
+        if not self._markers_in_text:
             self._parts.write(Content, text[start:])
             return len(text)
-        safe, marker, end = self._scan(text, start, self._markers)
+        safe, marker, end = self._scan(text, start, self._markers_in_text)
         self._parts.write(Content, safe)
         if marker:
             self._enter(marker)

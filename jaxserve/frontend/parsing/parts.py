@@ -56,6 +56,8 @@ class PartList:
     def __init__(self) -> None:
         self.calls = 0
         """Tool calls started so far."""
+        self.in_call = False
+        """The last of them has not ended."""
         self._parts: list[Part] = []
         self._kind: type[Content | Reasoning | ToolCallArguments] = Content
         self._texts: list[str] = []
@@ -72,11 +74,13 @@ class PartList:
         self._close()
         self._parts.append(ToolCallStarted(self.calls, name))
         self.calls += 1
+        self.in_call = True
 
     def end_call(self) -> None:
         """Ends the last tool call."""
         self._close()
         self._parts.append(ToolCallEnded(self.calls - 1))
+        self.in_call = False
 
     def take(self) -> list[Part]:
         """Returns what was gathered since the last time."""

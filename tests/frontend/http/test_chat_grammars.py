@@ -268,9 +268,44 @@ def test_what_was_thought_and_called_comes_apart(ask: Callable[[dict[str, Any]],
 
 
 def test_a_schema_that_cannot_be_watched_is_refused(door: httpx.Client) -> None:
-    function = {"name": "f", "strict": True, "parameters": {"type": "HashMap"}}
+    hostile = {"type": "object", "properties": {"a": {"type": "HashMap"}}}
+    function = {"name": "f", "strict": True, "parameters": hostile}
     body = {**CHAT, "tools": [{"type": "function", "function": function}]}
     response = door.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tools"
     assert "HashMap" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_arguments_are_an_object(door: httpx.Client, choice: str) -> None:
+    function = {"name": "f", "parameters": {"type": "array"}}
+    body = {**CHAT, "tools": [{"type": "function", "function": function}], "tool_choice": choice}
+    response = door.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools[0].function.parameters"
+
+
+def test_a_marker_inside_json_is_text(ask: Callable[[dict[str, Any]], Asked]) -> None:
+    text = json.dumps({"city": "Paris <tool_call>\n" + call("go", PARIS)})
+    assert ask(tools() | JSON).message(text)["content"] == text
+
+
+def test_an_answer_that_stops_within_a_call_has_called_nothing(
+    engine: ScriptedEngine, door: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    body = {**CHAT, **tools(), "stop": ["Paris"], "request_id": "r"}
+    asking = Asking(door, "/v1/chat/completions", body)
+    engine.wait_request()
+    engine.start("r")
+    engine.give("r", tokenizer.encode(GO, add_special_tokens=False))
+    engine.finish("r")
+    (choice,) = asking.body()["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+
+
+def test_half_a_closing_marker_is_no_text(ask: Callable[[dict[str, Any]], Asked]) -> None:
+    message = ask(tools()).message(GO[:-3])
+    assert len(message["tool_calls"]) == 1
+    assert not message["content"]

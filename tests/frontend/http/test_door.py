@@ -106,6 +106,40 @@ def test_a_connection_that_begins_no_request_is_closed(open_door: Open, sent: by
     assert door.get("/health").status_code == 200
 
 
+def test_a_later_request_that_is_not_finished_is_closed_too(open_door: Open) -> None:
+    door = open_door(ScriptedEngine(), receive_timeout_s=0.2)
+    with socket.create_connection(("127.0.0.1", door.base_url.port), 10) as kept:
+        kept.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+        time.sleep(0.4)  # Idle connections are kept for longer.
+        kept.sendall(b"GET /version HTTP/1.1\r\nHost: loc")
+        assert kept.recv(100) == b""
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("kibibytes", [65, 3000])
+def test_a_head_without_end_is_refused(door: httpx.Client, kibibytes: int, ends: bool) -> None:
+    sent = b"GET /version HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * kibibytes * 1024
+    with socket.create_connection(("127.0.0.1", door.base_url.port), 10) as long:
+        with suppress(ConnectionError):  # It may be closed before all has been sent.
+            long.sendall(sent + (b"\r\n\r\n" if ends else b""))
+        answer = b""
+        with suppress(ConnectionError):
+            answer = long.recv(4096)
+        if kibibytes < 100:
+            assert answer.startswith(b"HTTP/1.1 431")
+            assert b"at most 65536 bytes" in answer
+    assert door.get("/version").status_code == 200
+
+
+def test_what_is_no_http_is_told_so(door: httpx.Client) -> None:
+    with socket.create_connection(("127.0.0.1", door.base_url.port), 10) as wrong:
+        wrong.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = wrong.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
 def test_a_body_that_does_not_come_is_given_up(open_door: Open) -> None:
     door = open_door(ScriptedEngine(), receive_timeout_s=0.2)
     head = (
@@ -188,13 +222,13 @@ def test_a_value_that_cannot_be_used_is_named(
         ("/v1/completions", {"prompt": ""}, "prompt", "prompt is empty"),
         ("/v1/completions", {"prompt": []}, "prompt", "prompt is empty"),
         ("/v1/completions", {"prompt": [[]]}, "prompt", "prompt is empty"),
-        ("/v1/completions", {"prompt": [300]}, "token_ids", "token id 300"),
+        ("/v1/completions", {"prompt": [300]}, "prompt", "token id 300"),
         ("/v1/completions", {"prompt": ["a"] * 257}, "prompt", "257 prompts"),
         ("/v1/completions", {**TEXT, "suffix": "x"}, "suffix", "not offered"),
         ("/v1/completions", {**TEXT, "best_of": 2}, "best_of", "not offered"),
         ("/v1/completions", {**TEXT, "max_tokens": 0}, "max_tokens", "asks for nothing"),
         ("/v1/completions", {**TEXT, "logprobs": 21}, "logprobs", "0 to 20"),
-        ("/v1/chat/completions", {}, "chat.messages", "no messages"),
+        ("/v1/chat/completions", {}, "messages", "no messages"),
         ("/v1/chat/completions", {"messages": [{}]}, "messages[0].role", "missing"),
         (
             "/v1/chat/completions",
@@ -211,14 +245,14 @@ def test_a_value_that_cannot_be_used_is_named(
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user"}]},
-            "chat.messages[0].content",
+            "messages[0].content",
             "no text",
         ),
         ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "without logprobs"),
         (
             "/v1/chat/completions",
             {**CHAT, "logprobs": True, "top_logprobs": 21},
-            "logprobs",
+            "top_logprobs",
             "0 to 20",
         ),
         (
@@ -227,6 +261,15 @@ def test_a_value_that_cannot_be_used_is_named(
             "max_completion_tokens",
             "different things",
         ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "max_completion_tokens": 0},
+            "max_completion_tokens",
+            "max_completion_tokens must be",
+        ),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 0}, "max_tokens", "max_tokens must be"),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 0}, "max_output_tokens", "must be"),
+        ("/v1/embeddings", {"input": ""}, "input", "prompt is empty"),
         ("/v1/chat/completions", {**CHAT, "modalities": ["audio"]}, "modalities", "not offered"),
         ("/v1/chat/completions", {**CHAT, "functions": [{}]}, "functions", "send tools"),
         ("/v1/chat/completions", {**CHAT, "chat_template": "x"}, "chat_template", "operator's"),
@@ -429,9 +472,10 @@ def test_a_client_that_reads_nothing_is_given_up(engine: ScriptedEngine, open_do
         with suppress(KeyError):  # It is given up between two looks.
             while name in engine.live:
                 assert time.monotonic() < deadline, "the reader was never given up"
-                engine.give(name, "x" * 4000, first=first)
-                first += 4000
-                time.sleep(0.02 if first < 1_000_000 else 0.2)
+                if not engine.live[name].pending:  # Until the server waits for its client.
+                    engine.give(name, "x" * 2000, first=first)
+                    first += 2000
+                time.sleep(0.01)
     assert engine.closed == [name]
 
 

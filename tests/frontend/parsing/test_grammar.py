@@ -270,7 +270,24 @@ def test_arguments_obey_their_schema(
 @pytest.mark.parametrize("name", ['we"ird\\', "naïve", "a.b-c_d", "\n"])
 def test_any_name_is_written_as_json(name: str, judge: Judge) -> None:
     grammar = answer_grammar(FORMATS["smollm2"], tools=[Tool(name)], parallel=False)
+    written = json.dumps(name, ensure_ascii=False)
+    assert judge.allows(
+        grammar, f'<tool_call>[{{"name": {written}, "arguments": {{}}}}]</tool_call>'
+    )
     assert not judge.allows(grammar, '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>')
+
+
+def test_a_string_between_tags_ends_where_readers_end_it(judge: Judge) -> None:
+    schema = {"properties": {"a": {"type": "string"}, "n": {"type": "integer"}}, "required": ["a"]}
+    grammar = answer_grammar(FORMATS["qwen3_coder"], tools=[Tool("f", "", schema)], parallel=False)
+
+    def text(value: str) -> str:
+        inner = f"<parameter=a>\n{value}\n</parameter>\n"
+        return f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>"
+
+    assert judge.allows(grammar, text("</paramete\n"))
+    assert not judge.allows(grammar, text("see </parameter> tag"))
+    assert not judge.allows(grammar, text("a</parameter>\n<parameter=n>\n1\n</parameter>\n<"))
 
 
 @pytest.mark.parametrize("family", ["glm", "qwen3_coder", "mistral", "kimi"])
