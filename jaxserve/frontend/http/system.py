@@ -73,6 +73,8 @@ def routes(door: Door, chats: ChatEngine) -> APIRouter:
 
     for path in ("/health", "/healthz", "/ready", "/readyz"):
         router.add_api_route(path, health, methods=["GET"], name=path[1:])
+        # Probes ask so, too; the description has each once.
+        router.add_api_route(path, health, methods=["HEAD"], include_in_schema=False)
 
     @router.get("/version")
     async def version() -> Response:

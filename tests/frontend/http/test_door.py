@@ -451,6 +451,7 @@ def test_draining_turns_health_and_refuses_new_requests(
     for path in ("/health", "/healthz", "/ready", "/readyz"):
         response = door.get(path)
         assert (response.status_code, response.json()["detail"]) == (503, "draining")
+        assert (door.head(path).status_code, door.head(path).content) == (503, b"")
     assert door.post("/v1/completions", json=TEXT).status_code == 503
 
 
