@@ -66,7 +66,8 @@ class CallReader(Reading):
             parts: is written to.
         """
         super().__init__(opening, tools, parts)
-        self._bare = not opening
+        self.is_bare = not opening
+        """The calls began without a marker."""
         self._steps = self._read(shapes)
         next(self._steps)
 
@@ -131,7 +132,7 @@ class CallReader(Reading):
         """
         scanner = JsonScanner()
         scanner.push("{")
-        members = _Members(shape, bare=self._bare)
+        members = _Members(shape, bare=self.is_bare)
         ended = False
         while scanner.depth:
             char = yield
@@ -157,7 +158,7 @@ class CallReader(Reading):
                         self._whole_call(members.name, members.arguments)
                         ended = True
         if not ended:
-            if members.name is None or self._bare:
+            if members.name is None or self.is_bare:
                 raise NotACallError
             self._whole_call(members.name, "{}")
         self.held.clear()

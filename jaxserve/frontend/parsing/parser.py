@@ -99,7 +99,7 @@ class AnswerParser:
 
     def finish(self) -> list[Part]:
         """Ends the answer and returns what was held. To be called once, last."""
-        if self._calls is not None:
+        while self._calls is not None:
             if self._parts.calls > self._calls_before and not self._parts.in_call:
                 self._calls.held.clear()  # Half a mark, which is nothing to a reader.
             self._leave_calls(self._calls)
@@ -235,6 +235,10 @@ class AnswerParser:
                 self._begin_text(held)
             else:
                 self._space = list(held)
+        elif calls.is_bare:
+            # No marker has been looked for in it.
+            self._begin_text("")
+            self._advance(held)
         else:
             self._begin_text(held)
 

@@ -138,6 +138,12 @@ GOLDEN = [
         BOTH,
     ),
     Golden(
+        "llama3",
+        '{"id<|python_tag|>{"name": "now", "parameters": {}}',
+        [Content('{"id'), *call("now", "{}")],
+    ),
+    Golden("llama3", '{"id<|python_tag|>{"na', [Content('{"id<|python_tag|>{"na')]),
+    Golden(
         "mistral",
         f"[THINK]Weather.[/THINK]Looking.[TOOL_CALLS]get_weather[ARGS]{PARIS}"
         "[TOOL_CALLS]now[ARGS]{}",

@@ -402,6 +402,7 @@ for family, text in [
     ("qwen3_coder", "<tool_call><function=g><parameter=a>" + "1" * N),
     ("mistral", "[TOOL_CALLS]" * (N // 12)),
     ("llama3", "{" * N),
+    ("llama3", '{"id": "' + '<|python_tag|>{"id": "' * (N // 22)),
 ]:
     parser = AnswerParser(FORMATS[family], tools=TOOLS)
     started = time.process_time()
