@@ -26,8 +26,6 @@ from jaxserve.frontend.parsing import (
     Reasoning,
     Thoughts,
     Tool,
-    ToolCallEnded,
-    ToolCallStarted,
     answer_grammar,
 )
 from jaxserve.frontend.text_stream import TextStream
@@ -211,32 +209,24 @@ class ChatAnswer:
     def __init__(self, parser: AnswerParser) -> None:
         """Begins at the first character."""
         self._parser = parser
-        self.calls = 0
-        """Tool calls that have begun."""
-        self.is_whole = True
-        """No call has begun that has not ended."""
         self.reasoning_tokens = 0
         """Tokens of the model's thoughts; one that holds a marker too may count or not."""
 
     def push(self, text: str, tokens: int) -> list[Part]:
         """Takes the text of so many tokens and returns what it makes certain."""
-        parts = self._counted(self._parser.push(text)) if text else []
+        parts = self._parser.push(text) if text else []
         if parts and type(parts[-1]) is Reasoning:
             self.reasoning_tokens += tokens
         return parts
 
     def finish(self) -> list[Part]:
         """Returns what was held back. Once, last."""
-        return self._counted(self._parser.finish())
+        return self._parser.finish()
 
-    def _counted(self, parts: list[Part]) -> list[Part]:
-        for part in parts:
-            if type(part) is ToolCallStarted:
-                self.calls += 1
-                self.is_whole = False
-            elif type(part) is ToolCallEnded:
-                self.is_whole = True
-        return parts
+    @property
+    def ends_with_calls(self) -> bool:
+        """Whether tools are called, and the last call is whole."""
+        return self._parser.calls > 0 and not self._parser.in_call
 
 
 def _callable(chat: Chat, grammar: Grammar | None) -> Sequence[Tool]:

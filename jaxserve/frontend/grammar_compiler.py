@@ -373,7 +373,8 @@ class _Words:
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # Llama 2's tokenizer and its kin write a space in front of whatever they are given.
-        prepends = tokenizer.token_bytes(self._encode("a")[0]).startswith(b" ")
+        written = b"".join(map(tokenizer.token_bytes, self._encode("a")))
+        prepends = written.startswith(b" ")
         self._lead = LEAD if prepends else ""
         self._lead_tokens = len(self._encode(LEAD)) if prepends else 0
 

@@ -119,6 +119,7 @@ def test_a_grammar_has_what_it_says_and_nothing_else(
         (Grammar("regex", "(" * 20_000 + "a" + ")" * 20_000), ""),
         (Grammar("grammar", "start: x"), "unknown name"),
         (Grammar("grammar", ""), "no start rule"),
+        (Grammar("grammar", "start: start"), "it allows no answer"),
         (Grammar("grammar", "(" * 60_000), "expecting"),
         (Grammar("grammar", "root ::= ("), ""),
         (Grammar("choices", "{}"), "no list of strings"),

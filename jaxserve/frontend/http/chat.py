@@ -370,6 +370,6 @@ def _new_call(name: str) -> dict[str, Any]:
 
 
 def _reason(output: Finished, answer: ChatAnswer) -> str:
-    if answer.calls and answer.is_whole and output.reason is FinishReason.STOP:
+    if answer.ends_with_calls and output.reason is FinishReason.STOP:
         return "tool_calls"
     return output.reason.value

@@ -92,6 +92,16 @@ class AnswerParser:
         elif not (self._open or self._markers):
             self._read = self._read_text
 
+    @property
+    def calls(self) -> int:
+        """Tool calls that have begun."""
+        return self._parts.calls
+
+    @property
+    def in_call(self) -> bool:
+        """Whether the last of them has not ended."""
+        return self._parts.in_call
+
     def push(self, text: str) -> list[Part]:
         """Takes the next piece and returns what it makes certain."""
         self._advance(text)
