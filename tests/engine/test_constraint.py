@@ -106,6 +106,9 @@ def test_a_grammar_and_banned_tokens_may_leave_nothing() -> None:
     )
     run(engine)
     fails(reader, "grammar, allowed and banned tokens leave no token")
+    error = reader.finish().error
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "banned_token_ids"
 
 
 def test_a_token_that_a_grammar_does_not_have_fails_the_request() -> None:

@@ -263,8 +263,9 @@ def test_a_row_without_a_token_left_fails_its_request() -> None:
     run(engine)
 
     assert reader.finish().reason is FinishReason.ERROR
-    with pytest.raises(InvalidRequestError, match="leave no token to choose"):
+    with pytest.raises(InvalidRequestError, match="leave no token to choose") as caught:
         raise reader.finish().error or AssertionError
+    assert caught.value.field == "grammar"
 
 
 def test_banned_tokens_and_penalties_reach_the_device() -> None:
